@@ -1,0 +1,105 @@
+"""Builds ``mixattn._C`` with ninja: one compile rule, per-file flags, only what changed.
+
+Project metadata is in pyproject.toml. ``python setup.py build_ext --inplace`` (``make build``) and an editable install
+share one build folder, so that either recompiles only the C++ that changed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+
+# -ffp-contract=off keeps the planner bit-equal with its Python twin and leaves fused multiply-adds to vec.h, where they
+# are written out. No -march here: the ISA of a file is its own (below), the rest runs on any CPU of the architecture.
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
+ISA_FLAGS = {
+    "csrc/cpu/mixed_attention_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "csrc/cpu/mixed_attention_avx512.cpp": [
+        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512",
+    ],
+}  # fmt: skip
+X86_ONLY = set(ISA_FLAGS)
+
+
+def sources() -> list[str]:
+    """The C++ files of this architecture, relative to the root, sorted."""
+    found = sorted(
+        str(p.relative_to(ROOT)) for folder in ("csrc/cpu", "csrc/bindings") for p in (ROOT / folder).glob("*.cpp")
+    )
+    return [f for f in found if IS_X86 or f not in X86_ONLY]
+
+
+def ninja_file(build_dir: Path, output: Path) -> str:
+    """The text of build.ninja that makes ``output`` from the sources."""
+    escape = lambda p: str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
+    includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    flags = [*CXX_FLAGS, *(f"-I{i}" for i in includes), *os.environ.get("CXXFLAGS", "").split()]
+    lines = [
+        "ninja_required_version = 1.10",
+        f"cxx = {os.environ.get('CXX', 'g++')}",
+        f"flags = {' '.join(map(str, flags))}",
+        f"ldflags = -shared -ldl -pthread {os.environ.get('LDFLAGS', '')}",
+        "rule compile",
+        "  command = $cxx -MD -MF $out.d $flags $isa_flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = c++ $in",
+        "rule link",
+        # Written aside and renamed, so that a process that imports meanwhile never sees half a library.
+        "  command = $cxx $in $ldflags -o $out.tmp && mv $out.tmp $out",
+        "  description = link $out",
+    ]
+    objects = []
+    for source in sources():
+        obj = escape(build_dir / (source.replace("/", "_") + ".o"))
+        objects.append(obj)
+        lines.append(f"build {obj}: compile {escape(ROOT / source)}")
+        lines.append(f"  isa_flags = {' '.join(ISA_FLAGS.get(source, []))}")
+    lines.append(f"build {escape(output)}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+class NinjaBuildExt(build_ext):
+    """Runs ninja in ``build/cpp-<python>-<platform>``, whatever temporary folder the front end asked for."""
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        build_dir = ROOT / "build" / f"cpp-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        built = build_dir / output.name
+        text = ninja_file(build_dir, built)
+        file = build_dir / "build.ninja"
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        try:
+            from ninja import BIN_DIR
+
+            ninja = str(Path(BIN_DIR) / "ninja")
+        except ImportError:
+            ninja = "ninja"
+        command = [ninja, "-C", str(build_dir)]
+        if os.environ.get("MAX_JOBS"):
+            command += ["-j", os.environ["MAX_JOBS"]]
+        subprocess.run(command, check=True)
+        if not output.exists() or output.read_bytes() != built.read_bytes():
+            aside = output.with_suffix(".tmp")
+            self.copy_file(str(built), str(aside))
+            os.replace(aside, output)
+
+
+setup(
+    ext_modules=[Extension("mixattn._C", sources=sources())],
+    cmdclass={"build_ext": NinjaBuildExt},
+)
