@@ -1,0 +1,58 @@
+# make run    set everything up, chat with a real model, show what chunked prefill does to running streams
+# make test   set everything up, run the tests
+# Each target makes what it needs in .venv and is quick when nothing changed.
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PYTHON ?= python3
+MODEL  ?= smollm2
+PYTEST ?= $(PY) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-slow lint format bench build env clean
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+	@echo 'make lint | format | bench | build | test-slow | clean'
+
+# The environment is made anew when what it is made from changes.
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt tools/make_env.sh
+	PYTHON=$(PYTHON) sh tools/make_env.sh $(VENV)
+	@touch $@
+
+env: $(VENV)/.ready
+
+# ninja decides what is to be compiled.
+build: env
+	@$(PY) setup.py -q build_ext --inplace
+
+run: build
+	$(VENV)/bin/mixattn-engine chat $(MODEL) --temperature 0 --max-tokens 96 \
+	  --message 'In two sentences: why should a long prompt not hold up everybody else?'
+	$(VENV)/bin/mixattn-engine demo $(MODEL)
+
+test: build
+	$(PYTEST) -m 'not slow'
+
+test-slow: build
+	$(PYTEST) -m slow
+
+lint: build
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(VENV)/bin/mypy
+
+format: env
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+bench: build
+	$(PY) -m bench.kernels.bench_plan
+	$(PY) -m bench.kernels.bench_mixed_attention
+	$(PY) -m bench.serving.bench_offline $(MODEL)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info mixattn/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
