@@ -165,3 +165,28 @@ class EngineConfig:
             self.load_format in ("auto", "safetensors", "gguf", "dummy"),
             f"load_format must be auto, safetensors, gguf or dummy, got {self.load_format!r}",
         )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How a server is reached, by whom, and what it lets in."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free one."""
+    served_model_names: tuple[str, ...] = ()
+    """What clients may call the model, the first being the name in answers; empty is ``EngineConfig.model``."""
+    api_keys: tuple[str, ...] = ()
+    """Any of them opens; none leaves the server open to whoever reaches it."""
+    max_request_bytes: int = 8 * 2**20
+    shutdown_timeout_s: float = 10.0
+    """How long running requests may go on once the server is told to stop."""
+    has_vllm_metrics: bool = True
+    """Export metrics under vLLM's names too."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, f"port must be in [0, 65535], got {self.port}")
+        _require(all(self.api_keys), "api_keys must hold non-empty strings")
+        _require(all(self.served_model_names), "served_model_names must hold non-empty strings")
+        _require(self.max_request_bytes >= 1, f"max_request_bytes must be >= 1, got {self.max_request_bytes}")
+        _require(self.shutdown_timeout_s >= 0, f"shutdown_timeout_s must be >= 0, got {self.shutdown_timeout_s}")

@@ -5,6 +5,13 @@
 
 #include <cstdint>
 
+// Marks what also runs inside CUDA kernels.
+#ifdef __CUDACC__
+#define MIXATTN_HD __host__ __device__
+#else
+#define MIXATTN_HD
+#endif
+
 namespace mixattn {
 
 constexpr int32_t kPlanMagic = 0x6d780001;  // "mx", layout version 1
@@ -66,7 +73,11 @@ struct Merge {
 };
 static_assert(sizeof(Merge) == kMergeWords * sizeof(int32_t), "merge is 8 words");
 
-inline int32_t num_rows(const WorkItem& item) { return item.rows_and_kind & 0xffff; }
-inline int32_t tile_kind(const WorkItem& item) { return item.rows_and_kind >> 16; }
+MIXATTN_HD inline int32_t num_rows(const WorkItem& item) {
+  return item.rows_and_kind & 0xffff;
+}
+MIXATTN_HD inline int32_t tile_kind(const WorkItem& item) {
+  return item.rows_and_kind >> 16;
+}
 
 }  // namespace mixattn

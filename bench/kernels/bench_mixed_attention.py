@@ -1,0 +1,180 @@
+"""Attention over decode-only, chunk-only and mixed batches, against this machine's measured roof and torch SDPA.
+
+Run ``python -m bench.kernels.bench_mixed_attention``. All candidates take turns in one process. The roof is what this
+machine reached in the same run at reading memory and at fused multiply-adds in float32; the roof's time of a batch is, slice by
+slice, the longer of its bytes at the one and its flops at the other (nothing overlapped). torch's
+``scaled_dot_product_attention`` reads no pages: it gets K and V gathered into one contiguous tensor beforehand, untimed,
+so the ratio leaves the gather out (``--time-gather`` puts it in). Its output is compared with ours before timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mixattn
+from bench.lib.measure import Record, append_json, parser, time_interleaved
+from mixattn import _C
+from mixattn.env import num_threads
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of ``num_decodes`` decodes at ``decode_kv`` keys and, if ``chunk`` > 0, one chunk of ``chunk_kv`` keys."""
+
+    name: str
+    num_decodes: int
+    decode_kv: int
+    chunk: int
+    chunk_kv: int
+    num_q_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+
+    @property
+    def q_lens(self) -> list[int]:
+        return [1] * self.num_decodes + [self.chunk] * (self.chunk > 0)
+
+    @property
+    def kv_lens(self) -> list[int]:
+        return [self.decode_kv] * self.num_decodes + [self.chunk_kv] * (self.chunk > 0)
+
+
+def cases() -> list[Case]:
+    """The batches that the README and the records name."""
+    return [
+        Case("decode-32x4k-hd128-gqa4", 32, 4096, 0, 0),
+        Case("decode-1x32k-hd128-gqa4", 1, 32768, 0, 0),
+        Case("chunk-512-at-4k-hd128-gqa4", 0, 0, 512, 4096),
+        Case("mixed-31x4k-chunk-512-at-4k-hd128-gqa4", 31, 4096, 512, 4096),
+        Case("decode-32x1k-hd64-gqa3", 32, 1024, 0, 0, 9, 3, 64),
+        Case("mixed-31x1k-chunk-256-at-1k-hd64-gqa3", 31, 1024, 256, 1024, 9, 3, 64),
+    ]
+
+
+def flops_and_bytes(case: Case, element_bytes: int) -> list[tuple[int, int]]:
+    """Per slice: flops of the visible (row, key) pairs, and bytes of K and V read once plus q and out."""
+    per_slice = []
+    for q_len, kv_len in zip(case.q_lens, case.kv_lens, strict=True):
+        pairs = sum(kv_len - q_len + row + 1 for row in range(q_len))
+        rows_bytes = 2 * q_len * case.num_q_heads * case.head_dim * element_bytes
+        kv_bytes = 2 * kv_len * case.num_kv_heads * case.head_dim * element_bytes
+        per_slice.append((4 * pairs * case.num_q_heads * case.head_dim, kv_bytes + rows_bytes))
+    return per_slice
+
+
+def sdpa(case: Case, q: Tensor, k: list[Tensor], v: list[Tensor]) -> Tensor:
+    """torch's attention over the same batch; equal decodes go in one call, the chunk in another.
+
+    Args:
+        q: [total_q, num_q_heads, head_dim].
+        k, v: [decodes stacked: [num_decodes, num_kv_heads, kv_len, head_dim]] and the chunk's, if there is one.
+    """
+    outs = []
+    if case.num_decodes:
+        rows = q[: case.num_decodes].unsqueeze(2)  # [num_decodes, num_q_heads, 1, head_dim]
+        outs.append(F.scaled_dot_product_attention(rows, k[0], v[0], enable_gqa=True).squeeze(2))
+    if case.chunk:
+        rows = q[case.num_decodes :].transpose(0, 1).unsqueeze(0)  # [1, num_q_heads, chunk, head_dim]
+        mask = torch.ones(case.chunk, case.chunk_kv, dtype=torch.bool).tril(case.chunk_kv - case.chunk)
+        out = F.scaled_dot_product_attention(rows, k[-1], v[-1], attn_mask=mask, enable_gqa=True)
+        outs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def gather(case: Case, cache: Tensor, block_table: Tensor) -> list[Tensor]:
+    """K or V of the batch as torch's operator wants them, copied out of the pages (see ``sdpa``)."""
+
+    def rows(start: int, stop: int, kv_len: int) -> Tensor:
+        pages = block_table[start:stop, : -(-kv_len // case.page_size)].long()
+        flat = cache[pages].flatten(1, 2)[:, :kv_len]  # [num_seqs, kv_len, num_kv_heads, head_dim]
+        return flat.transpose(1, 2).contiguous()
+
+    gathered = [rows(0, case.num_decodes, case.decode_kv)] if case.num_decodes else []
+    if case.chunk:
+        gathered.append(rows(case.num_decodes, case.num_decodes + 1, case.chunk_kv))
+    return gathered
+
+
+def run(case: Case, dtype: torch.dtype, repeats: int, roofs: dict[str, float], is_gather_timed: bool) -> list[Record]:
+    """The records of one case: ours and torch's."""
+    generator = torch.Generator().manual_seed(0)
+    pages_each = [-(-kv // case.page_size) for kv in case.kv_lens]
+    num_pages = sum(pages_each)
+    shape = (num_pages, case.page_size, case.num_kv_heads, case.head_dim)
+    k_cache, v_cache = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    q = torch.randn(sum(case.q_lens), case.num_q_heads, case.head_dim, generator=generator).to(dtype)
+    order = torch.randperm(num_pages, generator=generator).int()
+    block_table = torch.zeros(len(pages_each), max(pages_each), dtype=torch.int32)
+    for seq_idx, pages in enumerate(order.split(pages_each)):
+        block_table[seq_idx, : len(pages)] = pages
+    cu_seqlens_q = torch.tensor([0, *case.q_lens]).cumsum(0).int()
+    seq_lens = torch.tensor(case.kv_lens, dtype=torch.int32)
+    work_plan = mixattn.plan(
+        cu_seqlens_q, seq_lens, num_q_heads=case.num_q_heads, num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim, dtype=str(dtype).removeprefix("torch."),
+    )  # fmt: skip
+    out = torch.empty_like(q)
+
+    def ours() -> Tensor:
+        return mixattn.attention(
+            q, k_cache, v_cache, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, block_table=block_table,
+            plan=work_plan, out=out,
+        )  # fmt: skip
+
+    k, v = gather(case, k_cache, block_table), gather(case, v_cache, block_table)
+
+    def torchs() -> Tensor:
+        if is_gather_timed:
+            return sdpa(case, q, gather(case, k_cache, block_table), gather(case, v_cache, block_table))
+        return sdpa(case, q, k, v)
+
+    torch.testing.assert_close(ours().float(), torchs().float(), atol=2e-2, rtol=2e-2)
+    candidates: dict[str, Callable[[], object]] = {"mixattn": ours, "torch-sdpa": torchs}
+    timings = time_interleaved(candidates, repeats)
+    per_slice = flops_and_bytes(case, q.element_size())
+    roof_us = sum(max(f / roofs["fma_gflop_s"], b / roofs["read_gb_s"]) for f, b in per_slice) / 1e3
+    return [
+        Record(
+            case.name, name, str(dtype).removeprefix("torch."), timing,
+            bytes=sum(b for _, b in per_slice), flops=sum(f for f, _ in per_slice),
+            share_of_roof=roof_us / timing.median_us,
+            extra={"roofs": roofs, "threads": num_threads(), "is_gather_timed": is_gather_timed},
+        )
+        for name, timing in timings.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    args_parser = parser(__doc__ or "")
+    args_parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    args_parser.add_argument("--cases", nargs="+", help="only cases whose name starts with one of these")
+    args_parser.add_argument("--time-gather", action="store_true", help="count torch's gather of the pages as well")
+    args = args_parser.parse_args()
+    torch.set_num_threads(num_threads())
+    roofs = _C.measure_roofs(num_threads())
+    print(f"roof of this machine, {num_threads()} threads: {roofs['read_gb_s']:.1f} GB/s, {roofs['fma_gflop_s']:.0f} GFLOP/s")
+    print(f"{'case':42} {'dtype':9} {'ms':>8} {'p10..p90':>15} {'GB/s':>6} {'GFLOP/s':>8} {'of roof':>8} {'vs torch':>9}")
+    records = []
+    for dtype_name in args.dtypes:
+        for case in cases():
+            if args.cases and not case.name.startswith(tuple(args.cases)):
+                continue
+            ours, torchs = run(case, getattr(torch, dtype_name), args.repeats, roofs, args.time_gather)
+            records += [ours, torchs]
+            t = ours.timing
+            print(
+                f"{case.name:42} {dtype_name:9} {t.median_us / 1e3:8.2f} {t.p10_us / 1e3:6.2f}..{t.p90_us / 1e3:<7.2f} "
+                f"{ours.bytes / t.median_us / 1e3:6.1f} {ours.flops / t.median_us / 1e3:8.0f} {ours.share_of_roof:8.2f} "
+                f"{torchs.timing.median_us / t.median_us:8.2f}x"
+            )
+    append_json(args.json, records)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+// plan.h: from the slices of a step to work items of near-equal cost; once per step, on host or device.
+// Math    Slice s has R = q_len * group_size packed rows per kv head, cut into row tiles of block_rows[0]; a tile's
+// kind
+//         is the smallest that holds its rows. Tile rows belong to tokens t0..t1 at positions p(t) = kv_len - q_len + t
+//         and see, all together, the keys [max(0, p(t0) - window_left), min(kv_len, p(t1) + 1)).
+//         target = total cost / (num_workers * items_per_worker); a tile dearer than that is split along its keys into
+//         ceil(cost / target) pieces of equally many granules of split_tokens, at fixed token positions.
+// Method  Generation order is (slice, row tile, split, kv head): the kv heads of one KV range, which share its pages,
+//         stay neighbours. Items are sorted by cost, dearest first, ties in generation order (longest processing time
+//         first). All kv heads of a piece cost the same, so pieces are sorted and heads written out in the end.
+// Shapes  cu_seqlens_q [num_seqs + 1], seq_lens [num_seqs] int32; out: the words of work_item.h
+// Memory  reads 4 (2 num_seqs + 1) bytes twice, writes 4 (16 + 8 items + 8 merges) bytes; scratch_words() of scratch
+// Limits  one thread; O(n log n) in row tiles and pieces; no allocation
+// Twins   tests/ops/plan_twin.py (bit-equal)
+// Source  longest processing time first, Graham 1969 (doi 10.1137/0117039); split-KV, arXiv:2311.01282
+#pragma once
+
+#include "common/cost.h"
+
+namespace mixattn {
+
+enum PlanStatus : int {
+  kPlanOk = 0,
+  kPlanBadSlice = 1,      // a negative q_len or kv_len, or more than 2^31 - 1 packed rows
+  kPlanNoRoom = 2,        // more items or merges than the capacity
+  kPlanCostTooLarge = 3,  // the batch costs more than kMaxCost
+};
+
+// Pieces that balance the machine: enough that every worker draws several, so that the last one drawn is short.
+// One worker is balanced without splits.
+MIXATTN_HD inline int64_t balance_slots(const PlanSpec& spec) {
+  return spec.num_workers == 1 ? 1 : int64_t{spec.num_workers} * spec.items_per_worker;
+}
+
+// Capacity, for any batch of num_seqs slices and total_q rows.
+//
+// Row tiles. A slice has ceil(R / b) <= R / b + 1 tiles per kv head, b = block_rows[0]. Summed over slices and kv
+// heads, tiles <= num_kv_heads * (num_seqs + floor(total_q * group_size / b)). Pieces. Tile i costs c_i and the target
+// is at least sum(c) / slots. It becomes n_i <= ceil(c_i / target) items, that is n_i - 1 < c_i / target pieces more
+// than one. Summed, sum(n_i - 1) < sum(c) / target <= slots; being an integer it is at most slots - 1.
+//   items  = sum(n_i) <= tiles + slots - 1
+//   merges = number of n_i >= 2, each with n_i - 1 >= 1, so merges <= slots - 1
+//   partial rows = sum over n_i >= 2 of n_i * rows_i <= sum of 2 (n_i - 1) * b <= 2 b (slots - 1)
+// Merges and partial rows do not depend on the batch: their buffers can be made once.
+MIXATTN_HD inline int64_t max_items(const PlanSpec& spec, int64_t total_q, int64_t num_seqs) {
+  const int64_t group_size = spec.num_q_heads / spec.num_kv_heads;
+  const int64_t tiles = spec.num_kv_heads * (num_seqs + total_q * group_size / spec.block_rows[kTileLarge]);
+  return tiles + balance_slots(spec) - 1;
+}
+
+MIXATTN_HD inline int64_t max_merges(const PlanSpec& spec) {
+  return balance_slots(spec) - 1;
+}
+
+// A piece before its heads are written out: its place in the order.
+struct PlanKey {
+  int64_t cost;
+  int64_t piece_idx;
+};
+
+// int64 words of scratch that plan() needs: per piece one WorkItem and two keys (merge sort goes back and forth).
+constexpr int64_t kScratchWordsPerPiece = (sizeof(WorkItem) + 2 * sizeof(PlanKey)) / sizeof(int64_t);
+
+MIXATTN_HD inline int64_t scratch_words(const PlanSpec& spec, int64_t capacity_items) {
+  return capacity_items / spec.num_kv_heads * kScratchWordsPerPiece;
+}
+
+// The packed rows [row_begin, row_begin + num_rows) of a slice and the keys that they see, all together.
+struct RowTile {
+  int32_t row_begin;
+  int32_t num_rows;
+  int32_t kind;
+  int32_t kv_begin;
+  int32_t kv_end;
+};
+
+MIXATTN_HD inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
+  return value < low ? low : (value > high ? high : value);
+}
+
+MIXATTN_HD inline int32_t num_row_tiles(const PlanSpec& spec, int32_t q_len) {
+  const int32_t num_rows = q_len * (spec.num_q_heads / spec.num_kv_heads);
+  return num_rows > 0 ? (num_rows - 1) / spec.block_rows[kTileLarge] + 1 : 0;
+}
+
+// Packed rows fit int32 (price_slices refuses others): 64-bit division is the slow part otherwise.
+MIXATTN_HD inline RowTile row_tile(const PlanSpec& spec, int32_t q_len, int32_t kv_len, int32_t tile_idx) {
+  const int32_t group_size = spec.num_q_heads / spec.num_kv_heads;
+  const int32_t block = spec.block_rows[kTileLarge];
+  const int32_t row_begin = tile_idx * block;
+  const int32_t rows_left = q_len * group_size - row_begin;
+  const int32_t row_end = row_begin + (rows_left < block ? rows_left : block);
+  RowTile tile;
+  tile.row_begin = row_begin;
+  tile.num_rows = row_end - row_begin;
+  tile.kind = tile.num_rows > spec.block_rows[kTileMedium]  ? kTileLarge
+              : tile.num_rows > spec.block_rows[kTileSmall] ? kTileMedium
+                                                            : kTileSmall;
+  // With q_len > kv_len the first rows stand before key 0: positions are negative, and the range may be empty.
+  const int64_t first_position = int64_t{kv_len} - q_len + row_begin / group_size;
+  const int64_t last_position = int64_t{kv_len} - q_len + (row_end - 1) / group_size;
+  const int64_t kv_end = spec.causal ? clamp(last_position + 1, 0, kv_len) : kv_len;
+  const int64_t kv_begin = spec.window_left < 0 ? 0 : clamp(first_position - spec.window_left, 0, kv_end);
+  tile.kv_begin = static_cast<int32_t>(kv_begin);
+  tile.kv_end = static_cast<int32_t>(kv_end);
+  return tile;
+}
+
+MIXATTN_HD inline KeyShare key_share(const PlanSpec& spec, int32_t q_len, int32_t kv_len, int32_t num_tiles) {
+  // From tile to tile both edges move right or stay, and no key is left out between two tiles.
+  KeyShare share = {0, 0};
+  for (int32_t t = 0; t < num_tiles; ++t) {
+    const RowTile tile = row_tile(spec, q_len, kv_len, t);
+    share.read += tile.kv_end - tile.kv_begin;
+    if (t == 0) share.distinct = -tile.kv_begin;
+    if (t == num_tiles - 1) share.distinct += tile.kv_end;
+  }
+  return share;
+}
+
+MIXATTN_HD inline int64_t tile_fs(const PlanSpec& spec, const RowTile& tile, int64_t num_keys, const KeyShare& share) {
+  return total_fs(spec, item_cost(spec, tile.num_rows, tile.kind, num_keys, share));
+}
+
+// Cost of all row tiles, unsplit, over all kv heads, in *cost; their number, for one kv head, in *num_tiles.
+MIXATTN_HD inline PlanStatus price_slices(const PlanSpec& spec, const int32_t* cu_seqlens_q, const int32_t* seq_lens,
+                                          int32_t num_seqs, int64_t* cost, int64_t* num_tiles) {
+  const int64_t group_size = spec.num_q_heads / spec.num_kv_heads;
+  int32_t longest_kv = 0;
+  for (int32_t s = 0; s < num_seqs; ++s) {
+    const int64_t q_len = int64_t{cu_seqlens_q[s + 1]} - cu_seqlens_q[s];
+    if (q_len < 0 || q_len * group_size > INT32_MAX || seq_lens[s] < 0) return kPlanBadSlice;
+    if (seq_lens[s] > longest_kv) longest_kv = seq_lens[s];
+  }
+  if (!is_cost_bounded(spec, spec.block_rows[kTileLarge], longest_kv)) return kPlanCostTooLarge;
+  const int64_t most_per_head = kMaxCost / spec.num_kv_heads;
+  int64_t cost_per_head = 0;
+  *num_tiles = 0;
+  for (int32_t s = 0; s < num_seqs; ++s) {
+    const int32_t q_len = cu_seqlens_q[s + 1] - cu_seqlens_q[s];
+    const int32_t tiles = num_row_tiles(spec, q_len);
+    const KeyShare share = key_share(spec, q_len, seq_lens[s], tiles);
+    for (int32_t t = 0; t < tiles; ++t) {
+      const RowTile tile = row_tile(spec, q_len, seq_lens[s], t);
+      cost_per_head += tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share);
+      if (cost_per_head > most_per_head) return kPlanCostTooLarge;
+    }
+    *num_tiles += tiles;
+  }
+  *cost = cost_per_head * spec.num_kv_heads;
+  return kPlanOk;
+}
+
+// No piece below twice fs_per_item: there a further split adds more overhead than it takes work away.
+MIXATTN_HD inline int64_t target_fs(const PlanSpec& spec, int64_t cost) {
+  const int64_t balanced = ceil_div(cost, balance_slots(spec));
+  const int64_t least = 2 * spec.fs_per_item > 1 ? 2 * spec.fs_per_item : 1;
+  return balanced > least ? balanced : least;
+}
+
+// Sorts keys[0, n) by cost, dearest first, ties as they stand: a merge sort, bottom-up, that goes back and forth
+// between keys and spare [n]. Returns the one that ends up sorted. The inner loop has no branch on the costs, which are
+// as good as random: mispredicted, it would take most of the planner's time.
+MIXATTN_HD inline PlanKey* merge_sort(PlanKey* keys, PlanKey* spare, int64_t n) {
+  for (int64_t width = 1; width < n; width *= 2) {
+    for (int64_t begin = 0; begin < n; begin += 2 * width) {
+      const int64_t middle = clamp(begin + width, 0, n);
+      const int64_t end = clamp(begin + 2 * width, 0, n);
+      int64_t left = begin;
+      int64_t right = middle;
+      int64_t to = begin;
+      while (left < middle && right < end) {
+        const int64_t is_right = keys[right].cost > keys[left].cost;
+        spare[to++] = keys[is_right ? right : left];
+        right += is_right;
+        left += 1 - is_right;
+      }
+      while (left < middle) spare[to++] = keys[left++];
+      while (right < end) spare[to++] = keys[right++];
+    }
+    PlanKey* const sorted = spare;
+    spare = keys;
+    keys = sorted;
+  }
+  return keys;
+}
+
+// Writes the plan of a batch.
+//   out      [kPlanHeaderWords + kWorkItemWords * capacity_items + kMergeWords * capacity_merges] words, written
+//   scratch  [scratch_words(spec, capacity_items)], aligned to 8 bytes
+// Never writes past either, whatever the slices; unless it returns kPlanOk, what it wrote is no plan.
+MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlens_q, const int32_t* seq_lens,
+                                  int32_t num_seqs, int32_t* out, int32_t capacity_items, int32_t capacity_merges,
+                                  int64_t* scratch) {
+  int64_t cost = 0;
+  int64_t num_tiles = 0;
+  const PlanStatus status = price_slices(spec, cu_seqlens_q, seq_lens, num_seqs, &cost, &num_tiles);
+  if (status != kPlanOk) return status;
+  const int64_t target = target_fs(spec, cost);
+  const int64_t heads = spec.num_kv_heads;
+  const int64_t capacity_pieces = capacity_items / heads;
+  if (num_tiles > capacity_pieces) return kPlanNoRoom;
+
+  WorkItem* const pieces = reinterpret_cast<WorkItem*>(scratch);  // as of kv head 0
+  PlanKey* const keys = reinterpret_cast<PlanKey*>(pieces + capacity_pieces);
+  WorkItem* const items = reinterpret_cast<WorkItem*>(out + kPlanHeaderWords);
+  Merge* const merges = reinterpret_cast<Merge*>(items + capacity_items);
+  int64_t num_pieces = 0;
+  int32_t num_merges = 0;
+  int32_t num_partial_rows = 0;
+  for (int32_t s = 0; s < num_seqs; ++s) {
+    const int32_t q_len = cu_seqlens_q[s + 1] - cu_seqlens_q[s];
+    const int32_t tiles = num_row_tiles(spec, q_len);
+    const KeyShare share = key_share(spec, q_len, seq_lens[s], tiles);
+    for (int32_t t = 0; t < tiles; ++t) {
+      const RowTile tile = row_tile(spec, q_len, seq_lens[s], t);
+      const int32_t granule = spec.split_tokens;
+      const int64_t first_granule = tile.kv_begin / granule;
+      const int64_t end_granule = tile.kv_end > 0 ? (tile.kv_end - 1) / granule + 1 : 0;
+      const int64_t num_granules = end_granule - first_granule;
+      const int64_t most_splits = clamp(num_granules, 1, spec.max_splits);
+      const int64_t wanted = ceil_div(tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share), target);
+      const int32_t splits = static_cast<int32_t>(clamp(wanted, 1, most_splits));
+      const bool is_split = splits > 1;
+      if (num_pieces + splits > capacity_pieces) return kPlanNoRoom;
+      if (is_split && num_merges + heads > capacity_merges) return kPlanNoRoom;
+      for (int32_t i = 0; i < splits; ++i) {
+        // Granule edges are token positions of the sequence: where a piece ends does not depend on the chunking.
+        const int64_t edge_begin = (first_granule + num_granules * i / splits) * granule;
+        const int64_t edge_end = (first_granule + num_granules * (i + 1) / splits) * granule;
+        WorkItem piece;
+        piece.seq_idx = s;
+        piece.kv_head = 0;
+        piece.row_begin = tile.row_begin;
+        piece.rows_and_kind = tile.num_rows | tile.kind << 16;
+        piece.kv_begin = static_cast<int32_t>(clamp(edge_begin, tile.kv_begin, tile.kv_end));
+        piece.kv_end = static_cast<int32_t>(clamp(edge_end, tile.kv_begin, tile.kv_end));
+        piece.merge_idx = is_split ? num_merges : -1;
+        piece.partial_row = is_split ? num_partial_rows + i * tile.num_rows : 0;
+        pieces[num_pieces] = piece;
+        keys[num_pieces] = {tile_fs(spec, tile, piece.kv_end - piece.kv_begin, share), num_pieces};
+        ++num_pieces;
+      }
+      for (int32_t h = 0; is_split && h < heads; ++h) {
+        merges[num_merges++] = {s, h, tile.row_begin, tile.num_rows, num_partial_rows, splits, 0, 0};
+        num_partial_rows += splits * tile.num_rows;
+      }
+    }
+  }
+
+  const PlanKey* const sorted = merge_sort(keys, keys + capacity_pieces, num_pieces);
+  WorkItem* next = items;
+  for (int64_t p = 0; p < num_pieces; ++p) {
+    const WorkItem& piece = pieces[sorted[p].piece_idx];
+    const bool is_split = piece.merge_idx >= 0;
+    const int32_t rows_per_head = is_split ? merges[piece.merge_idx].num_splits * merges[piece.merge_idx].num_rows : 0;
+    for (int32_t h = 0; h < heads; ++h) {
+      *next = piece;
+      next->kv_head = h;
+      next->merge_idx += is_split ? h : 0;
+      next->partial_row += h * rows_per_head;
+      ++next;
+    }
+  }
+  *reinterpret_cast<PlanHeader*>(out) = {
+      kPlanMagic,
+      static_cast<int32_t>(next - items),
+      num_merges,
+      num_partial_rows,
+      num_seqs,
+      num_seqs > 0 ? cu_seqlens_q[num_seqs] - cu_seqlens_q[0] : 0,
+      capacity_items,
+      capacity_merges,
+      spec.num_q_heads,
+      spec.num_kv_heads,
+      spec.head_dim,
+      spec.causal,
+      spec.window_left,
+      spec.num_workers,
+      0,
+      0,
+  };
+  return kPlanOk;
+}
+
+}  // namespace mixattn

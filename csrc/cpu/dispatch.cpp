@@ -1,0 +1,111 @@
+// dispatch.cpp: cpuid, and the choice of an ISA.
+// Source  Intel SDM volume 2A, CPUID; volume 1, 14.3 (AVX), 15.2 (AVX-512): the instruction set and the operating
+//         system's saving of its registers (XCR0) are both needed.
+
+#include "cpu/dispatch.h"
+
+#include <unistd.h>
+
+#include <fstream>
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace mixattn {
+namespace cpu {
+namespace {
+
+struct X86Features {
+  bool avx2 = false;    // AVX2, FMA, F16C, and the system saves YMM
+  bool avx512 = false;  // besides F, BW, VL, DQ, and the system saves ZMM and the masks
+};
+
+X86Features x86_features() {
+  X86Features features;
+#if defined(__x86_64__)
+  const auto bit = [](unsigned value, int index) { return ((value >> index) & 1) != 0; };
+  unsigned eax, ebx, ecx, edx;
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return features;
+  const bool has_fma = bit(ecx, 12), has_xsave = bit(ecx, 27), has_avx = bit(ecx, 28), has_f16c = bit(ecx, 29);
+  if (!has_xsave || !has_avx) return features;
+  unsigned xcr0, xcr0_high;
+  __asm__("xgetbv" : "=a"(xcr0), "=d"(xcr0_high) : "c"(0));
+  const bool saves_ymm = (xcr0 & 0x06) == 0x06, saves_zmm = (xcr0 & 0xe6) == 0xe6;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return features;
+  features.avx2 = bit(ebx, 5) && has_fma && has_f16c && saves_ymm;
+  const bool has_f_dq_bw_vl = bit(ebx, 16) && bit(ebx, 17) && bit(ebx, 30) && bit(ebx, 31);
+  features.avx512 = features.avx2 && has_f_dq_bw_vl && saves_zmm;
+#endif
+  return features;
+}
+
+int64_t cache_bytes(int name) {
+  const long bytes = sysconf(name);
+  return bytes > 0 ? bytes : 0;
+}
+
+}  // namespace
+
+const std::vector<const IsaKernels*>& compiled_kernels() {
+  static const std::vector<const IsaKernels*> kernels = {
+#if defined(__x86_64__)
+      &kAvx512Kernels,
+      &kAvx2Kernels,
+#endif
+      &kScalarKernels,
+  };
+  return kernels;
+}
+
+bool is_available(const IsaKernels& kernels) {
+  if (kernels.is_emulated || &kernels == &kScalarKernels) return true;
+#if defined(__x86_64__)
+  static const X86Features features = x86_features();
+  if (&kernels == &kAvx512Kernels) return features.avx512;
+  if (&kernels == &kAvx2Kernels) return features.avx2;
+#endif
+  return false;
+}
+
+const IsaKernels& best_kernels() {
+  for (const IsaKernels* kernels : compiled_kernels()) {
+    if (is_available(*kernels) && !kernels->is_emulated) return *kernels;
+  }
+  return kScalarKernels;
+}
+
+const IsaKernels& kernels_named(const std::string& isa) {
+  std::string names;
+  for (const IsaKernels* kernels : compiled_kernels()) {
+    if (!is_available(*kernels)) continue;
+    if (isa == kernels->name) return *kernels;
+    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  throw std::invalid_argument("isa must be one that this CPU runs (" + names + "), got '" + isa + "'");
+}
+
+CpuDescription describe_cpu() {
+  CpuDescription cpu;
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    if (line.compare(0, 10, "model name") == 0) {
+      const size_t colon = line.find(": ");
+      if (colon != std::string::npos) cpu.model = line.substr(colon + 2);
+      break;
+    }
+  }
+  if (cpu.model.empty()) cpu.model = "unknown CPU";
+  cpu.num_cpus = sysconf(_SC_NPROCESSORS_ONLN);
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  cpu.l1d_bytes = cache_bytes(_SC_LEVEL1_DCACHE_SIZE);
+  cpu.l2_bytes = cache_bytes(_SC_LEVEL2_CACHE_SIZE);
+#else
+  cpu.l1d_bytes = cpu.l2_bytes = 0;
+#endif
+  return cpu;
+}
+
+}  // namespace cpu
+}  // namespace mixattn

@@ -1,0 +1,32 @@
+// kernels-inl.h: one ISA's kernels and their table; the whole of a kernels_<isa>.cpp.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/kv_cache-inl.h"
+#include "cpu/merge-inl.h"
+#include "cpu/mixed_attention-inl.h"
+#include "cpu/roof-inl.h"
+#include "cpu/vec.h"
+
+namespace mixattn {
+namespace cpu {
+
+const IsaKernels MIXATTN_ISA_KERNELS = {
+    MIXATTN_ISA_NAME,
+#ifdef MIXATTN_SIMDE
+    true,
+#else
+    false,
+#endif
+    attend_scratch_bytes,
+    attend,
+    merge_splits,
+    append_kv_rows,
+    merge_states_rows,
+    fma_loop,
+    read_loop,
+    kFmaFlopsPerRound,
+};
+
+}  // namespace cpu
+}  // namespace mixattn

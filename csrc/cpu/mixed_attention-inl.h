@@ -1,0 +1,539 @@
+// mixed_attention-inl.h: one work item of paged attention, prefill rows or decode rows, for one ISA.
+// Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys row i may see; with soft_cap c the scores s
+//         become c tanh(s / c) first
+// Method  Online softmax over tiles of keys, in base 2, all arithmetic in float32.
+//         Few rows (a decode's query heads of one kv head): direct. One pass over K and V where they lie in their pages;
+//         every vector of them that is loaded serves several rows. Bound by memory; the next rows are prefetched.
+//         Many rows (a prefill chunk): packed. A tile of K is transposed and one of V copied, both as float32, into
+//         scratch that stays in L2; S = Q K^T and O += P V are register-tiled matrix products. Bound by FMA.
+// Grid    one item per call; cpu/mixed_attention.cpp draws items for its threads and has splits merged
+// Shapes  as AttentionParams; q, k_cache, v_cache, out float32, bfloat16 or float16
+// Memory  reads 2 keys head_dim elements once per item. Scratch in bytes, packed: 4 (rows (2 head_dim + key_tile) +
+//         2 key_tile head_dim), that is 320 KiB at 128 rows and head_dim 128
+// Limits  head_dim a multiple of 8, at most 256; any group_size, page_size and strides
+// Twins   triton_kernels/mixed_attention.py; truth ops/reference.py
+// Source  online softmax, arXiv:1805.02867; tiling, arXiv:2205.14135; register tiles, doi 10.1145/1356052.1356053
+#pragma once
+
+#include <math.h>
+
+#include "cpu/kernels.h"
+#include "cpu/vec.h"
+
+namespace mixattn {
+namespace cpu {
+namespace {
+
+constexpr int kTileVecs = 2;
+constexpr int kTileCols = kTileVecs * kLanes;  // of a register tile, whose rows are vec.h's kTileRows
+// Up to here packing a tile of K and V costs more than the matrix product gains (README.md).
+constexpr int kDirectRows = 16;
+constexpr int kDirectKeys = 64;   // keys of a direct tile: what is prefetched ahead, 64 KiB of K and V at most
+constexpr int kBlockKeys = 8;     // keys per pass over O, direct: as many rows 4 KiB apart as an 8-way L1 can hold
+constexpr int kPackedKeys = 128;  // keys of a packed tile, see key_tile
+constexpr int kLineFloats = 16;   // arrays in scratch start at cache lines
+
+// Keys of a packed tile: with 128 rows of head_dim 128 (256), Q, O, S, K and V come to 320 (416) KiB and stay in 512
+// KiB of L2, the least among server cores since 2017. O is loaded and stored once per tile: 3 % of the work at 128 keys.
+MIXATTN_INLINE int key_tile(int64_t head_dim) { return head_dim <= 128 ? kPackedKeys : kPackedKeys / 2; }
+
+MIXATTN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+MIXATTN_INLINE int64_t round_down(int64_t n, int64_t multiple) { return n / multiple * multiple; }
+MIXATTN_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) {
+  return value < low ? low : (value > high ? high : value);
+}
+
+// ---- an item's rows -------------------------------------------------------------------------------------------------
+
+// Row r of an item is packed row item.row_begin + r of its slice (work_item.h).
+struct Rows {
+  int64_t num_rows;
+  int64_t stride;  // of q and o: head_dim in whole vectors
+  float* q;        // (num_rows, stride), scaled; 0 beyond head_dim
+  float* o;        // (num_rows, stride), not yet divided by l
+  float* m;        // (num_rows) largest score so far, base 2
+  float* l;        // (num_rows) sum of 2^(score - m)
+  int32_t* lo;     // (num_rows) row r sees the keys [lo[r], hi[r]); neither ever falls as r rises
+  int32_t* hi;
+};
+
+MIXATTN_INLINE int64_t rows_floats(int64_t num_rows, int64_t head_dim) {
+  return round_up(num_rows, kLineFloats) * (2 * round_up(head_dim, kLanes) + 4);
+}
+
+MIXATTN_INLINE Rows carve_rows(int64_t num_rows, int64_t head_dim, float* scratch) {
+  const int64_t padded = round_up(num_rows, kLineFloats);
+  Rows rows;
+  rows.num_rows = num_rows;
+  rows.stride = round_up(head_dim, kLanes);
+  rows.q = scratch;
+  rows.o = rows.q + padded * rows.stride;
+  rows.m = rows.o + padded * rows.stride;
+  rows.l = rows.m + padded;
+  rows.lo = reinterpret_cast<int32_t*>(rows.l + padded);
+  rows.hi = rows.lo + padded;
+  return rows;
+}
+
+// Which query token (row of q) and query head a row of an item is.
+struct TokenHead {
+  int64_t token;
+  int64_t head;
+};
+
+MIXATTN_INLINE TokenHead token_head(const AttentionParams& p, int64_t seq_idx, int64_t kv_head, int64_t packed_row) {
+  const int64_t group_size = p.num_q_heads / p.num_kv_heads;
+  return {p.cu_seqlens_q[seq_idx] + packed_row / group_size, kv_head * group_size + packed_row % group_size};
+}
+
+// Fills the rows' q and visible keys and clears the rest.
+template <typename T>
+void start_rows(const AttentionParams& p, const WorkItem& item, Rows* rows) {
+  // Base 2: 2^(s log2(e)) = e^s. With soft_cap the factor behind tanh comes later (cap_scores).
+  const Vec scale = broadcast(p.soft_cap > 0 ? p.softmax_scale / p.soft_cap : p.softmax_scale * kLog2E);
+  const int64_t group_size = p.num_q_heads / p.num_kv_heads;
+  const int64_t q_len = int64_t{p.cu_seqlens_q[item.seq_idx + 1]} - p.cu_seqlens_q[item.seq_idx];
+  const int64_t first_position = p.seq_lens[item.seq_idx] - q_len;
+  for (int64_t r = 0; r < rows->num_rows; ++r) {
+    const int64_t packed_row = item.row_begin + r;
+    const TokenHead at = token_head(p, item.seq_idx, item.kv_head, packed_row);
+    const T* source = static_cast<const T*>(p.q) + at.token * p.q_token_stride + at.head * p.q_head_stride;
+    float* q = rows->q + r * rows->stride;
+    int64_t d = 0;
+    for (; d + kLanes <= p.head_dim; d += kLanes) store(q + d, mul(load(source + d), scale));
+    if (kLanes > 8 && d < p.head_dim) store(q + d, mul(load_half(source + d), scale));
+    float* o = rows->o + r * rows->stride;
+    for (d = 0; d < rows->stride; d += kLanes) store(o + d, zero());
+    rows->m[r] = -INFINITY;
+    rows->l[r] = 0.0f;
+    const int64_t position = first_position + packed_row / group_size;
+    const int64_t hi = p.causal ? clamp(position + 1, item.kv_begin, item.kv_end) : item.kv_end;
+    const int64_t lo = p.window_left < 0 ? item.kv_begin : clamp(position - p.window_left, item.kv_begin, hi);
+    rows->lo[r] = static_cast<int32_t>(lo);
+    rows->hi[r] = static_cast<int32_t>(hi);
+  }
+}
+
+// target[d] = source[d] * factor, with d < head_dim.
+template <typename T>
+MIXATTN_INLINE void store_scaled(T* target, const float* source, float factor, int64_t head_dim) {
+  int64_t d = 0;
+  for (; d + kLanes <= head_dim; d += kLanes) store(target + d, mul(load(source + d), broadcast(factor)));
+  if (kLanes > 8 && d < head_dim) store_half(target + d, mul(load(source + d), broadcast(factor)));
+}
+
+// Divides by l and writes: to out and lse, or to the partial buffers if other items have the rows' other keys.
+template <typename T>
+void finish_rows(const AttentionParams& p, const WorkItem& item, const Rows& rows) {
+  for (int64_t r = 0; r < rows.num_rows; ++r) {
+    // l is 0 for a row without keys (out 0, lse -inf), and NaN where q, k or v is: that must come out.
+    const float l = rows.l[r];
+    const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
+    const float lse = l == 0.0f ? -INFINITY : (rows.m[r] + __builtin_log2f(l)) * kLn2;
+    const float* o = rows.o + r * rows.stride;
+    if (item.merge_idx >= 0) {
+      store_scaled(p.partial_out + (item.partial_row + r) * p.head_dim, o, inverse, p.head_dim);
+      p.partial_lse[item.partial_row + r] = lse;
+      continue;
+    }
+    const TokenHead at = token_head(p, item.seq_idx, item.kv_head, item.row_begin + r);
+    T* out = static_cast<T*>(p.out) + at.token * p.out_token_stride + at.head * p.out_head_stride;
+    store_scaled(out, o, inverse, p.head_dim);
+    if (p.lse != nullptr) p.lse[at.token * p.lse_token_stride + at.head] = lse;
+  }
+}
+
+// ---- an item's keys -------------------------------------------------------------------------------------------------
+
+// Where the K and V rows of the keys [first, first + num_keys) lie. Up to the next multiple of `multiple` the last row is
+// repeated: it is there and may be read; its scores are masked.
+template <typename T>
+void locate_keys(const AttentionParams& p, const WorkItem& item, int64_t first, int64_t num_keys, int64_t multiple,
+                 const T** k, const T** v) {
+  const int32_t* pages = p.block_table + item.seq_idx * p.block_table_stride + first / p.page_size;
+  int64_t slot = first % p.page_size;
+  for (int64_t i = 0; i < num_keys; ++pages, slot = 0) {
+    const T* k_row = static_cast<const T*>(p.k_cache) + *pages * p.k_page_stride + slot * p.k_token_stride +
+                     item.kv_head * p.k_head_stride;
+    const T* v_row = static_cast<const T*>(p.v_cache) + *pages * p.v_page_stride + slot * p.v_token_stride +
+                     item.kv_head * p.v_head_stride;
+    const int64_t end = clamp(i + p.page_size - slot, 0, num_keys);
+    for (; i < end; ++i, k_row += p.k_token_stride, v_row += p.v_token_stride) {
+      k[i] = k_row;
+      v[i] = v_row;
+    }
+  }
+  for (int64_t i = num_keys; i < round_up(num_keys, multiple); ++i) {
+    k[i] = k[num_keys - 1];
+    v[i] = v[num_keys - 1];
+  }
+}
+
+template <typename T>
+MIXATTN_INLINE void prefetch_row(const T* row, int64_t head_dim) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  for (int64_t b = 0; b < head_dim * static_cast<int64_t>(sizeof(T)); b += 64) prefetch_l2(bytes + b);
+}
+
+// ---- softmax --------------------------------------------------------------------------------------------------------
+
+// scores[k] = -inf for k in [0, lo) and [hi, num_keys).
+MIXATTN_INLINE void mask_scores(float* scores, int64_t num_keys, int64_t lo, int64_t hi) {
+  for (int64_t k = 0; k < (lo < num_keys ? lo : num_keys); ++k) scores[k] = -INFINITY;
+  for (int64_t k = hi > 0 ? hi : 0; k < num_keys; ++k) scores[k] = -INFINITY;
+}
+
+MIXATTN_INLINE void cap_scores(float* scores, int64_t num_keys, float soft_cap) {
+  const Vec factor = broadcast(soft_cap * kLog2E);
+  for (int64_t k = 0; k < num_keys; k += kLanes) store(scores + k, mul(tanh(load(scores + k)), factor));
+}
+
+// One step of online softmax: scores (num_keys, a multiple of kLanes) become 2^(score - m), m and l take them in, and
+// the row o (stride floats) is scaled to the new m.
+MIXATTN_INLINE void softmax_step(float* scores, int64_t num_keys, float* m, float* l, float* o, int64_t stride) {
+  Vec largest = load(scores);
+  for (int64_t k = kLanes; k < num_keys; k += kLanes) largest = max(largest, load(scores + k));
+  const float tile_max = max_lanes(largest);
+  const float old_max = *m;
+  if (tile_max > old_max) {
+    *m = tile_max;
+    const Vec factor = exp2_nonpositive(broadcast(old_max - tile_max));  // from -inf: 0, and o and l are 0
+    *l *= first_lane(factor);
+    for (int64_t d = 0; d < stride; d += kLanes) store(o + d, mul(load(o + d), factor));
+  }
+  // While every key so far is masked m is -inf, and -inf - -inf would be NaN; -inf - 0 gives weight 0.
+  const Vec base = broadcast(*m == -INFINITY ? 0.0f : *m);
+  Vec sum = zero();
+  for (int64_t k = 0; k < num_keys; k += kLanes) {
+    const Vec weight = exp2_nonpositive(sub(load(scores + k), base));
+    store(scores + k, weight);
+    sum = add(sum, weight);
+  }
+  *l += sum_lanes(sum);
+}
+
+// ---- direct: few rows, K and V in their pages -----------------------------------------------------------------------
+
+// scores[r][j] = q[r] . k[j] for kRows rows and kBlockKeys keys; 8 accumulators whatever kRows.
+template <typename T, int kRows>
+MIXATTN_INLINE void score_block(const float* q, int64_t q_stride, const T* const* k, int64_t head_dim, float* scores) {
+  constexpr int kKeys = 8 / kRows;
+  for (int j = 0; j < kBlockKeys; j += kKeys) {
+    Vec acc[8];  // (kKeys, kRows)
+    for (int i = 0; i < 8; ++i) acc[i] = zero();
+    int64_t d = 0;
+    for (; d + kLanes <= head_dim; d += kLanes) {
+      Vec key[kKeys];
+      for (int i = 0; i < kKeys; ++i) key[i] = load(k[j + i] + d);
+      for (int r = 0; r < kRows; ++r) {
+        const Vec query = load(q + r * q_stride + d);
+        for (int i = 0; i < kKeys; ++i) acc[i * kRows + r] = fmadd(query, key[i], acc[i * kRows + r]);
+      }
+    }
+    if (kLanes > 8 && d < head_dim) {
+      for (int i = 0; i < kKeys; ++i) {
+        const Vec key = load_half(k[j + i] + d);
+        for (int r = 0; r < kRows; ++r) acc[i * kRows + r] = fmadd(load(q + r * q_stride + d), key, acc[i * kRows + r]);
+      }
+    }
+    float sums[8];
+    sum_each(acc, sums);
+    for (int i = 0; i < kKeys; ++i) {
+      for (int r = 0; r < kRows; ++r) scores[r * kDirectKeys + j + i] = sums[i * kRows + r];
+    }
+  }
+}
+
+// o[r][0, kVecs kLanes) += sum_j weights[r][j] v[j][offset...] over kBlockKeys keys. kIsHalf: the last 8 of head_dim.
+template <typename T, int kRows, int kVecs, bool kIsHalf>
+MIXATTN_INLINE void value_columns(const float* weights, const T* const* v, int64_t offset, float* o, int64_t o_stride) {
+  Vec acc[kRows][kVecs];
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kVecs; ++c) acc[r][c] = load(o + r * o_stride + offset + c * kLanes);
+  }
+  for (int j = 0; j < kBlockKeys; ++j) {
+    Vec value[kVecs];
+    for (int c = 0; c < kVecs; ++c) {
+      const T* source = v[j] + offset + c * kLanes;
+      if constexpr (kIsHalf) {
+        value[c] = load_half(source);
+      } else {
+        value[c] = load(source);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const Vec weight = broadcast(weights[r * kDirectKeys + j]);
+      for (int c = 0; c < kVecs; ++c) acc[r][c] = fmadd(weight, value[c], acc[r][c]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kVecs; ++c) store(o + r * o_stride + offset + c * kLanes, acc[r][c]);
+  }
+}
+
+template <typename T, int kRows>
+MIXATTN_INLINE void value_block(const float* weights, const T* const* v, int64_t head_dim, float* o, int64_t o_stride) {
+  constexpr int kVecs = 8 / kRows;  // 8 accumulators whatever kRows
+  int64_t d = 0;
+  for (; d + kVecs * kLanes <= head_dim; d += kVecs * kLanes) {
+    value_columns<T, kRows, kVecs, false>(weights, v, d, o, o_stride);
+  }
+  for (; d + kLanes <= head_dim; d += kLanes) value_columns<T, kRows, 1, false>(weights, v, d, o, o_stride);
+  if constexpr (kLanes > 8) {
+    if (d < head_dim) value_columns<T, kRows, 1, true>(weights, v, d, o, o_stride);
+  }
+}
+
+// kRows rows share each load of K and V; further rows find them in L1.
+template <typename T, int kRows>
+void attend_direct(const AttentionParams& p, const WorkItem& item, float* scratch) {
+  Rows rows = carve_rows(num_rows(item), p.head_dim, scratch);
+  float* const scores = scratch + rows_floats(rows.num_rows, p.head_dim);  // (padded rows, kDirectKeys)
+  start_rows<T>(p, item, &rows);
+  const int64_t padded_rows = round_up(rows.num_rows, kRows);
+  for (int64_t i = rows.num_rows * rows.stride; i < padded_rows * rows.stride; ++i) rows.q[i] = rows.o[i] = 0.0f;
+
+  const T* k_rows[2][kDirectKeys];
+  const T* v_rows[2][kDirectKeys];
+  const auto tile_keys = [&](int64_t first) { return clamp(item.kv_end - first, 0, kDirectKeys); };
+  int now = 0;
+  if (item.kv_begin < item.kv_end) {
+    locate_keys(p, item, item.kv_begin, tile_keys(item.kv_begin), kBlockKeys, k_rows[now], v_rows[now]);
+  }
+  for (int64_t first = item.kv_begin; first < item.kv_end; first += kDirectKeys, now ^= 1) {
+    const int64_t num_keys = tile_keys(first);
+    const int64_t padded_keys = round_up(num_keys, kBlockKeys);
+    const int64_t num_next = tile_keys(first + kDirectKeys);
+    if (num_next > 0) {
+      locate_keys(p, item, first + kDirectKeys, num_next, kBlockKeys, k_rows[now ^ 1], v_rows[now ^ 1]);
+    }
+
+    for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
+      for (int i = 0; i < kBlockKeys; ++i) prefetch_row(v_rows[now][j + i], p.head_dim);
+      for (int64_t r = 0; r < padded_rows; r += kRows) {
+        score_block<T, kRows>(rows.q + r * rows.stride, rows.stride, k_rows[now] + j, p.head_dim,
+                              scores + r * kDirectKeys + j);
+      }
+    }
+    for (int64_t r = 0; r < rows.num_rows; ++r) {
+      float* row = scores + r * kDirectKeys;
+      if (p.soft_cap > 0) cap_scores(row, padded_keys, p.soft_cap);
+      const int64_t lo = rows.lo[r] - first, hi = clamp(rows.hi[r] - first, 0, num_keys);
+      if (lo > 0 || hi < padded_keys) mask_scores(row, padded_keys, lo, hi);
+      softmax_step(row, padded_keys, rows.m + r, rows.l + r, rows.o + r * rows.stride, rows.stride);
+    }
+    for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
+      for (int64_t i = j; i < clamp(j + kBlockKeys, 0, num_next); ++i) prefetch_row(k_rows[now ^ 1][i], p.head_dim);
+      for (int64_t r = 0; r < padded_rows; r += kRows) {
+        value_block<T, kRows>(scores + r * kDirectKeys + j, v_rows[now] + j, p.head_dim, rows.o + r * rows.stride,
+                              rows.stride);
+      }
+    }
+  }
+  finish_rows<T>(p, item, rows);
+}
+
+// ---- packed: many rows, K and V as float32 in L2 --------------------------------------------------------------------
+
+// k_packed[panel][d][j] = K of key panel * kTileCols + j: a panel is (head_dim, kTileCols), what a register tile reads
+// from top to bottom.
+template <typename T>
+void pack_keys(const T* const* k, int64_t num_panels, int64_t head_dim, float* k_packed) {
+  for (int64_t panel = 0; panel < num_panels; ++panel) {
+    for (int j = 0; j < kTileCols; j += 8) {
+      for (int64_t d = 0; d < head_dim; d += 8) {
+        transpose8(k + panel * kTileCols + j, d, k_packed + (panel * head_dim + d) * kTileCols + j, kTileCols);
+      }
+    }
+  }
+}
+
+// v_packed[panel][key][j] = V of dimension panel * kTileCols + j; panels are (key_tile, kTileCols), the last one only
+// kLanes wide if head_dim ends there.
+template <typename T>
+void pack_values(const T* const* v, int64_t num_keys, int64_t head_dim, int64_t key_tile, float* v_packed) {
+  for (int64_t key = 0; key < num_keys; ++key) {
+    int64_t d = 0;
+    for (; d + kTileCols <= head_dim; d += kTileCols) {
+      float* target = v_packed + d * key_tile + key * kTileCols;
+      for (int c = 0; c < kTileCols; c += kLanes) store(target + c, load(v[key] + d + c));
+    }
+    const int64_t width = round_up(head_dim - d, kLanes);
+    float* target = v_packed + d * key_tile + key * width;
+    for (; d + kLanes <= head_dim; d += kLanes, target += kLanes) store(target, load(v[key] + d));
+    if (kLanes > 8 && d < head_dim) store(target, load_half(v[key] + d));
+  }
+}
+
+// c (kRows, kVecs kLanes) = or += a (kRows, depth) b (depth, kVecs kLanes), all of c in registers.
+template <int kRows, int kVecs, bool kIsAdded>
+void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
+  Vec acc[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) acc[r][j] = kIsAdded ? load(c + r * c_stride + j * kLanes) : zero();
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec column[kVecs];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) column[j] = load(b + (k * kVecs + j) * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec x = broadcast(a[r * a_stride + k]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kVecs; ++j) acc[r][j] = fmadd(x, column[j], acc[r][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) store(c + r * c_stride + j * kLanes, acc[r][j]);
+  }
+}
+
+typedef void (*TileFunction)(const float*, int64_t, const float*, int64_t, float*, int64_t);
+
+template <int kVecs, bool kIsAdded>
+TileFunction tile_function(int num_rows) {
+  static_assert(kTileRows <= 8, "one entry per number of rows");
+  switch (num_rows) {
+    case 1:
+      return multiply_tile<1, kVecs, kIsAdded>;
+    case 2:
+      return multiply_tile<2, kVecs, kIsAdded>;
+    case 3:
+      return multiply_tile<3, kVecs, kIsAdded>;
+    case 4:
+      return multiply_tile<4, kVecs, kIsAdded>;
+    case 5:
+      return multiply_tile<5, kVecs, kIsAdded>;
+    case 6:
+      return multiply_tile<6, kVecs, kIsAdded>;
+    case 7:
+      return multiply_tile<kTileRows < 7 ? 1 : 7, kVecs, kIsAdded>;
+    default:
+      return multiply_tile<kTileRows < 8 ? 1 : 8, kVecs, kIsAdded>;
+  }
+}
+
+// Rows of the next register tile: kTileRows, but the last two share what is left, so that neither is nearly empty.
+MIXATTN_INLINE int tile_rows(int64_t rows_left) {
+  if (rows_left <= kTileRows) return static_cast<int>(rows_left);
+  return rows_left < 2 * kTileRows ? static_cast<int>((rows_left + 1) / 2) : kTileRows;
+}
+
+// The keys of a tile that rows [r, r + n) see, all together, from whole register tile to whole register tile.
+struct KeySpan {
+  int64_t begin;
+  int64_t end;
+};
+
+MIXATTN_INLINE KeySpan key_span(const Rows& rows, int64_t r, int n, int64_t first, int64_t num_keys) {
+  const int64_t begin = clamp(rows.lo[r] - first, 0, num_keys);
+  const int64_t end = clamp(rows.hi[r + n - 1] - first, begin, num_keys);
+  if (begin == end) return {0, 0};
+  return {round_down(begin, kTileCols), round_up(end, kTileCols)};
+}
+
+template <typename T>
+void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratch) {
+  Rows rows = carve_rows(num_rows(item), p.head_dim, scratch);
+  const int tile = key_tile(p.head_dim);
+  float* const scores = scratch + rows_floats(rows.num_rows, p.head_dim);             // (rows, tile)
+  float* const k_packed = scores + round_up(rows.num_rows, kLineFloats) * tile;       // (tile / cols, head_dim, cols)
+  float* const v_packed = k_packed + rows.stride * tile;                              // (stride / cols, tile, cols)
+  start_rows<T>(p, item, &rows);
+
+  const T* k_rows[kPackedKeys];
+  const T* v_rows[kPackedKeys];
+  for (int64_t first = item.kv_begin; first < item.kv_end; first += tile) {
+    const int64_t num_keys = clamp(item.kv_end - first, 0, tile);
+    const int64_t padded_keys = round_up(num_keys, kTileCols);
+    locate_keys(p, item, first, num_keys, kTileCols, k_rows, v_rows);
+    pack_keys(k_rows, padded_keys / kTileCols, p.head_dim, k_packed);
+    pack_values(v_rows, padded_keys, p.head_dim, tile, v_packed);
+
+    // S = Q K^T. A panel of K (8 KiB at head_dim 128, AVX2) stays in L1 while all rows pass by.
+    for (int64_t j = 0; j < padded_keys; j += kTileCols) {
+      for (int64_t r = 0; r < rows.num_rows;) {
+        const int n = tile_rows(rows.num_rows - r);
+        const KeySpan span = key_span(rows, r, n, first, num_keys);
+        if (span.begin <= j && j < span.end) {
+          tile_function<kTileVecs, false>(n)(rows.q + r * rows.stride, rows.stride, k_packed + j * p.head_dim, p.head_dim,
+                                             scores + r * tile + j, tile);
+        }
+        r += n;
+      }
+    }
+    for (int64_t r = 0; r < rows.num_rows;) {
+      const int n = tile_rows(rows.num_rows - r);
+      const KeySpan span = key_span(rows, r, n, first, num_keys);
+      for (const int64_t end = r + n; r < end; ++r) {
+        if (span.begin == span.end) continue;
+        float* row = scores + r * tile + span.begin;
+        const int64_t width = span.end - span.begin;
+        if (p.soft_cap > 0) cap_scores(row, width, p.soft_cap);
+        const int64_t lo = rows.lo[r] - first - span.begin, hi = rows.hi[r] - first - span.begin;
+        if (lo > 0 || hi < width) mask_scores(row, width, lo, hi);
+        softmax_step(row, width, rows.m + r, rows.l + r, rows.o + r * rows.stride, rows.stride);
+      }
+    }
+    // O += P V. A panel of V (8 KiB at 128 keys, AVX2) stays in L1 while all rows pass by.
+    for (int64_t d = 0; d < rows.stride; d += kTileCols) {
+      const bool is_whole = d + kTileCols <= rows.stride;
+      const int64_t width = is_whole ? kTileCols : kLanes;
+      for (int64_t r = 0; r < rows.num_rows;) {
+        const int n = tile_rows(rows.num_rows - r);
+        const KeySpan span = key_span(rows, r, n, first, num_keys);
+        if (span.begin < span.end) {
+          const TileFunction multiply = is_whole ? tile_function<kTileVecs, true>(n) : tile_function<1, true>(n);
+          multiply(scores + r * tile + span.begin, tile, v_packed + d * tile + span.begin * width, span.end - span.begin,
+                   rows.o + r * rows.stride + d, rows.stride);
+        }
+        r += n;
+      }
+    }
+  }
+  finish_rows<T>(p, item, rows);
+}
+
+// ---- entry points ---------------------------------------------------------------------------------------------------
+
+int64_t attend_scratch_bytes(int64_t max_rows, int64_t head_dim) {
+  const int64_t rows = round_up(max_rows, kLineFloats);
+  const int64_t direct = rows_floats(kDirectRows, head_dim) + kDirectRows * kDirectKeys;
+  const int64_t packed =
+      rows_floats(rows, head_dim) + rows * key_tile(head_dim) + 2 * round_up(head_dim, kLanes) * key_tile(head_dim);
+  return static_cast<int64_t>(sizeof(float)) * (max_rows <= kDirectRows ? direct : packed);
+}
+
+template <typename T>
+void attend_typed(const AttentionParams& p, const WorkItem& item, float* scratch) {
+  const int32_t rows = num_rows(item);
+  if (rows > kDirectRows) {
+    attend_packed<T>(p, item, scratch);
+  } else if (rows == 1) {
+    attend_direct<T, 1>(p, item, scratch);
+  } else if (rows == 2) {
+    attend_direct<T, 2>(p, item, scratch);
+  } else {
+    attend_direct<T, 4>(p, item, scratch);
+  }
+}
+
+void attend(const AttentionParams& p, const WorkItem& item, void* scratch) {
+  float* floats = static_cast<float*>(scratch);
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return attend_typed<float>(p, item, floats);
+    case DType::kBFloat16:
+      return attend_typed<BFloat16>(p, item, floats);
+    case DType::kFloat16:
+      return attend_typed<Float16>(p, item, floats);
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace mixattn

@@ -1,0 +1,266 @@
+// mixed_attention.cpp: paged attention over prefill chunks and decode rows in one parallel region, by a plan.
+// Method  Everything that the plan and the index arrays hold is checked. Then threads draw work items from a counter, in
+//         the plan's order (dearest first); whoever finishes the last split of a group merges the group, in split order,
+//         so that the result does not depend on who was when.
+// Shapes  as AttentionParams
+// Twins   triton_kernels/mixed_attention.py
+// Source  longest processing time first, Graham 1969 (doi 10.1137/0117039); split-KV, arXiv:2311.01282
+
+#include <algorithm>
+#include <atomic>
+#include <climits>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "common/checks.h"
+#include "cpu/ops.h"
+#include "cpu/parallel.h"
+
+namespace mixattn {
+namespace cpu {
+namespace {
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+struct PlanView {
+  const PlanHeader* header;
+  const WorkItem* items;
+  const Merge* merges;
+};
+
+[[noreturn]] void refuse_plan(const std::string& reason) {
+  throw std::invalid_argument("plan was not made for this batch: " + reason);
+}
+
+void check_plan_field(const char* name, int64_t planned, int64_t given) {
+  if (planned != given) {
+    refuse_plan("it has " + std::string(name) + " " + std::to_string(planned) + ", the call has " +
+                std::to_string(given));
+  }
+}
+
+void check_sizes(const AttentionParams& p) {
+  check_range("total_q", p.total_q, 0, INT32_MAX);
+  check_range("num_seqs", p.num_seqs, 0, INT32_MAX - 1);
+  check_range("num_kv_heads", p.num_kv_heads, 1, INT32_MAX);
+  check_range("num_q_heads", p.num_q_heads, 1, INT32_MAX);
+  if (p.num_q_heads % p.num_kv_heads != 0) {
+    throw std::invalid_argument("num_q_heads must be a multiple of num_kv_heads (" + std::to_string(p.num_kv_heads) +
+                                "), got " + std::to_string(p.num_q_heads));
+  }
+  check_range("head_dim", p.head_dim, kHeadDimMultiple, kMaxHeadDim);
+  if (p.head_dim % kHeadDimMultiple != 0) {
+    throw std::invalid_argument("head_dim must be a multiple of 8, got " + std::to_string(p.head_dim));
+  }
+  check_range("num_pages", p.num_pages, 0, INT32_MAX);
+  check_range("page_size", p.page_size, 1, INT32_MAX);
+  check_range("max_pages", p.max_pages, 0, INT32_MAX);
+  check_range("window_left", p.window_left, -1, INT32_MAX);
+  if (!(p.softmax_scale > 0.0f && std::isfinite(p.softmax_scale))) {  // NaN fails both
+    throw std::invalid_argument("softmax_scale must be finite and > 0, got " + std::to_string(p.softmax_scale));
+  }
+  if (!(p.soft_cap >= 0.0f && std::isfinite(p.soft_cap))) {
+    throw std::invalid_argument("soft_cap must be finite and >= 0, got " + std::to_string(p.soft_cap));
+  }
+}
+
+void check_lengths(const AttentionParams& p) {
+  const int64_t most_rows = INT32_MAX / (p.num_q_heads / p.num_kv_heads);
+  const int64_t most_keys = std::min<int64_t>(p.max_pages * p.page_size, INT32_MAX);
+  check_range("cu_seqlens_q[0]", p.cu_seqlens_q[0], 0, 0);
+  for (int64_t s = 0; s < p.num_seqs; ++s) {
+    const int64_t start = p.cu_seqlens_q[s];
+    check_range(element("cu_seqlens_q", s + 1), p.cu_seqlens_q[s + 1], start, std::min(p.total_q, start + most_rows));
+    check_range(element("seq_lens", s), p.seq_lens[s], 0, most_keys);  // what the block table can hold
+  }
+  check_range(element("cu_seqlens_q", p.num_seqs), p.cu_seqlens_q[p.num_seqs], p.total_q, p.total_q);
+}
+
+PlanView check_header(const AttentionParams& p) {
+  if (p.plan_words < kPlanHeaderWords) {
+    throw std::invalid_argument("plan must have at least " + std::to_string(kPlanHeaderWords) + " words, got " +
+                                std::to_string(p.plan_words));
+  }
+  const auto* const header = reinterpret_cast<const PlanHeader*>(p.plan);
+  if (header->magic != kPlanMagic) throw std::invalid_argument("plan does not start with this version's magic word");
+  check_plan_field("num_seqs", header->num_seqs, p.num_seqs);
+  check_plan_field("total_q", header->total_q, p.total_q);
+  check_plan_field("num_q_heads", header->num_q_heads, p.num_q_heads);
+  check_plan_field("num_kv_heads", header->num_kv_heads, p.num_kv_heads);
+  check_plan_field("head_dim", header->head_dim, p.head_dim);
+  check_plan_field("causal", header->causal, p.causal ? 1 : 0);
+  check_plan_field("window_left", header->window_left, p.window_left);
+  const int64_t words = kPlanHeaderWords + int64_t{header->capacity_items} * kWorkItemWords +
+                        int64_t{header->capacity_merges} * kMergeWords;
+  if (header->capacity_items < 0 || header->capacity_merges < 0 || words > p.plan_words) {
+    throw std::invalid_argument("plan must have " + std::to_string(words) + " words for its capacity, got " +
+                                std::to_string(p.plan_words));
+  }
+  check_range("plan's num_items", header->num_items, 0, header->capacity_items);
+  check_range("plan's num_merges", header->num_merges, 0, header->capacity_merges);
+  check_range("plan's num_partial_rows", header->num_partial_rows, 0, p.num_partial_rows);
+  check_range("num_tickets", p.num_tickets, header->num_merges + int64_t{1}, INT64_MAX);
+  const int32_t* const items = p.plan + kPlanHeaderWords;
+  return {header, reinterpret_cast<const WorkItem*>(items),
+          reinterpret_cast<const Merge*>(items + int64_t{header->capacity_items} * kWorkItemWords)};
+}
+
+// The keys that rows [row_begin, row_begin + num_rows) of a slice see, all together; the planner's rule (plan.h).
+Range visible_keys(const AttentionParams& p, int64_t seq_idx, int64_t row_begin, int64_t num_rows) {
+  const int64_t group_size = p.num_q_heads / p.num_kv_heads;
+  const int64_t kv_len = p.seq_lens[seq_idx];
+  const int64_t q_len = int64_t{p.cu_seqlens_q[seq_idx + 1]} - p.cu_seqlens_q[seq_idx];
+  const int64_t first_position = kv_len - q_len + row_begin / group_size;
+  const int64_t last_position = kv_len - q_len + (row_begin + num_rows - 1) / group_size;
+  const int64_t end = p.causal ? std::clamp<int64_t>(last_position + 1, 0, kv_len) : kv_len;
+  return {p.window_left < 0 ? 0 : std::clamp<int64_t>(first_position - p.window_left, 0, end), end};
+}
+
+void check_rows(const AttentionParams& p, int64_t seq_idx, int64_t kv_head, int64_t row_begin, int64_t num_rows) {
+  if (seq_idx < 0 || seq_idx >= p.num_seqs || kv_head < 0 || kv_head >= p.num_kv_heads) {
+    refuse_plan("it names sequence " + std::to_string(seq_idx) + ", kv head " + std::to_string(kv_head));
+  }
+  const int64_t q_len = int64_t{p.cu_seqlens_q[seq_idx + 1]} - p.cu_seqlens_q[seq_idx];
+  const int64_t slice_rows = q_len * (p.num_q_heads / p.num_kv_heads);
+  if (row_begin < 0 || num_rows < 1 || row_begin + num_rows > slice_rows) {
+    refuse_plan("it names rows [" + std::to_string(row_begin) + ", " + std::to_string(row_begin + num_rows) +
+                ") of sequence " + std::to_string(seq_idx) + ", which has " + std::to_string(slice_rows));
+  }
+}
+
+
+// Checks that the items and merges cover what this batch's rows see, and returns the keys that are read.
+int64_t check_work(const AttentionParams& p, const PlanView& plan, std::vector<Range>* keys_read) {
+  const int32_t num_merges = plan.header->num_merges, num_partial_rows = plan.header->num_partial_rows;
+  keys_read->assign(p.num_seqs, {INT64_MAX, 0});
+  int64_t max_rows = 0, covered_rows = 0, split_keys = 0, num_splits = 0;
+  for (int32_t m = 0; m < num_merges; ++m) {
+    const Merge& merge = plan.merges[m];
+    check_rows(p, merge.seq_idx, merge.kv_head, merge.row_begin, merge.num_rows);
+    if (merge.num_splits < 2 || merge.partial_row < 0 ||
+        merge.partial_row + int64_t{merge.num_splits} * merge.num_rows > num_partial_rows) {
+      refuse_plan("merge " + std::to_string(m) + " passes its partial rows");
+    }
+    const Range keys = visible_keys(p, merge.seq_idx, merge.row_begin, merge.num_rows);
+    covered_rows += merge.num_rows;
+    split_keys += keys.end - keys.begin;
+    num_splits += merge.num_splits;
+  }
+  for (int32_t i = 0; i < plan.header->num_items; ++i) {
+    const WorkItem& item = plan.items[i];
+    const int64_t rows = num_rows(item);
+    check_rows(p, item.seq_idx, item.kv_head, item.row_begin, rows);
+    max_rows = std::max(max_rows, rows);
+    const Range keys = visible_keys(p, item.seq_idx, item.row_begin, rows);
+    if (item.kv_begin > item.kv_end || item.kv_begin < keys.begin || item.kv_end > keys.end ||
+        (item.merge_idx < 0 && (item.kv_begin != keys.begin || item.kv_end != keys.end))) {
+      refuse_plan("it reads the keys [" + std::to_string(item.kv_begin) + ", " + std::to_string(item.kv_end) +
+                  ") of sequence " + std::to_string(item.seq_idx) + ", whose rows see [" + std::to_string(keys.begin) +
+                  ", " + std::to_string(keys.end) + ")");
+    }
+    if (item.merge_idx < 0) {
+      covered_rows += rows;
+    } else {
+      if (item.merge_idx >= num_merges || item.partial_row < 0 || item.partial_row + rows > num_partial_rows ||
+          plan.merges[item.merge_idx].num_rows != rows) {
+        refuse_plan("item " + std::to_string(i) + " passes its merge or its partial rows");
+      }
+      split_keys -= item.kv_end - item.kv_begin;
+      num_splits -= 1;
+    }
+    if (item.kv_begin < item.kv_end) {
+      Range& read = (*keys_read)[item.seq_idx];
+      read = {std::min<int64_t>(read.begin, item.kv_begin), std::max<int64_t>(read.end, item.kv_end)};
+    }
+  }
+  if (covered_rows != p.total_q * p.num_q_heads || split_keys != 0 || num_splits != 0) {
+    refuse_plan("its items do not cover every row and key once");
+  }
+  return max_rows;
+}
+
+void check_pages(const AttentionParams& p, const std::vector<Range>& keys_read) {
+  for (int64_t s = 0; s < p.num_seqs; ++s) {
+    const Range keys = keys_read[s];
+    if (keys.begin >= keys.end) continue;
+    const int32_t* const pages = p.block_table + s * p.block_table_stride;
+    for (int64_t i = keys.begin / p.page_size; i <= (keys.end - 1) / p.page_size; ++i) {
+      if (pages[i] < 0 || pages[i] >= p.num_pages) {
+        throw std::invalid_argument("block_table[" + std::to_string(s) + ", " + std::to_string(i) +
+                                    "] must be in [0, num_pages) = [0, " + std::to_string(p.num_pages) + "), got " +
+                                    std::to_string(pages[i]));
+      }
+    }
+  }
+}
+
+// Scratch that lives as long as its thread and only grows, so that a step allocates nothing. nullptr: out of memory.
+void* thread_scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  static thread_local std::unique_ptr<void, Free> scratch;
+  static thread_local int64_t capacity = 0;
+  if (capacity < bytes) {
+    constexpr int64_t kPageBytes = 4096;
+    const int64_t size = (bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
+    scratch.reset(std::aligned_alloc(kPageBytes, size));
+    capacity = scratch ? size : 0;
+  }
+  return scratch.get();
+}
+
+struct Region {
+  const IsaKernels& kernels;
+  const AttentionParams& p;
+  const PlanView& plan;
+  int64_t scratch_bytes;
+  std::atomic<int32_t> next_item{0};
+  std::atomic<int32_t> num_done{0};
+};
+
+void run_items(void* context) {
+  Region& region = *static_cast<Region*>(context);
+  void* const scratch = thread_scratch(region.scratch_bytes);
+  if (scratch == nullptr) return;  // the other threads do its share; without any, num_done tells
+  for (;;) {
+    const int32_t i = region.next_item.fetch_add(1, std::memory_order_relaxed);
+    if (i >= region.plan.header->num_items) return;
+    const WorkItem& item = region.plan.items[i];
+    region.kernels.attend(region.p, item, scratch);
+    region.num_done.fetch_add(1, std::memory_order_relaxed);
+    if (item.merge_idx < 0) continue;
+    const Merge& merge = region.plan.merges[item.merge_idx];
+    // Releases this item's partial rows to whoever comes last, and acquires everybody's if that is us.
+    int32_t* const ticket = region.p.tickets + item.merge_idx;
+    if (__atomic_add_fetch(ticket, 1, __ATOMIC_ACQ_REL) == merge.num_splits) {
+      region.kernels.merge_splits(region.p, merge);
+      __atomic_store_n(ticket, 0, __ATOMIC_RELAXED);  // for the next call, which the end of the region orders
+    }
+  }
+}
+
+}  // namespace
+
+void mixed_attention(const IsaKernels& kernels, const AttentionParams& p, int64_t num_threads) {
+  check_range("num_threads", num_threads, 1, INT_MAX);
+  check_sizes(p);
+  check_lengths(p);
+  const PlanView plan = check_header(p);
+  static thread_local std::vector<Range> keys_read;
+  const int64_t max_rows = check_work(p, plan, &keys_read);
+  check_pages(p, keys_read);
+  if (plan.header->num_items == 0) return;
+  Region region{kernels, p, plan, kernels.attend_scratch_bytes(max_rows, p.head_dim)};
+  parallel_region(std::min<int64_t>(num_threads, plan.header->num_items), run_items, &region);
+  if (region.num_done != plan.header->num_items) throw std::bad_alloc();
+}
+
+}  // namespace cpu
+}  // namespace mixattn

@@ -1,0 +1,45 @@
+// parallel.h: parallel regions on the OpenMP pool that the process already has (torch's), found at run time.
+// Method  GOMP_parallel, the entry point that GCC's "#pragma omp parallel" compiles to; libgomp, LLVM's libomp and Intel's
+//         libiomp5 all export it. Two runtimes would mean two pools whose idle threads spin against each other.
+// Source  GCC libgomp ABI, https://gcc.gnu.org/onlinedocs/libgomp/Implementing-PARALLEL-construct.html
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+
+namespace mixattn {
+namespace cpu {
+
+// File of the OpenMP runtime that this process has loaded, or "" if there is none yet. Loads nothing.
+std::string openmp_runtime();
+
+// Calls body(context) on up to num_threads threads at once, this one included, and returns when all have. There can be
+// fewer: in a nested region, or without a runtime (none loaded, no libgomp.so.1 to load) one. body must not throw.
+void parallel_region(int64_t num_threads, void (*body)(void*), void* context);
+
+// Calls run(begin, end) for [0, count) in pieces of `grain`, drawn by up to num_threads threads.
+template <typename Run>
+void parallel_for(int64_t num_threads, int64_t count, int64_t grain, const Run& run) {
+  struct Context {
+    const Run& run;
+    int64_t count, grain;
+    std::atomic<int64_t> next{0};
+  } context{run, count, grain};
+  const int64_t num_pieces = (count + grain - 1) / grain;
+  if (num_pieces < num_threads) num_threads = num_pieces;
+  parallel_region(
+      num_threads,
+      [](void* data) {
+        Context& c = *static_cast<Context*>(data);
+        for (;;) {
+          const int64_t begin = c.next.fetch_add(c.grain, std::memory_order_relaxed);
+          if (begin >= c.count) return;
+          c.run(begin, begin + c.grain < c.count ? begin + c.grain : c.count);
+        }
+      },
+      &context);
+}
+
+}  // namespace cpu
+}  // namespace mixattn

@@ -1,0 +1,149 @@
+# ruff: noqa: N999
+"""The compiled half of mixattn. Every ``int`` that stands for an array is its address."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+PLAN_MAGIC: int
+PLAN_HEADER_WORDS: int
+WORK_ITEM_WORDS: int
+MERGE_WORDS: int
+
+class PlanSpec:
+    def __init__(
+        self,
+        *,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        kv_element_bytes: int,
+        causal: bool,
+        window_left: int,
+        num_workers: int,
+        block_rows: Sequence[int],
+        row_granule: int,
+        split_tokens: int,
+        items_per_worker: int,
+        max_splits: int,
+        fs_per_kiloflop: int,
+        fs_per_kilobyte: int,
+        fs_per_item: int,
+    ) -> None: ...
+    def max_items(self, total_q: int, num_seqs: int) -> int: ...
+    def max_merges(self) -> int: ...
+
+def plan(
+    spec: PlanSpec,
+    cu_seqlens_q: int,
+    seq_lens: int,
+    num_seqs: int,
+    out: int,
+    capacity_items: int,
+    capacity_merges: int,
+) -> None: ...
+def plan_cost(spec: PlanSpec, words: int) -> dict[str, int]: ...
+
+# The CPU kernels (csrc/bindings/cpu.cpp). Strides count elements; the last dimension is always contiguous. ``dtype`` is
+# "float32", "bfloat16" or "float16"; ``isa`` is one of cpu_info()["available"], None the best of them. Everything that
+# the index arrays hold is checked before the first write: ValueError names the argument and its bound.
+
+def attention(
+    *,
+    dtype: str,
+    q: int,
+    k_cache: int,
+    v_cache: int,
+    out: int,
+    lse: int,  # 0: not wanted
+    cu_seqlens_q: int,
+    seq_lens: int,
+    block_table: int,
+    plan: int,
+    partial_out: int,  # [num_partial_rows, head_dim] float32
+    partial_lse: int,  # [num_partial_rows] float32
+    tickets: int,  # [num_tickets] int32, zero before the first call and after every call
+    total_q: int,
+    num_seqs: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_pages: int,
+    page_size: int,
+    max_pages: int,
+    plan_words: int,  # length of plan
+    num_partial_rows: int,  # at least the plan's
+    num_tickets: int,  # at least the plan's num_merges + 1
+    q_strides: tuple[int, int],  # token, head
+    out_strides: tuple[int, int],  # token, head
+    k_strides: tuple[int, int, int],  # page, token, head
+    v_strides: tuple[int, int, int],  # page, token, head
+    lse_stride: int,  # token
+    block_table_stride: int,  # sequence
+    softmax_scale: float,
+    causal: bool,
+    window_left: int,  # -1: no window
+    soft_cap: float,  # 0: off
+    num_threads: int,
+    isa: str | None = None,
+) -> None: ...
+def append_kv(
+    *,
+    dtype: str,
+    k: int,
+    v: int,
+    k_cache: int,
+    v_cache: int,
+    slot_mapping: int,  # [num_tokens] int64
+    q: int,  # 0: no q
+    q_out: int,  # q's place is allowed
+    positions: int,  # [num_tokens] int64; 0: no rotation
+    rope_cos_sin: int,  # [max_positions, rotary_dim] float32: cosines, then sines; 0: no rotation
+    num_tokens: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_pages: int,
+    page_size: int,
+    max_positions: int,
+    rotary_dim: int,
+    k_strides: tuple[int, int],  # token, head
+    v_strides: tuple[int, int],  # token, head
+    q_strides: tuple[int, int],  # token, head
+    q_out_strides: tuple[int, int],  # token, head
+    k_cache_strides: tuple[int, int, int],  # page, token, head
+    v_cache_strides: tuple[int, int, int],  # page, token, head
+    rope_stride: int,  # position
+    interleaved: bool,
+    num_threads: int,
+    isa: str | None = None,
+) -> None: ...
+def merge_states(
+    *,
+    dtype: str,
+    outs: int,  # [num_states, num_tokens, num_heads, head_dim]
+    lses: int,  # [num_states, num_tokens, num_heads] float32
+    out: int,  # [num_tokens, num_heads, head_dim], contiguous, in the dtype of outs
+    lse: int,  # [num_tokens, num_heads] float32, contiguous
+    num_states: int,
+    num_tokens: int,
+    num_heads: int,
+    head_dim: int,
+    outs_strides: tuple[int, int, int],  # state, token, head
+    lses_strides: tuple[int, int],  # state, token
+    num_threads: int,
+    isa: str | None = None,
+) -> None: ...
+
+class CpuInfo(TypedDict):
+    isa: str  # what a call without ``isa`` gets
+    available: list[str]  # best first
+    compiled: list[str]  # best first; the ones not available need another CPU
+    emulated: list[str]  # available through SIMDe, for tests: correct and slow
+    model: str
+    num_cpus: int
+    l1d_bytes: int  # 0 where the system does not say
+    l2_bytes: int
+    openmp: str | None  # the runtime's file; None while the process has loaded none
+
+def cpu_info() -> CpuInfo: ...
+def measure_roofs(num_threads: int, isa: str | None = None) -> dict[str, float]: ...

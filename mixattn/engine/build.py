@@ -1,0 +1,100 @@
+"""An engine from its configuration and a loaded model: sizes resolved, rooms connected."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+
+from mixattn import env
+from mixattn.config import EngineConfig, ModelConfig, SchedulerConfig
+from mixattn.engine.core import EngineCore
+from mixattn.engine.wall_driver import WallDriver
+from mixattn.executor import kv_pool
+from mixattn.executor.executor import LocalExecutor
+from mixattn.kv.page_pool import PagePool
+from mixattn.models.loader import LoadedModel
+from mixattn.models.tokenizer import Tokenizer
+from mixattn.ops.backends import choose_backend
+from mixattn.sched.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A running engine and the sizes it settled on."""
+
+    driver: WallDriver
+    tokenizer: Tokenizer
+    model_config: ModelConfig
+    scheduler_config: SchedulerConfig
+    page_size: int
+    num_pages: int
+
+
+def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
+    """An engine around ``loaded``, which several engines may share.
+
+    Torch gets this process's threads (``env.num_threads``).
+
+    Raises:
+        ValueError: a size is out of bounds, or the attention backend unknown; the message names it.
+        NotImplementedError: the attention backend cannot run here.
+    """
+    if torch.get_num_threads() != env.num_threads():
+        torch.set_num_threads(env.num_threads())
+    model_config, page_size = loaded.config, config.cache.page_size
+    scheduler_config = replace(config.scheduler, max_model_len=_max_model_len(config, model_config))
+    dtype, device = loaded.dtype, loaded.device
+    choose_backend(device.type, config.attention_backend)  # complains now rather than in the first step
+    num_pages = kv_pool.num_pages(
+        config.cache,
+        model_config,
+        dtype.itemsize,
+        scheduler_config.max_model_len,
+        scheduler_config.max_num_seqs,
+        kv_pool.free_memory_bytes(),
+    )
+    executor = LocalExecutor(
+        loaded.model,
+        model_config,
+        num_pages=num_pages,
+        page_size=page_size,
+        max_model_len=scheduler_config.max_model_len,
+        dtype=dtype,
+        device=device,
+    )
+    core = EngineCore(Scheduler(scheduler_config, PagePool(num_pages, page_size)), config.seed)
+    logger.info(
+        "engine: %d threads, %s on %s, KV pool of %d pages of %d tokens (%.0f MiB), context %d, budget %d tokens",
+        torch.get_num_threads(),
+        dtype,
+        device,
+        num_pages,
+        page_size,
+        num_pages * page_size * model_config.kv_bytes_per_token(dtype.itemsize) / 2**20,
+        scheduler_config.max_model_len,
+        scheduler_config.max_num_batched_tokens,
+    )
+    return Engine(
+        driver=WallDriver(core, executor, model_config.vocab_size),
+        tokenizer=loaded.tokenizer,
+        model_config=model_config,
+        scheduler_config=scheduler_config,
+        page_size=page_size,
+        num_pages=num_pages,
+    )
+
+
+def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
+    """The context: the model's own, or less if configured so."""
+    if config.max_model_len is None:
+        return model_config.max_model_len
+    if not 1 <= config.max_model_len <= model_config.max_model_len:
+        raise ValueError(
+            f"max_model_len must be in [1, {model_config.max_model_len}], the model's context, "
+            f"got {config.max_model_len}"
+        )
+    return config.max_model_len

@@ -1,0 +1,111 @@
+"""The environment: every variable that mixattn reads, and what the machine grants this process.
+
+| variable | meaning |
+|---|---|
+| ``MIXATTN_CPU_ISA`` | ``avx512``, ``avx2`` or ``scalar``: the CPU kernels to run instead of the best |
+| ``MIXATTN_NUM_THREADS`` | threads of the CPU kernels instead of what ``num_threads`` finds |
+| ``MIXATTN_API_KEY`` | the server's key, or several with commas between them |
+| ``TRITON_INTERPRET`` | ``1``: Triton runs its kernels in its interpreter, on CPU tensors (Triton's own variable) |
+
+``setup.py`` alone reads ``MIXATTN_BUILD_SIMDE``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+CPU_ISAS = ("avx512", "avx2", "scalar")
+
+
+@functools.cache
+def cpu_isa() -> str | None:
+    """The CPU kernels that ``MIXATTN_CPU_ISA`` asks for; None leaves the choice to the CPU. Read once.
+
+    Raises:
+        ValueError: no such kernels. Whether this CPU can run them is checked where they are called.
+    """
+    value = os.environ.get("MIXATTN_CPU_ISA", "").strip().lower()
+    if not value:
+        return None
+    if value not in CPU_ISAS:
+        raise ValueError(f"MIXATTN_CPU_ISA must be one of {', '.join(CPU_ISAS)}, got {value!r}")
+    return value
+
+
+@functools.cache
+def num_threads() -> int:
+    """Threads of the CPU kernels: ``MIXATTN_NUM_THREADS``, or as many CPUs as this process may use. Read once.
+
+    A process may use the CPUs of its affinity mask, and no more than its cgroup's quota: threads beyond the quota would
+    run for a part of each period and then stand still, all of them.
+
+    Raises:
+        ValueError: ``MIXATTN_NUM_THREADS`` is no integer >= 1.
+    """
+    value = os.environ.get("MIXATTN_NUM_THREADS", "").strip()
+    if value:
+        if not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"MIXATTN_NUM_THREADS must be an integer >= 1, got {value!r}")
+        return int(value)
+    num_cpus = len(os.sched_getaffinity(0))
+    quota = cgroup_cpus()
+    return num_cpus if quota is None else max(1, min(num_cpus, int(quota)))
+
+
+def api_keys() -> tuple[str, ...]:
+    """The server's keys, from ``MIXATTN_API_KEY``."""
+    return tuple(key.strip() for key in os.environ.get("MIXATTN_API_KEY", "").split(",") if key.strip())
+
+
+def triton_interpret() -> bool:
+    """Whether Triton runs its kernels in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "yes", "on", "y")
+
+
+def cgroup_cpus(root: Path = Path("/")) -> float | None:
+    """The CPUs that the cgroup's quota grants, the least over the group and its parents; None without a quota.
+
+    Args:
+        root: of the file system that holds ``proc`` and ``sys``.
+    Source: Linux Documentation/admin-guide/cgroup-v2.rst (cpu.max) and scheduler/sched-bwc.rst (v1).
+    """
+    quotas = [quota for group in _cpu_cgroups(root) if (quota := _quota(group)) is not None]
+    return min(quotas, default=None)
+
+
+def _cpu_cgroups(root: Path) -> list[Path]:
+    """The folders of the cgroup that rations this process's CPU time, and of all its parents."""
+    groups = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        # "0::/path" for v2, "4:cpu,cpuacct:/path" for v1. In a container the path can be the host's, which is not there;
+        # the mount point itself, a parent of all, is then the container's group.
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            mount = root / "sys/fs/cgroup"
+        elif "cpu" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/cpu"
+        else:
+            continue
+        inner = Path(path.lstrip("/"))
+        groups += [mount / inner, *(mount / parent for parent in inner.parents)]
+    return groups
+
+
+def _quota(group: Path) -> float | None:
+    """Quota over period of one cgroup folder, v2 or v1; None where there is none."""
+    fields = _read(group / "cpu.max").split()
+    if not fields:
+        fields = [_read(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+    if len(fields) != 2 or not fields[0].isdecimal() or not fields[1].isdecimal() or int(fields[1]) == 0:
+        return None  # "max", "-1", or no such files
+    return int(fields[0]) / int(fields[1])
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""

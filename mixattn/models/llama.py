@@ -1,0 +1,179 @@
+"""Llama and Mistral: the pre-norm decoder with rotary embeddings, grouped queries and a gated MLP.
+
+Qwen (``qwen.py``) is this decoder with other projections. Source: arXiv:2302.13971, arXiv:2310.06825.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixattn.config import ModelConfig
+from mixattn.models.layers import GatedMlp, Linear, RmsNorm, WeightSlots
+from mixattn.ops.attention import attention
+from mixattn.ops.kv_cache import append_kv
+from mixattn.ops.metadata import AttentionMetadata
+from mixattn.ops.rope import rope_cos_sin
+
+
+class LlamaAttention(nn.Module):
+    """Paged self-attention of one layer; q, k and v come out of one matrix."""
+
+    def __init__(
+        self, config: ModelConfig, layer_idx: int, *, backend: str | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.num_heads = [config.num_q_heads, config.num_kv_heads, config.num_kv_heads]
+        self.window_left = config.window_left[layer_idx]
+        self.is_interleaved = config.rope.interleaved
+        self.backend = backend
+        rows = [num_heads * config.head_dim for num_heads in self.num_heads]
+        self.qkv_proj = Linear(
+            config.hidden_size,
+            dict(zip(("q_proj", "k_proj", "v_proj"), rows, strict=True)),
+            has_bias=config.has_qkv_bias,
+            dtype=dtype,
+            device=device,
+        )
+        self.o_proj = Linear(
+            rows[0], {"o_proj": config.hidden_size}, has_bias=config.has_o_bias, dtype=dtype, device=device
+        )
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v before rotation, each [total_q, its heads, head_dim], from x [total_q, hidden_size]."""
+        heads: Tensor = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = torch.split(heads, self.num_heads, dim=1)
+        return q, k, v
+
+    def forward(
+        self, x: Tensor, positions: Tensor, rope_table: Tensor, kv: tuple[Tensor, Tensor], meta: AttentionMetadata
+    ) -> Tensor:
+        q, k, v = self.project(x)
+        k_cache, v_cache = kv
+        q = append_kv(
+            k,
+            v,
+            k_cache,
+            v_cache,
+            meta.slot_mapping,
+            q=q,
+            positions=positions,
+            rope_cos_sin=rope_table,
+            interleaved=self.is_interleaved,
+            backend=self.backend,
+        )
+        out = attention(
+            q,
+            k_cache,
+            v_cache,
+            cu_seqlens_q=meta.cu_seqlens_q,
+            seq_lens=meta.seq_lens,
+            block_table=meta.block_table,
+            window_left=self.window_left,
+            plan=meta.plan(self.window_left),
+            backend=self.backend,
+        )
+        return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
+
+    def weight_slots(self, prefix: str) -> WeightSlots:
+        yield from self.qkv_proj.weight_slots(prefix)
+        yield from self.o_proj.weight_slots(prefix)
+
+
+class LlamaLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, config: ModelConfig, self_attn: LlamaAttention, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.self_attn = self_attn
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.mlp = GatedMlp(config.hidden_size, config.intermediate_size, dtype=dtype, device=device)
+
+    def forward(
+        self, hidden: Tensor, positions: Tensor, rope_table: Tensor, kv: tuple[Tensor, Tensor], meta: AttentionMetadata
+    ) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions, rope_table, kv, meta)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
+
+    def weight_slots(self, prefix: str) -> WeightSlots:
+        yield from self.input_layernorm.weight_slots(f"{prefix}input_layernorm.")
+        yield from self.self_attn.weight_slots(f"{prefix}self_attn.")
+        yield from self.post_attention_layernorm.weight_slots(f"{prefix}post_attention_layernorm.")
+        yield from self.mlp.weight_slots(f"{prefix}mlp.")
+
+
+class LlamaModel(nn.Module):
+    """A decoder with its embedding and output matrices; inference only. Weights are uninitialised until loaded.
+
+    Args:
+        config: its shape; ``max_model_len`` positions have a row in the rope table.
+        backend: of the attention kernels; None is the fastest here.
+        dtype: of weights and activations.
+        device: where they are; ``meta`` gives a model that only has shapes.
+    """
+
+    attention_class = LlamaAttention
+
+    def __init__(
+        self, config: ModelConfig, *, backend: str | None = None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(
+            LlamaLayer(
+                config,
+                self.attention_class(config, layer_idx, backend=backend, dtype=dtype, device=device),
+                dtype=dtype,
+                device=device,
+            )
+            for layer_idx in range(config.num_layers)
+        )
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        matrix_shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Parameter(torch.empty(matrix_shape, dtype=dtype, device=device), requires_grad=False)
+        self.lm_head = (
+            self.embed_tokens
+            if config.has_tied_embeddings
+            else nn.Parameter(torch.empty(matrix_shape, dtype=dtype, device=device), requires_grad=False)
+        )
+        self.rope_table: Tensor
+        table = rope_cos_sin(config.rope, config.max_model_len, device=device)
+        self.register_buffer("rope_table", table, persistent=False)
+
+    @torch.inference_mode()
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, kv: list[tuple[Tensor, Tensor]], meta: AttentionMetadata
+    ) -> Tensor:
+        """Hidden states after the last norm, of every row of the step.
+
+        Args:
+            input_ids: [total_q] int64.
+            positions: [total_q] int64, each below ``config.max_model_len``.
+            kv: each layer's k_cache and v_cache; the rows' keys and values are written to their slots.
+            meta: the step's batch.
+        Returns:
+            [total_q, hidden_size] in the model's dtype.
+        """
+        hidden = F.embedding(input_ids, self.embed_tokens)
+        for layer, layer_kv in zip(self.layers, kv, strict=True):
+            hidden = layer(hidden, positions, self.rope_table, layer_kv, meta)
+        return self.norm(hidden)  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[num_rows, vocab_size] float32, from rows of what ``forward`` returned."""
+        return F.linear(hidden, self.lm_head).float()
+
+    def weight_slots(self) -> WeightSlots:
+        """Every parameter, in pieces as Hugging Face's checkpoints hold them."""
+        yield "model.embed_tokens.weight", self.embed_tokens
+        for layer_idx, layer in enumerate(self.layers):
+            yield from layer.weight_slots(f"model.layers.{layer_idx}.")
+        yield from self.norm.weight_slots("model.norm.")
+        if not self.config.has_tied_embeddings:
+            yield "lm_head.weight", self.lm_head

@@ -1,0 +1,310 @@
+"""Paged attention over prefill chunks and decode rows in one call; ``mixattn.attention``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from mixattn import _C, env
+from mixattn.ops.attention_call import AttentionCall, PlanHeader, check_call, check_plan
+from mixattn.ops.backends import choose_backend
+from mixattn.ops.checks import (
+    check_block_ids,
+    check_lengths,
+    check_tensor,
+)
+from mixattn.ops.library import DTYPE_NAMES, address, cache_strides, register_op, row_strides
+from mixattn.ops.plan import H100, WorkPlan, cpu_hardware
+from mixattn.ops.plan import plan as make_plan
+from mixattn.ops.reference import attention_reference
+
+
+@overload
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_left: int | None = None,
+    soft_cap: float | None = None,
+    plan: WorkPlan | Tensor | None = None,
+    out: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_left: int | None = None,
+    soft_cap: float | None = None,
+    plan: WorkPlan | Tensor | None = None,
+    out: Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_left: int | None = None,
+    soft_cap: float | None = None,
+    plan: WorkPlan | Tensor | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every slice's rows over its pages, prefill chunks and decodes alike, in one launch.
+
+    Row r of a slice stands at position kv_len - q_len + r of its sequence and sees the keys up to there (``causal``),
+    no more than ``window_left`` before it. A row that sees no key gets out 0 and lse -inf. Keys that no row sees may
+    hold anything, NaN included.
+
+    Args:
+        q: [total_q, num_q_heads, head_dim] float32, bfloat16 or float16; the slices' rows one after another.
+        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim] in q's dtype; any strides, the last dimension
+            contiguous. num_q_heads is a multiple of num_kv_heads; head_dim a multiple of 8 up to 256.
+        cu_seqlens_q: [num_seqs + 1] int32; slice s has the rows cu_seqlens_q[s] to cu_seqlens_q[s + 1].
+        seq_lens: [num_seqs] int32, the keys of each sequence, this step's included.
+        block_table: [num_seqs, max_pages] int32, page ids; entries past a sequence's last page are never read.
+        softmax_scale: multiplies q.k; None is head_dim ** -0.5.
+        causal: whether a row sees no key behind its own position.
+        window_left: how many keys before its own position a row sees; None for all.
+        soft_cap: scaled scores s become soft_cap * tanh(s / soft_cap); None for off.
+        plan: from ``mixattn.plan`` for these very lengths and options, made once per step and shared by its layers
+            (its ``buffer`` as a CPU tensor will do too); None makes one.
+        out: written and returned; as q in shape, dtype and device. None allocates.
+        return_lse: whether the log-sum-exp is returned too.
+        backend: ``cpu``, ``triton`` or ``reference``; None is the fastest here (see ``mixattn.backends``).
+    Returns:
+        out [total_q, num_q_heads, head_dim]; with ``return_lse`` also lse [total_q, num_q_heads] float32, natural log.
+    Raises:
+        ValueError: an argument's shape, dtype, device, stride or value is out of bounds. Nothing has been written.
+            On a GPU the values in index tensors are not looked at.
+        NotImplementedError: valid, but not supported; the message names the nearest that is.
+    """
+    for name, tensor in (
+        ("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("cu_seqlens_q", cu_seqlens_q), ("seq_lens", seq_lens),
+        ("block_table", block_table),
+    ):  # fmt: skip
+        check_tensor(name, tensor)
+    words = torch.from_numpy(plan.buffer) if isinstance(plan, WorkPlan) else plan
+    if words is not None:
+        check_tensor("plan", words)
+    if out is None:
+        out, lse = torch.ops.mixattn.attention(
+            q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, words,
+            softmax_scale, causal, window_left, soft_cap, backend,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+    check_tensor("out", out)
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if return_lse else None
+    torch.ops.mixattn.attention_out(
+        q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, words,
+        softmax_scale, causal, window_left, soft_cap, backend, out, lse,
+    )  # fmt: skip
+    return out if lse is None else (out, lse)
+
+
+def _default_plan(call: AttentionCall) -> Tensor:
+    """The words of a plan for the workers of q's device; on a GPU this waits for the lengths to arrive on the host."""
+    q = call.q
+    hardware = cpu_hardware()
+    if q.is_cuda:
+        num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+        hardware = dataclasses.replace(H100, num_workers=num_sms)
+    work_plan = make_plan(
+        call.cu_seqlens_q.cpu(),
+        call.seq_lens.cpu(),
+        num_q_heads=q.shape[1],
+        num_kv_heads=call.k_cache.shape[2],
+        head_dim=q.shape[2],
+        kv_element_bytes=q.element_size(),
+        causal=call.causal,
+        window_left=call.window_left,
+        hardware=hardware,
+    )
+    return torch.from_numpy(work_plan.buffer)
+
+
+def _run(call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
+    """Checks everything, then lets the backend write ``out`` and, unless None, ``lse``."""
+    check_call(call, out, lse)
+    if call.q.device.type == "cpu":
+        check_lengths(
+            call.cu_seqlens_q, call.seq_lens, call.q.shape[0], call.block_table.shape[1] * call.k_cache.shape[1]
+        )
+    header = None if call.plan is None else check_plan(call.plan, call)
+    backend = choose_backend(call.q.device.type, call.backend)
+    if call.q.shape[0] == 0:
+        return
+    if call.softmax_scale is None:
+        call = call._replace(softmax_scale=call.q.shape[2] ** -0.5)
+    if backend == "reference":
+        _run_reference(call, out, lse)
+        return
+    if header is None:
+        plan = _default_plan(call)
+        call, header = call._replace(plan=plan), check_plan(plan, call)
+    if backend == "cpu":
+        _run_cpu(call, header, out, lse)
+    else:
+        _run_triton(call, header, out, lse)
+
+
+def _run_reference(call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
+    if call.q.device.type == "cpu":
+        check_block_ids(call.block_table, call.seq_lens, call.k_cache.shape[1], call.k_cache.shape[0])
+    exact_out, exact_lse = attention_reference(
+        call.q,
+        call.k_cache,
+        call.v_cache,
+        cu_seqlens_q=call.cu_seqlens_q,
+        seq_lens=call.seq_lens,
+        block_table=call.block_table,
+        softmax_scale=call.softmax_scale,
+        causal=call.causal,
+        window_left=call.window_left,
+        soft_cap=call.soft_cap,
+    )
+    out.copy_(exact_out)
+    if lse is not None:
+        lse.copy_(exact_lse)
+
+
+def _scratch(header: PlanHeader, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Partial out and lse of the plan's split rows, and zeroed tickets; torch's allocators keep such blocks at hand."""
+    partial_out = torch.empty((header.num_partial_rows, header.head_dim), dtype=torch.float32, device=device)
+    partial_lse = torch.empty(header.num_partial_rows, dtype=torch.float32, device=device)
+    return partial_out, partial_lse, torch.zeros(header.num_merges + 1, dtype=torch.int32, device=device)
+
+
+def _run_cpu(call: AttentionCall, header: PlanHeader, out: Tensor, lse: Tensor | None) -> None:
+    q, k_cache, v_cache, plan = call.q, call.k_cache, call.v_cache, call.plan
+    assert plan is not None and call.softmax_scale is not None
+    partial_out, partial_lse, tickets = _scratch(header, q.device)
+    num_pages, page_size = k_cache.shape[:2]
+    _C.attention(
+        dtype=DTYPE_NAMES[q.dtype],
+        q=address(q),
+        k_cache=address(k_cache),
+        v_cache=address(v_cache),
+        out=address(out),
+        lse=address(lse),
+        cu_seqlens_q=address(call.cu_seqlens_q),
+        seq_lens=address(call.seq_lens),
+        block_table=address(call.block_table),
+        plan=address(plan),
+        partial_out=address(partial_out),
+        partial_lse=address(partial_lse),
+        tickets=address(tickets),
+        total_q=header.total_q,
+        num_seqs=header.num_seqs,
+        num_q_heads=header.num_q_heads,
+        num_kv_heads=header.num_kv_heads,
+        head_dim=header.head_dim,
+        num_pages=num_pages,
+        page_size=page_size,
+        max_pages=call.block_table.shape[1],
+        plan_words=plan.shape[0],
+        num_partial_rows=header.num_partial_rows,
+        num_tickets=header.num_merges + 1,
+        q_strides=row_strides(q),
+        out_strides=row_strides(out),
+        k_strides=cache_strides(k_cache),
+        v_strides=cache_strides(v_cache),
+        lse_stride=0 if lse is None else lse.stride(0),
+        block_table_stride=call.block_table.stride(0),
+        softmax_scale=call.softmax_scale,
+        causal=call.causal,
+        window_left=-1 if call.window_left is None else call.window_left,
+        soft_cap=0.0 if call.soft_cap is None else call.soft_cap,
+        num_threads=env.num_threads(),
+        isa=env.cpu_isa(),
+    )
+
+
+def _run_triton(call: AttentionCall, header: PlanHeader, out: Tensor, lse: Tensor | None) -> None:
+    from mixattn.triton_kernels.mixed_attention import mixed_attention
+
+    assert call.plan is not None
+    mixed_attention(
+        call.q,
+        call.k_cache,
+        call.v_cache,
+        call.cu_seqlens_q,
+        call.seq_lens,
+        call.block_table,
+        call.plan.to(out.device, non_blocking=True),
+        out,
+        _new_lse(out) if lse is None else lse,
+        *_scratch(header, out.device),
+        softmax_scale=call.softmax_scale,
+        causal=call.causal,
+        window_left=call.window_left,
+        soft_cap=call.soft_cap,
+    )
+
+
+def _new_lse(out: Tensor) -> Tensor:
+    return out.new_empty(out.shape[:-1], dtype=torch.float32)
+
+
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """``mixattn::attention``: into new tensors."""
+    call = AttentionCall(*arguments)
+    out = call.q.new_empty(call.q.shape)
+    lse = _new_lse(out)
+    _run(call, out, lse)
+    return out, lse
+
+
+def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = AttentionCall(*arguments)
+    check_call(call, None, None)
+    out = call.q.new_empty(call.q.shape)
+    return out, _new_lse(out)
+
+
+def _attention_out(*arguments: Any) -> None:
+    """``mixattn::attention_out``: into the caller's tensors."""
+    *inputs, out, lse = arguments
+    _run(AttentionCall(*inputs), out, lse)
+
+
+def _attention_out_fake(*arguments: Any) -> None:
+    *inputs, out, lse = arguments
+    check_call(AttentionCall(*inputs), out, lse)
+
+
+_INPUTS = (
+    "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seq_lens, Tensor block_table, Tensor? plan, "
+    "float? softmax_scale, bool causal, int? window_left, float? soft_cap, str? backend"
+)
+register_op(f"attention({_INPUTS}) -> (Tensor out, Tensor lse)", _attention, _attention_fake)
+register_op(f"attention_out({_INPUTS}, Tensor(a!) out, Tensor(b!)? lse) -> ()", _attention_out, _attention_out_fake)

@@ -1,0 +1,115 @@
+"""What this machine can run, why not the rest, and which backend a call gets."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from dataclasses import dataclass
+
+from mixattn import env
+
+logger = logging.getLogger(__name__)
+
+BACKEND_NAMES = ("cpu", "triton", "cuda", "reference")
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run here.
+
+    Args:
+        name: one of ``BACKEND_NAMES``.
+        is_available: whether a call may ask for it.
+        device_types: the tensors' devices that it serves here (``cpu``, ``cuda``).
+        detail: what it would run on, or the reason why it is not available.
+    """
+
+    name: str
+    is_available: bool
+    device_types: tuple[str, ...]
+    detail: str
+
+
+def backends() -> dict[str, BackendStatus]:
+    """The status of every backend, by name, available or not."""
+    return {status.name: status for status in (_cpu(), _triton(), _cuda(), _reference())}
+
+
+def choose_backend(device_type: str, requested: str | None) -> str:
+    """The backend of a call on tensors of this device type: ``requested``, or the fastest available one.
+
+    The choice is logged once per device type.
+
+    Raises:
+        ValueError: ``requested`` is no backend's name.
+        NotImplementedError: it is not available here or does not serve this device; the message names one that does.
+    """
+    if requested is None:
+        return _default_backend(device_type)
+    _check_requested(device_type, requested)
+    return requested
+
+
+@functools.cache
+def _default_backend(device_type: str) -> str:
+    # The Triton interpreter serves CPU tensors too, but only for whoever asks for it.
+    status = _cpu() if device_type == "cpu" else _triton()
+    if status.is_available and device_type in status.device_types:
+        logger.info("%s tensors: backend %s (%s)", device_type, status.name, status.detail)
+        return status.name
+    reasons = "; ".join(f"{s.name}: {s.detail}" for s in backends().values() if not s.is_available)
+    raise NotImplementedError(
+        f"no backend for {device_type} tensors here ({reasons or 'none serves this device'}); "
+        "the nearest is backend='reference', slow and on any device"
+    )
+
+
+@functools.cache
+def _check_requested(device_type: str, requested: str) -> None:
+    """Raises as ``choose_backend``; a pair that passed is not looked at again."""
+    if requested not in BACKEND_NAMES:
+        raise ValueError(f"backend must be one of {', '.join(BACKEND_NAMES)} or None, got {requested!r}")
+    status = backends()[requested]
+    if status.is_available and (device_type in status.device_types or requested == "reference"):
+        logger.info("%s tensors: backend %s, as requested (%s)", device_type, requested, status.detail)
+        return
+    nearest = [s.name for s in backends().values() if s.is_available and device_type in s.device_types]
+    reason = status.detail if not status.is_available else f"it serves {', '.join(status.device_types)} tensors here"
+    raise NotImplementedError(
+        f"backend={requested!r} cannot run on {device_type} tensors: {reason}; available for them: "
+        f"{', '.join(nearest) or 'reference'}"
+    )
+
+
+def _cpu() -> BackendStatus:
+    try:
+        from mixattn import _C
+    except ImportError as error:
+        return BackendStatus("cpu", False, (), f"mixattn._C does not load ({error}); `make build` builds it")
+    info = _C.cpu_info()
+    isa = env.cpu_isa() or info["isa"]
+    return BackendStatus("cpu", True, ("cpu",), f"{isa}, {env.num_threads()} threads, {info['model']}")
+
+
+def _triton() -> BackendStatus:
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        return BackendStatus("triton", False, (), "the package triton is not installed")
+    if env.triton_interpret():
+        return BackendStatus("triton", True, ("cpu",), "the interpreter (TRITON_INTERPRET=1): correct and very slow")
+    if not torch.cuda.is_available():
+        return BackendStatus("triton", False, (), "torch sees no GPU, and TRITON_INTERPRET=1 is not set")
+    return BackendStatus("triton", True, ("cuda",), torch.cuda.get_device_name())
+
+
+def _cuda() -> BackendStatus:
+    return BackendStatus("cuda", False, (), "not built in this version; triton serves GPUs")
+
+
+def _reference() -> BackendStatus:
+    import torch
+
+    device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return BackendStatus("reference", True, device_types, "plain torch in float32, slow")

@@ -1,0 +1,330 @@
+"""The work plan of a step: slices in, work items of near-equal cost out, for every backend alike; ``mixattn.plan``.
+
+The planner itself is ``csrc/common/plan.h``; the words that it writes are laid out in ``csrc/common/work_item.h``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mixattn import _C, env
+
+Words = npt.NDArray[np.int32]
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+ITEM_DTYPE = np.dtype(
+    [
+        ("seq_idx", "<i4"),
+        ("kv_head", "<i4"),
+        ("row_begin", "<i4"),
+        ("num_rows", "<u2"),
+        ("kind", "<u2"),
+        ("kv_begin", "<i4"),
+        ("kv_end", "<i4"),
+        ("merge_idx", "<i4"),
+        ("partial_row", "<i4"),
+    ]
+)
+"""struct WorkItem of work_item.h."""
+MERGE_DTYPE = np.dtype(
+    [
+        ("seq_idx", "<i4"),
+        ("kv_head", "<i4"),
+        ("row_begin", "<i4"),
+        ("num_rows", "<i4"),
+        ("partial_row", "<i4"),
+        ("num_splits", "<i4"),
+        ("reserved0", "<i4"),
+        ("reserved1", "<i4"),
+    ]
+)
+"""struct Merge of work_item.h."""
+_HEADER_NUM_ITEMS, _HEADER_NUM_MERGES, _HEADER_NUM_PARTIAL_ROWS = 1, 2, 3
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Who executes a plan, and how fast one of them is.
+
+    Args:
+        name: for people.
+        num_workers: threads of a CPU, SMs of a GPU.
+        flops_per_s: of one worker.
+        bytes_per_s: of one worker, from memory, while the others read too.
+        item_overhead_s: what an item takes besides its flops and bytes.
+        block_rows: packed rows of the kernel's large, medium and small tile, descending.
+        row_granule: a tile computes its rows rounded up to a multiple of this; None: all of its kind's ``block_rows``.
+        split_tokens: splits start and end at multiples of this token position.
+        items_per_worker: work is split until the dearest item is about 1 / items_per_worker of a worker's share.
+        max_splits: pieces that the keys of one row tile are split into at most.
+    Raises:
+        ValueError: naming the field and its bound.
+    """
+
+    name: str
+    num_workers: int
+    flops_per_s: float
+    bytes_per_s: float
+    item_overhead_s: float
+    block_rows: tuple[int, int, int] = (128, 64, 16)
+    row_granule: int | None = None
+    split_tokens: int = 128
+    items_per_worker: int = 4
+    max_splits: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("flops_per_s", "bytes_per_s"):
+            rate = getattr(self, name)
+            if not 0 < rate < math.inf or not 1 <= round(1e18 / rate) <= 2**50:
+                raise ValueError(f"{name} must be in [888, 1e18], got {rate}")
+        if not 0 <= self.item_overhead_s <= 1:
+            raise ValueError(f"item_overhead_s must be in [0, 1], got {self.item_overhead_s}")
+        if len(self.block_rows) != 3:
+            raise ValueError(f"block_rows must be (large, medium, small), got {self.block_rows}")
+        if self.row_granule is not None and self.row_granule < 1:
+            raise ValueError(f"row_granule must be >= 1 or None, got {self.row_granule}")
+        _make_spec(1, 1, 1, 1, True, None, self)
+
+
+def _make_spec(
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    kv_element_bytes: int,
+    causal: bool,
+    window_left: int | None,
+    hardware: Hardware,
+) -> _C.PlanSpec:
+    """The planner's own form of these; ValueError naming the first that is out of bounds."""
+
+    def integer(name: str, value: Any) -> int:
+        try:
+            return operator.index(value)
+        except TypeError:
+            raise ValueError(f"{name} must be an integer, got {value!r}") from None
+
+    if window_left is not None and not 0 <= integer("window_left", window_left) <= _INT32_MAX:
+        raise ValueError(f"window_left must be in [0, {_INT32_MAX}] or None, got {window_left}")
+    fields = ("num_workers", "split_tokens", "items_per_worker", "max_splits")
+    return _C.PlanSpec(
+        num_q_heads=integer("num_q_heads", num_q_heads),
+        num_kv_heads=integer("num_kv_heads", num_kv_heads),
+        head_dim=integer("head_dim", head_dim),
+        kv_element_bytes=integer("kv_element_bytes", kv_element_bytes),
+        causal=causal,
+        window_left=-1 if window_left is None else window_left,
+        block_rows=[integer("block_rows", rows) for rows in hardware.block_rows],
+        row_granule=0 if hardware.row_granule is None else integer("row_granule", hardware.row_granule),
+        fs_per_kiloflop=round(1e18 / hardware.flops_per_s),
+        fs_per_kilobyte=round(1e18 / hardware.bytes_per_s),
+        fs_per_item=round(1e15 * hardware.item_overhead_s),
+        **{name: integer(name, getattr(hardware, name)) for name in fields},
+    )
+
+
+_cached_spec = functools.lru_cache(maxsize=256, typed=True)(_make_spec)
+"""Typed, because 2.0 equals 2 and must be refused even if 2 came before it."""
+
+
+CPU_FLOPS_PER_S = 170e9
+CPU_BYTES_PER_S = 12.5e9
+"""One thread of the reference machine: float32 FMA with AVX-512, and streaming reads from DRAM (2 cores; two threads
+reach 336 GFLOP/s and 23.8 GB/s). What a plan depends on is mostly their ratio."""
+CPU_ITEM_OVERHEAD_S = 1e-6
+CPU_SPLIT_TOKENS = 64
+
+
+@functools.lru_cache(maxsize=64)
+def cpu_hardware(num_threads: int | None = None) -> Hardware:
+    """A CPU whose threads are those of the reference machine; None takes the threads that this process may use."""
+    if num_threads is None:
+        num_threads = env.num_threads()
+    return Hardware(
+        name=f"cpu-{num_threads}",
+        num_workers=num_threads,
+        flops_per_s=CPU_FLOPS_PER_S,
+        bytes_per_s=CPU_BYTES_PER_S,
+        item_overhead_s=CPU_ITEM_OVERHEAD_S,
+        row_granule=1,
+        split_tokens=CPU_SPLIT_TOKENS,
+    )
+
+
+GPU_ITEM_OVERHEAD_S = 2e-6
+"""Assumed until measured: two dependent reads of device memory (block table, then K) at about 0.8 us."""
+
+H100 = Hardware("H100-SXM", 132, 989e12 / 132, 3.35e12 / 132, GPU_ITEM_OVERHEAD_S)
+"""Data sheet of the H100 SXM5 80 GB: 989 TFLOP/s dense bfloat16, 3.35 TB/s, 132 SMs. Roofs, no kernel's figure."""
+A100 = Hardware("A100-SXM", 108, 312e12 / 108, 2.039e12 / 108, GPU_ITEM_OVERHEAD_S)
+"""Data sheet of the A100 SXM4 80 GB: 312 TFLOP/s dense bfloat16, 2,039 GB/s, 108 SMs. Roofs, no kernel's figure."""
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """What a plan takes by its own cost function. A prediction, not a measurement.
+
+    Args:
+        flops: of all items, rows rounded up as the kernel's tiles are, masked keys inside an item's range included.
+        bytes: K and V of every item, and its rows of q and out.
+        predicted_s: when the last worker ends, if each draws the next item as soon as it is free.
+        imbalance: the most loaded worker's time over the mean; 1 is perfect.
+        headroom: (Tc + Tm) / max(Tc, Tm), with Tc the compute time of the items that compute bounds and Tm the memory
+            time of the others: what perfect overlap of the two could win; 1 is nothing.
+    """
+
+    flops: int
+    bytes: int
+    predicted_s: float
+    imbalance: float
+    headroom: float
+
+
+@dataclass(frozen=True, eq=False)
+class WorkPlan:
+    """The work items of one step, as words that every kernel reads.
+
+    Args:
+        buffer: [num_words] int32, contiguous; header, items, merges (work_item.h). Not to be written.
+        num_items: work items.
+        num_merges: row tiles whose keys are split over several items.
+        num_partial_rows: rows of the partial buffers that the items write.
+        hardware: what it was balanced for.
+        spec: the shape and the hardware as the planner took them.
+        capacity_items: items that the buffer has room for; the merges come after them.
+    """
+
+    buffer: Words
+    num_items: int
+    num_merges: int
+    num_partial_rows: int
+    hardware: Hardware
+    spec: _C.PlanSpec
+    capacity_items: int
+
+    def items(self) -> npt.NDArray[np.void]:
+        """[num_items] of ``ITEM_DTYPE``, dearest first; a view of the buffer."""
+        begin = _C.PLAN_HEADER_WORDS
+        return self.buffer[begin : begin + self.num_items * _C.WORK_ITEM_WORDS].view(ITEM_DTYPE)
+
+    def merges(self) -> npt.NDArray[np.void]:
+        """[num_merges] of ``MERGE_DTYPE``; a view of the buffer."""
+        begin = _C.PLAN_HEADER_WORDS + self.capacity_items * _C.WORK_ITEM_WORDS
+        return self.buffer[begin : begin + self.num_merges * _C.MERGE_WORDS].view(MERGE_DTYPE)
+
+    @functools.cached_property
+    def cost(self) -> PlanCost:
+        """The plan's price, worked out when first asked for."""
+        cost = _C.plan_cost(self.spec, self.buffer.ctypes.data)
+        busy, makespan = cost["busy_fs"], cost["makespan_fs"]
+        compute, memory = cost["compute_bound_fs"], cost["memory_bound_fs"]
+        return PlanCost(
+            flops=cost["flops"],
+            bytes=cost["bytes"],
+            predicted_s=makespan * 1e-15,
+            imbalance=makespan * self.hardware.num_workers / busy if busy else 1.0,
+            headroom=(compute + memory) / max(compute, memory) if compute or memory else 1.0,
+        )
+
+
+def plan(
+    cu_seqlens_q: npt.ArrayLike,
+    seq_lens: npt.ArrayLike,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: str = "float32",
+    kv_element_bytes: int | None = None,
+    causal: bool = True,
+    window_left: int | None = None,
+    hardware: Hardware | None = None,
+) -> WorkPlan:
+    """The work items that compute attention of these slices, balanced over the hardware's workers.
+
+    The same arguments give the same words. Splits along the keys start and end at multiples of the hardware's
+    ``split_tokens``, whatever the page size.
+
+    Args:
+        cu_seqlens_q: [num_seqs + 1] integers, from 0, not decreasing: where each slice's rows start. List, numpy array
+            or CPU tensor.
+        seq_lens: [num_seqs] integers >= 0: the keys of each sequence, this step's included.
+        num_q_heads, num_kv_heads, head_dim: the shape of the attention.
+        dtype: ``float32``, ``bfloat16`` or ``float16``: what q, k and v are held in.
+        kv_element_bytes: bytes of an element of K and V if not those of ``dtype``.
+        causal: whether a row sees no key behind its own position.
+        window_left: how many keys before its own position a row sees; None for all.
+        hardware: whose workers to balance over; None is this machine's CPU.
+    Raises:
+        ValueError: naming the argument, its value and the bound.
+    """
+    starts = _int32_vector("cu_seqlens_q", cu_seqlens_q)
+    lens = _int32_vector("seq_lens", seq_lens)
+    num_seqs = len(lens)
+    if len(starts) != num_seqs + 1:
+        raise ValueError(
+            f"cu_seqlens_q must be [num_seqs + 1] = [{num_seqs + 1}] as seq_lens is [{num_seqs}], got [{len(starts)}]"
+        )
+    if starts[0] != 0:
+        raise ValueError(f"cu_seqlens_q[0] must be 0, got {starts[0]}")
+    if (starts[1:] < starts[:-1]).any():
+        at = int((starts[1:] < starts[:-1]).argmax()) + 1
+        raise ValueError(f"cu_seqlens_q must not decrease, got {starts[at - 1]} then {starts[at]} at {at}")
+    if num_seqs and lens.min() < 0:
+        at = int((lens < 0).argmax())
+        raise ValueError(f"seq_lens[{at}] must be >= 0, got {lens[at]}")
+    if kv_element_bytes is None:
+        if dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
+        kv_element_bytes = DTYPE_BYTES[dtype]
+    if hardware is None:
+        hardware = cpu_hardware()
+    spec = _cached_spec(num_q_heads, num_kv_heads, head_dim, kv_element_bytes, bool(causal), window_left, hardware)
+    total_q = int(starts[-1])
+    group_size = num_q_heads // num_kv_heads
+    if total_q * group_size > _INT32_MAX:
+        raise ValueError(f"cu_seqlens_q[{num_seqs}] must be at most (2^31 - 1) / {group_size}, got {total_q}")
+    capacity_items, capacity_merges = spec.max_items(total_q, num_seqs), spec.max_merges()
+    num_words = _C.PLAN_HEADER_WORDS + capacity_items * _C.WORK_ITEM_WORDS + capacity_merges * _C.MERGE_WORDS
+    if num_words > _INT32_MAX:
+        raise ValueError(f"seq_lens: {num_seqs} slices of {total_q} rows can need {capacity_items} items, too many")
+    buffer = np.empty(num_words, np.int32)
+    _C.plan(spec, starts.ctypes.data, lens.ctypes.data, num_seqs, buffer.ctypes.data, capacity_items, capacity_merges)
+    return WorkPlan(
+        buffer=buffer,
+        num_items=int(buffer[_HEADER_NUM_ITEMS]),
+        num_merges=int(buffer[_HEADER_NUM_MERGES]),
+        num_partial_rows=int(buffer[_HEADER_NUM_PARTIAL_ROWS]),
+        hardware=hardware,
+        spec=spec,
+        capacity_items=capacity_items,
+    )
+
+
+def _int32_vector(name: str, values: npt.ArrayLike) -> Words:
+    """[n] int32, contiguous, copied only if it is not so already; ValueError naming the argument."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a vector of integers on the CPU: {error}") from error
+    if array.ndim != 1:
+        raise ValueError(f"{name} must have 1 dimension, got shape {list(array.shape)}")
+    if array.dtype == np.int32:
+        return np.ascontiguousarray(array)
+    if array.size == 0:
+        return np.empty(0, np.int32)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must hold integers, got {array.dtype}")
+    low, high = int(array.min()), int(array.max())
+    if low < -_INT32_MAX - 1 or high > _INT32_MAX:
+        raise ValueError(f"{name} must fit int32, got {low if low < -_INT32_MAX - 1 else high}")
+    return array.astype(np.int32)

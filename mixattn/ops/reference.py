@@ -1,0 +1,164 @@
+"""The truth of every op, in plain torch: slow, obvious, in float32 or float64, on any device.
+
+Every kernel is tested against these functions, and ``backend="reference"`` runs them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible_keys(q_len: int, kv_len: int, *, causal: bool, window_left: int | None) -> Tensor:
+    """Which keys each row of a slice may see: [q_len, kv_len] bool.
+
+    Row r stands at position kv_len - q_len + r (the mask is aligned bottom-right) and sees the keys
+    position - window_left <= j <= position; without ``causal`` the right bound is off, without ``window_left`` the
+    left one.
+    """
+    position = torch.arange(kv_len - q_len, kv_len).unsqueeze(1)
+    key = torch.arange(kv_len).unsqueeze(0)
+    visible = torch.ones(q_len, kv_len, dtype=torch.bool)
+    if causal:
+        visible &= key <= position
+    if window_left is not None:
+        visible &= key >= position - window_left
+    return visible
+
+
+def gather_keys(cache: Tensor, block_table_row: Tensor, kv_len: int) -> Tensor:
+    """The first ``kv_len`` rows of one sequence, out of its pages: [kv_len, num_kv_heads, head_dim]."""
+    num_pages_used = -(-kv_len // cache.shape[1])
+    return cache[block_table_row[:num_pages_used].long()].flatten(0, 1)[:kv_len]
+
+
+def attention_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_left: int | None = None,
+    soft_cap: float | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``ops.attention`` computed one sequence at a time, and its log-sum-exp.
+
+    Args: as ``ops.attention``; ``compute_dtype`` is what every intermediate is held in (float64 for truth; q's own
+        dtype gives what eager torch would compute in that dtype).
+    Returns:
+        out [total_q, num_q_heads, head_dim] and lse [total_q, num_q_heads] (natural log), both in ``compute_dtype``.
+        A row that sees no key has out 0 and lse -inf.
+    """
+    total_q, num_q_heads, head_dim = q.shape
+    group_size = num_q_heads // k_cache.shape[2]
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    out = torch.zeros(total_q, num_q_heads, head_dim, dtype=compute_dtype, device=q.device)
+    lse = torch.full((total_q, num_q_heads), -torch.inf, dtype=compute_dtype, device=q.device)
+    starts = cu_seqlens_q.tolist()
+    for seq_idx, kv_len in enumerate(seq_lens.tolist()):
+        rows = slice(starts[seq_idx], starts[seq_idx + 1])
+        visible = visible_keys(rows.stop - rows.start, kv_len, causal=causal, window_left=window_left).to(q.device)
+        if not visible.any():
+            continue
+        # A slot that no row may see can hold NaN, and 0 * NaN would carry it into the sum.
+        is_seen = visible.any(dim=0)[:, None, None]
+        keys, values = (
+            torch.where(is_seen, gather_keys(cache, block_table[seq_idx], kv_len).to(compute_dtype), 0.0)
+            .repeat_interleave(group_size, dim=1)
+            .transpose(0, 1)
+            for cache in (k_cache, v_cache)
+        )  # [num_q_heads, kv_len, head_dim]
+        queries = q[rows].to(compute_dtype).transpose(0, 1)  # [num_q_heads, q_len, head_dim]
+        scores = queries @ keys.transpose(1, 2) * scale  # [num_q_heads, q_len, kv_len]
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        # Softmax of a row without keys is NaN; masking after it makes that row 0.
+        probabilities = scores.softmax(dim=-1).masked_fill(~visible, 0.0)
+        out[rows] = (probabilities @ values).transpose(0, 1)
+        lse[rows] = scores.logsumexp(dim=-1).transpose(0, 1)
+    return out, lse
+
+
+def rope_reference(
+    x: Tensor,
+    positions: Tensor,
+    rope_cos_sin: Tensor,
+    *,
+    interleaved: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``x`` with the leading ``rotary_dim`` dimensions of each head rotated, in ``compute_dtype``.
+
+    Args:
+        x: [num_tokens, num_heads, head_dim].
+        positions: [num_tokens] int64, rows of the table.
+        rope_cos_sin: [max_positions, rotary_dim] float32: rotary_dim / 2 cosines, then as many sines.
+        interleaved: pairs are (2i, 2i + 1); else (i, i + rotary_dim / 2).
+    Source: arXiv:2104.09864, equation 34.
+    """
+    rotary_dim = rope_cos_sin.shape[1]
+    cos, sin = rope_cos_sin[positions].to(compute_dtype).unsqueeze(1).chunk(2, dim=-1)  # [num_tokens, 1, rotary_dim/2]
+    result = x.to(compute_dtype, copy=True)
+    rotated = result[..., :rotary_dim]
+    half = rotary_dim // 2
+    first, second = (
+        (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else (rotated[..., :half], rotated[..., half:])
+    )
+    turned = first * cos - second * sin, second * cos + first * sin
+    first.copy_(turned[0])
+    second.copy_(turned[1])
+    return result
+
+
+def append_kv_reference(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    q: Tensor | None = None,
+    positions: Tensor | None = None,
+    rope_cos_sin: Tensor | None = None,
+    interleaved: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor | None:
+    """The rotated q (None without q); k, rotated, and v are stored in their slots of the caches.
+
+    Args: as ``ops.append_kv``; the rotation is computed in ``compute_dtype`` and rounded once.
+    """
+    page_size = k_cache.shape[1]
+    page, offset = slot_mapping // page_size, slot_mapping % page_size
+    if rope_cos_sin is not None and positions is not None:
+        k = rope_reference(k, positions, rope_cos_sin, interleaved=interleaved, compute_dtype=compute_dtype)
+        if q is not None:
+            q = rope_reference(q, positions, rope_cos_sin, interleaved=interleaved, compute_dtype=compute_dtype)
+    k_cache[page, offset] = k.to(k_cache.dtype)
+    v_cache[page, offset] = v.to(v_cache.dtype)
+    return None if q is None else q.to(k_cache.dtype)
+
+
+def merge_states_reference(
+    outs: Tensor, lses: Tensor, *, compute_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint key sets, from the result over each; both in ``compute_dtype``.
+
+    Args:
+        outs: [num_states, total_q, num_q_heads, head_dim], each normalised by its own sum.
+        lses: [num_states, total_q, num_q_heads], natural log; -inf marks an empty state, whose out is not read.
+    Returns:
+        out [total_q, num_q_heads, head_dim] and lse [total_q, num_q_heads]; 0 and -inf where all states are empty.
+    Source: merge of online-softmax states, arXiv:1805.02867.
+    """
+    lses = lses.to(compute_dtype)
+    lse = lses.logsumexp(dim=0)
+    is_empty = lses == -torch.inf
+    weights = (lses - lse).exp().masked_fill(is_empty, 0.0).unsqueeze(-1)
+    outs = outs.to(compute_dtype).masked_fill(is_empty.unsqueeze(-1), 0.0)
+    return (weights * outs).sum(dim=0), lse

@@ -1,0 +1,217 @@
+"""The named batches that every attention kernel meets, their tensors, and the bound that it is held to.
+
+Nothing that a kernel has no business reading is harmless here: every slot of the caches that no row may see holds NaN,
+pages are handed out in shuffled order, and block-table entries past a sequence's last page are out of range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixattn.ops.reference import attention_reference, visible_keys
+
+UNUSED_BLOCK_ID = 2**31 - 1
+"""Fills the block table past a sequence's last page; to read it is an error that shows."""
+
+ROW_FLOOR_ULPS = {torch.float32: 16.0, torch.bfloat16: 0.5, torch.float16: 0.5}
+"""The floor of a row's error, in units of eps(dtype) * (largest |v| that a row could return).
+
+Half an eps is one rounding of the output: eager may be lucky on a row, no kernel need be. In float32 there is no final
+rounding to hide in: a sum of head_dim products and an exponential, in another order than eager's, come to 16 eps.
+"""
+LSE_FLOOR = 4e-6
+"""The floor of lse's error, times 1 + |lse|: scores are accumulated in float32 whatever the inputs' dtype."""
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One batch, by name.
+
+    Args:
+        num_workers: workers of the plan; None leaves the plan to the machine. Many workers force splits.
+        logit_std: standard deviation of the scaled scores; 1 is smooth, 8 is nearly one-hot.
+    """
+
+    id: str
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    num_q_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    page_size: int = 16
+    causal: bool = True
+    window_left: int | None = None
+    soft_cap: float | None = None
+    softmax_scale: float | None = None
+    num_workers: int | None = None
+    logit_std: float = 1.0
+
+    @property
+    def total_q(self) -> int:
+        return sum(self.q_lens)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of ``attention`` that are not tensors."""
+        return {
+            "softmax_scale": self.softmax_scale,
+            "causal": self.causal,
+            "window_left": self.window_left,
+            "soft_cap": self.soft_cap,
+        }
+
+    @property
+    def plan_options(self) -> dict[str, Any]:
+        """The keyword arguments of ``plan`` that describe the shape."""
+        return {
+            "num_q_heads": self.num_q_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "causal": self.causal,
+            "window_left": self.window_left,
+        }
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """The tensors of a case; shapes as STYLE.md's table names them."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    cu_seqlens_q: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+
+    @property
+    def index_tensors(self) -> dict[str, Tensor]:
+        """The keyword arguments of ``attention`` that are tensors."""
+        return {"cu_seqlens_q": self.cu_seqlens_q, "seq_lens": self.seq_lens, "block_table": self.block_table}
+
+    def to(self, device: torch.device | str) -> AttentionInputs:
+        return AttentionInputs(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def make_inputs(case: AttentionCase, dtype: torch.dtype, *, seed: int = 0) -> AttentionInputs:
+    """Random tensors of the case's shapes on the CPU; the same seed gives the same values in every dtype, rounded."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    pages_per_seq = [-(-kv_len // case.page_size) for kv_len in case.kv_lens]
+    num_unread_pages = 2
+    num_pages = sum(pages_per_seq) + num_unread_pages
+    page_ids = torch.randperm(num_pages, generator=generator, dtype=torch.int32)
+    block_table = torch.full((len(case.kv_lens), max([*pages_per_seq, 1]) + 1), UNUSED_BLOCK_ID, dtype=torch.int32)
+    cache_shape = (num_pages, case.page_size, case.num_kv_heads, case.head_dim)
+    k_cache, v_cache = torch.full(cache_shape, torch.nan), torch.full(cache_shape, torch.nan)
+    for seq_idx, (q_len, kv_len, num_used) in enumerate(zip(case.q_lens, case.kv_lens, pages_per_seq, strict=True)):
+        pages, page_ids = page_ids[:num_used], page_ids[num_used:]
+        block_table[seq_idx, :num_used] = pages
+        is_seen = visible_keys(q_len, kv_len, causal=case.causal, window_left=case.window_left).any(dim=0)
+        for cache in (k_cache, v_cache):
+            rows = normal(num_used * case.page_size, case.num_kv_heads, case.head_dim)
+            rows[kv_len:] = torch.nan
+            rows[:kv_len][~is_seen] = torch.nan
+            cache[pages.long()] = rows.unflatten(0, (num_used, case.page_size))
+    scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
+    q = normal(case.total_q, case.num_q_heads, case.head_dim) * (case.logit_std / (scale * case.head_dim**0.5))
+    cu_seqlens_q = torch.tensor([0, *case.q_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return AttentionInputs(
+        q=q.to(dtype),
+        k_cache=k_cache.to(dtype),
+        v_cache=v_cache.to(dtype),
+        cu_seqlens_q=cu_seqlens_q,
+        seq_lens=torch.tensor(case.kv_lens, dtype=torch.int32),
+        block_table=block_table,
+    )
+
+
+def assert_attention_close(case: AttentionCase, inputs: AttentionInputs, out: Tensor, lse: Tensor | None) -> None:
+    """Every row of ``out`` is within 2x of eager's own error in that dtype plus a floor; lse within its floor.
+
+    A row is one query token of one head; its error is the largest over head_dim, against float64.
+    """
+    arguments = (inputs.q, inputs.k_cache, inputs.v_cache)
+    options = {**inputs.index_tensors, **case.options}
+    true_out, true_lse = attention_reference(*arguments, **options, compute_dtype=torch.float64)
+    eager_out, _ = attention_reference(*arguments, **options, compute_dtype=out.dtype)
+    largest_v = inputs.v_cache.nan_to_num().abs().max().double() if inputs.v_cache.numel() else torch.tensor(0.0)
+    floor = ROW_FLOOR_ULPS[out.dtype] * torch.finfo(out.dtype).eps * largest_v
+    allowed = 2 * row_error(eager_out, true_out) + floor
+    error = row_error(out, true_out)
+    assert bool((error <= allowed).all()), (  # NaN compares false, so a NaN anywhere fails
+        f"{case.id} {out.dtype}: {int((~(error <= allowed)).sum())} of {error.numel()} rows off, the worst "
+        f"{float((error / allowed).nan_to_num(torch.inf).max()):.3g} times what is allowed"
+    )
+    is_empty = true_lse == -torch.inf
+    assert bool((out[is_empty] == 0).all()), f"{case.id}: a row without keys is not 0"
+    if lse is None:
+        return
+    assert lse.dtype == torch.float32
+    assert bool((lse[is_empty] == -torch.inf).all()), f"{case.id}: lse of a row without keys is not -inf"
+    lse_error = (lse.double() - true_lse)[~is_empty].abs()
+    allowed_lse = LSE_FLOOR * (1 + true_lse[~is_empty].abs())
+    assert bool((lse_error <= allowed_lse).all()), (
+        f"{case.id} {out.dtype}: lse off by {float((lse_error / allowed_lse).nan_to_num(torch.inf).max()):.3g} times "
+        "what is allowed"
+    )
+
+
+def row_error(out: Tensor, truth: Tensor) -> Tensor:
+    """[total_q, num_q_heads] float64: the largest absolute error of each row."""
+    return (out.double() - truth).abs().amax(dim=-1)
+
+
+CASES = [
+    # One decode: the row alone, over lengths around a page edge, groups and pages of every kind.
+    AttentionCase("q1-kv4096-page16-gqa8", (1,), (4096,), num_q_heads=8, num_kv_heads=1),
+    AttentionCase("q1-kv1-page16-gqa2", (1,), (1,)),
+    AttentionCase("q1-kv33-page16-mha", (1,), (33,), num_q_heads=2, num_kv_heads=2),
+    AttentionCase("q1-kv100-page16-gqa3", (1,), (100,), num_q_heads=6, num_kv_heads=2),
+    AttentionCase("q1-kv15,16,17-page16-gqa3", (1, 1, 1), (15, 16, 17), num_q_heads=3, num_kv_heads=1),
+    AttentionCase("q1-kv63,64,65-page64-gqa8", (1, 1, 1), (63, 64, 65), num_q_heads=8, num_kv_heads=1),
+    AttentionCase("q1-kv6,7,8-page7-gqa2", (1, 1, 1), (6, 7, 8)),
+    AttentionCase("q1-kv37-page1-gqa2", (1,), (37,)),
+    # Chunks: whole prompts, chunks behind a context, rows around the tile sizes 16, 64 and 128.
+    AttentionCase("q17-kv17-page16-gqa2", (17,), (17,)),
+    AttentionCase("q65-kv200-page16-gqa3", (65,), (200,), num_q_heads=6, num_kv_heads=2),
+    AttentionCase("q129-kv130-page7-mha", (129,), (130,), num_q_heads=2, num_kv_heads=2),
+    AttentionCase("q40-kv100-page1-gqa8", (40,), (100,), num_q_heads=8, num_kv_heads=1),
+    AttentionCase("q15,16,17-kv31,32,33-page16-gqa2", (15, 16, 17), (31, 32, 33)),
+    # Mixed batches, what this project is for.
+    AttentionCase("chunk-beside-decodes", (1, 1, 70, 1, 1), (40, 129, 150, 1, 300), num_q_heads=8, num_kv_heads=2),
+    AttentionCase("one-long-among-many-short", (1,) * 9, (20, 3, 1500, 17, 64, 5, 1, 33, 16)),
+    AttentionCase("two-chunks-and-verify-rows", (33, 5, 1, 50), (33, 90, 77, 114), num_q_heads=6, num_kv_heads=2),
+    # Rows and slices with nothing to see.
+    AttentionCase("empty-slices-between", (0, 1, 0, 3, 0), (0, 5, 20, 3, 0)),
+    AttentionCase("q-without-keys", (3, 1), (0, 20)),
+    AttentionCase("q20-kv6-longer-than-keys", (20, 1), (6, 6)),
+    AttentionCase("no-sequences", (), ()),
+    # Head dimensions.
+    AttentionCase("head-dim-8", (1, 20), (50, 60), head_dim=8),
+    AttentionCase("head-dim-40", (1, 20), (50, 60), head_dim=40),
+    AttentionCase("head-dim-96", (1, 20), (50, 60), head_dim=96),
+    AttentionCase("head-dim-128", (1, 20), (50, 60), head_dim=128),
+    AttentionCase("head-dim-256", (1, 20), (50, 60), head_dim=256),
+    # Splits, forced by a plan for many workers.
+    AttentionCase("splits-q1-kv1000-gqa8", (1,), (1000,), num_q_heads=8, num_kv_heads=1, num_workers=64),
+    AttentionCase("splits-chunk-beside-decodes", (1, 30, 1), (700, 400, 90), num_workers=64),
+    AttentionCase("splits-page7-window", (1, 9), (600, 300), page_size=7, window_left=250, num_workers=64),
+    AttentionCase("splits-rows-without-keys", (40, 1), (25, 500), num_workers=64),
+    # Masks and score functions.
+    AttentionCase("window-q1", (1, 1, 1), (5, 64, 300), window_left=63),
+    AttentionCase("window-0-sees-itself", (1, 20), (40, 50), window_left=0),
+    AttentionCase("window-chunk-beside-decodes", (1, 70, 1), (90, 200, 33), window_left=31),
+    AttentionCase("soft-cap", (1, 30), (100, 70), soft_cap=5.0, logit_std=4.0),
+    AttentionCase("soft-cap-window-splits", (1, 30), (400, 300), soft_cap=2.0, window_left=150, num_workers=64),
+    AttentionCase("non-causal", (1, 20, 3), (50, 60, 1), causal=False),
+    AttentionCase("non-causal-window", (1, 20), (50, 60), causal=False, window_left=10),
+    AttentionCase("scale-and-peaked-scores", (1, 40), (300, 90), softmax_scale=0.3, logit_std=8.0),
+]
+assert len({case.id for case in CASES}) == len(CASES)

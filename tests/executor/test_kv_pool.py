@@ -1,0 +1,104 @@
+"""The pool's size from what is configured, or from what the machine has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixattn.config import CacheConfig, ModelConfig, RopeConfig
+from mixattn.executor import kv_pool
+
+MODEL = ModelConfig(
+    architecture="llama",
+    vocab_size=32,
+    hidden_size=64,
+    intermediate_size=64,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_model_len=1000,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(rotary_dim=16),
+)
+PAGE_BYTES = 16 * (2 * 2 * 2 * 16) * 4  # tokens, (K and V, layers, heads, head_dim), float32
+GIB = 1 << 30
+
+
+def size(cache: CacheConfig, *, free_bytes: int = GIB, max_num_seqs: int = 10**6) -> int:
+    return kv_pool.num_pages(cache, MODEL, 4, max_model_len=1000, max_num_seqs=max_num_seqs, free_bytes=free_bytes)
+
+
+def test_num_pages_configured_count_is_taken_as_it_is() -> None:
+    assert size(CacheConfig(16, num_pages=7), free_bytes=0) == 7
+
+
+def test_num_pages_configured_bytes_are_filled_with_whole_pages() -> None:
+    assert size(CacheConfig(16, kv_cache_memory_bytes=5 * PAGE_BYTES - 1)) == 4
+
+
+def test_num_pages_by_default_take_a_share_of_free_memory_up_to_a_limit() -> None:
+    assert size(CacheConfig(16), free_bytes=GIB) == int(0.4 * GIB) // PAGE_BYTES
+    assert size(CacheConfig(16), free_bytes=1000 * GIB) == 4 * GIB // PAGE_BYTES
+
+
+def test_num_pages_never_more_than_the_running_requests_can_use() -> None:
+    assert size(CacheConfig(16), max_num_seqs=3) == 3 * 63
+
+
+@pytest.mark.parametrize("cache", [CacheConfig(16, kv_cache_memory_bytes=PAGE_BYTES - 1), CacheConfig(16)])
+def test_num_pages_less_than_one_page_names_the_bound(cache: CacheConfig) -> None:
+    with pytest.raises(ValueError, match=f"kv_cache_memory_bytes must be >= {PAGE_BYTES}, a page of 16 tokens"):
+        size(cache, free_bytes=PAGE_BYTES)
+
+
+def test_allocate_gives_a_pair_per_layer_in_the_agreed_layout() -> None:
+    caches = kv_pool.allocate(MODEL, 5, 16, torch.bfloat16, torch.device("cpu"))
+    assert len(caches) == 2
+    for pair in caches:
+        assert all(cache.shape == (5, 16, 2, 16) and cache.dtype == torch.bfloat16 for cache in pair)
+
+
+def test_allocate_more_than_there_is_names_the_pages() -> None:
+    with pytest.raises(ValueError, match=r"num_pages \(1000000000000\) of 16 tokens need .* GiB"):
+        kv_pool.allocate(MODEL, 10**12, 16, torch.float32, torch.device("cpu"))
+
+
+def make_machine(root: Path, limits: dict[str, tuple[str, int]], own: str) -> tuple[Path, Path]:
+    """/proc with 8 GiB available, and a cgroup tree of {folder: (memory.max, memory.current)}."""
+    proc, cgroup = root / "proc", root / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    cgroup.mkdir()
+    (proc / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:   {8 * GIB // 1024} kB\n")
+    (proc / "self/cgroup").write_text(f"1:name=systemd:/x\n0::{own}\n")
+    for folder, (limit, used) in limits.items():
+        (cgroup / folder).mkdir(parents=True, exist_ok=True)
+        (cgroup / folder / "memory.max").write_text(f"{limit}\n")
+        (cgroup / folder / "memory.current").write_text(f"{used}\n")
+    return proc, cgroup
+
+
+@pytest.mark.parametrize(
+    ("limits", "own", "expected"),
+    [
+        ({}, "/", 8 * GIB),
+        ({"a/b": ("max", GIB)}, "/a/b", 8 * GIB),
+        ({"a/b": (str(3 * GIB), GIB)}, "/a/b", 2 * GIB),
+        ({"a/b": ("max", GIB), "a": (str(5 * GIB), GIB)}, "/a/b", 4 * GIB),
+        ({"other": (str(GIB), 0)}, "/a/b", 8 * GIB),
+        ({".": (str(2 * GIB), GIB)}, "/host/path/not/seen/here", GIB),
+        ({".": (str(2 * GIB), GIB)}, "/../..", GIB),
+        ({"a": (str(GIB), 2 * GIB)}, "/a", 0),
+    ],
+    ids=["no-limit", "max", "own", "parent", "not-ours", "container", "outside-namespace", "over-limit"],
+)
+def test_free_memory_is_the_least_of_machine_and_cgroups(
+    tmp_path: Path, limits: dict[str, tuple[str, int]], own: str, expected: int
+) -> None:
+    assert kv_pool.free_memory_bytes(*make_machine(tmp_path, limits, own)) == expected
+
+
+def test_free_memory_of_this_machine_is_plausible() -> None:
+    assert 2**26 < kv_pool.free_memory_bytes() < 2**50

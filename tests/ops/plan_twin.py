@@ -1,0 +1,175 @@
+"""The planner in plain Python: the truth that ``csrc/common/plan.h`` is held to, word for word.
+
+It is written for reading: no capacity, no scratch, integers of any size, Python's own stable sort. Every formula is
+restated here from its definition; nothing is shared with the compiled planner but ``Hardware``.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from mixattn.ops.plan import Hardware
+
+PLAN_MAGIC = 0x6D780001
+LARGE, MEDIUM, SMALL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is the same for every slice of a batch."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    kv_element_bytes: int
+    causal: bool
+    window_left: int | None
+
+    @property
+    def group_size(self) -> int:
+        return self.num_q_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some packed rows of one slice and the keys that they see, all together."""
+
+    seq_idx: int
+    row_begin: int
+    num_rows: int
+    kind: int
+    kv_begin: int
+    kv_end: int
+
+
+@dataclass(frozen=True)
+class Price:
+    flops: int
+    bytes: int
+    compute_fs: int
+    memory_fs: int
+    total_fs: int
+
+
+@dataclass(frozen=True)
+class TwinPlan:
+    """header [16], items [num_items][8], merges [num_merges][8] as work_item.h orders their words; prices per item."""
+
+    header: list[int]
+    items: list[list[int]]
+    merges: list[list[int]]
+    prices: list[Price]
+    makespan_fs: int
+
+
+def visible_range(token: int, q_len: int, kv_len: int, shape: Shape) -> tuple[int, int]:
+    """The keys [begin, end) that query token ``token`` of a slice sees; begin == end if none."""
+    position = kv_len - q_len + token
+    end = min(position + 1, kv_len) if shape.causal else kv_len
+    begin = 0 if shape.window_left is None else position - shape.window_left
+    end = max(end, 0)
+    return min(max(begin, 0), end), end
+
+
+def row_tiles(seq_idx: int, q_len: int, kv_len: int, shape: Shape, hardware: Hardware) -> list[Tile]:
+    """The row tiles of one slice."""
+    num_rows = q_len * shape.group_size
+    tiles = []
+    for row_begin in range(0, num_rows, hardware.block_rows[LARGE]):
+        row_end = min(row_begin + hardware.block_rows[LARGE], num_rows)
+        kind = max(k for k in (LARGE, MEDIUM, SMALL) if row_end - row_begin <= hardware.block_rows[k])
+        kv_begin, _ = visible_range(row_begin // shape.group_size, q_len, kv_len, shape)
+        _, kv_end = visible_range((row_end - 1) // shape.group_size, q_len, kv_len, shape)
+        tiles.append(Tile(seq_idx, row_begin, row_end - row_begin, kind, min(kv_begin, kv_end), kv_end))
+    return tiles
+
+
+def price(tile: Tile, num_keys: int, slice_tiles: Sequence[Tile], shape: Shape, hardware: Hardware) -> Price:
+    """What ``num_keys`` keys of a tile cost, beside the other tiles of its slice."""
+    granule = hardware.row_granule or hardware.block_rows[tile.kind]
+    priced_rows = -(-tile.num_rows // granule) * granule
+    seen = [t for t in slice_tiles if t.kv_begin < t.kv_end]
+    if seen:
+        distinct = max(t.kv_end for t in seen) - min(t.kv_begin for t in seen)
+        fetched_keys = num_keys * distinct // sum(t.kv_end - t.kv_begin for t in seen)
+    else:
+        fetched_keys = 0
+    flops = 4 * shape.head_dim * priced_rows * num_keys
+    num_bytes = 2 * shape.head_dim * shape.kv_element_bytes * (fetched_keys + tile.num_rows)
+    compute_fs = flops * round(1e18 / hardware.flops_per_s) // 1000
+    memory_fs = num_bytes * round(1e18 / hardware.bytes_per_s) // 1000
+    total_fs = round(1e15 * hardware.item_overhead_s) + max(compute_fs, memory_fs)
+    return Price(flops, num_bytes, compute_fs, memory_fs, total_fs)
+
+
+def split(tile: Tile, cost_fs: int, target_fs: int, hardware: Hardware) -> list[tuple[int, int]]:
+    """The KV ranges of a tile's pieces, in order."""
+    granule = hardware.split_tokens
+    first = tile.kv_begin // granule
+    num_granules = -(-tile.kv_end // granule) - first
+    num_splits = max(1, min(-(-cost_fs // target_fs), num_granules, hardware.max_splits))
+    edges = [(first + num_granules * i // num_splits) * granule for i in range(num_splits + 1)]
+    edges = [min(max(edge, tile.kv_begin), tile.kv_end) for edge in edges]
+    return list(pairwise(edges))
+
+
+def plan_twin(cu_seqlens_q: Sequence[int], seq_lens: Sequence[int], shape: Shape, hardware: Hardware) -> TwinPlan:
+    """The plan of a batch; arguments as ``mixattn.plan``."""
+    slices = []
+    for seq_idx, kv_len in enumerate(seq_lens):
+        q_len = cu_seqlens_q[seq_idx + 1] - cu_seqlens_q[seq_idx]
+        slices.append(row_tiles(seq_idx, q_len, kv_len, shape, hardware))
+
+    undivided = [
+        [price(tile, tile.kv_end - tile.kv_begin, tiles, shape, hardware).total_fs for tile in tiles]
+        for tiles in slices
+    ]
+    total_fs = sum(sum(costs) for costs in undivided) * shape.num_kv_heads
+    slots = 1 if hardware.num_workers == 1 else hardware.num_workers * hardware.items_per_worker
+    target_fs = max(-(-total_fs // slots), 2 * round(1e15 * hardware.item_overhead_s), 1)
+
+    priced_items: list[tuple[Price, list[int]]] = []
+    merges: list[list[int]] = []
+    num_partial_rows = 0
+    for tiles, costs in zip(slices, undivided, strict=True):
+        for tile, cost_fs in zip(tiles, costs, strict=True):
+            ranges = split(tile, cost_fs, target_fs, hardware)
+            is_split = len(ranges) > 1
+            first_merge, first_partial_row = len(merges), num_partial_rows
+            for split_idx, (kv_begin, kv_end) in enumerate(ranges):
+                piece_price = price(tile, kv_end - kv_begin, tiles, shape, hardware)
+                for kv_head in range(shape.num_kv_heads):
+                    group_row = first_partial_row + kv_head * len(ranges) * tile.num_rows
+                    item = [
+                        tile.seq_idx, kv_head, tile.row_begin, tile.num_rows | tile.kind << 16, kv_begin, kv_end,
+                        first_merge + kv_head if is_split else -1,
+                        group_row + split_idx * tile.num_rows if is_split else 0,
+                    ]  # fmt: skip
+                    priced_items.append((piece_price, item))
+            for kv_head in range(shape.num_kv_heads if is_split else 0):
+                merges.append(
+                    [tile.seq_idx, kv_head, tile.row_begin, tile.num_rows, num_partial_rows, len(ranges), 0, 0]
+                )
+                num_partial_rows += len(ranges) * tile.num_rows
+
+    priced_items.sort(key=lambda priced: -priced[0].total_fs)  # stable: ties stay in generation order
+    items = [item for _, item in priced_items]
+    prices = [item_price for item_price, _ in priced_items]
+
+    free_at_fs = [0] * hardware.num_workers
+    for item_price in prices:
+        heapq.heapreplace(free_at_fs, free_at_fs[0] + item_price.total_fs)
+
+    total_tiles_bound = shape.num_kv_heads * (
+        len(seq_lens) + cu_seqlens_q[-1] * shape.group_size // hardware.block_rows[LARGE]
+    )
+    header = [
+        PLAN_MAGIC, len(items), len(merges), num_partial_rows, len(seq_lens), cu_seqlens_q[-1],
+        total_tiles_bound + slots - 1, slots - 1,
+        shape.num_q_heads, shape.num_kv_heads, shape.head_dim, int(shape.causal),
+        -1 if shape.window_left is None else shape.window_left, hardware.num_workers, 0, 0,
+    ]  # fmt: skip
+    return TwinPlan(header, items, merges, prices, max(free_at_fs))

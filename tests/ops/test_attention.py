@@ -1,0 +1,207 @@
+"""attention on the CPU, on every ISA that this machine has: the named cases, random batches, views and huge strides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mixattn
+from mixattn import _C, env
+from mixattn.ops.plan import Hardware, WorkPlan, cpu_hardware
+from tests.cases import CASES, AttentionCase, AttentionInputs, assert_attention_close, make_inputs
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ISAS = ["scalar", "avx2", "avx512"]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Forces one ISA on the test; skips where the CPU lacks it."""
+    name: str = request.param
+    available = _C.cpu_info()["available"]
+    if name not in available:
+        pytest.skip(f"this CPU has no {name} (it has {', '.join(available)})")
+    monkeypatch.setattr(env, "cpu_isa", lambda: name)
+    return name
+
+
+def splitting_hardware(num_workers: int) -> Hardware:
+    """Many workers to whom an item costs nothing extra: the planner splits wherever a granule ends."""
+    return dataclasses.replace(cpu_hardware(1), num_workers=num_workers, item_overhead_s=0.0, split_tokens=32)
+
+
+def make_plan(case: AttentionCase, inputs: AttentionInputs) -> WorkPlan | None:
+    if case.num_workers is None:
+        return None
+    plan = mixattn.plan(
+        inputs.cu_seqlens_q,
+        inputs.seq_lens,
+        **case.plan_options,
+        kv_element_bytes=inputs.q.element_size(),
+        hardware=splitting_hardware(case.num_workers),
+    )
+    assert plan.num_merges > 0, "a case that names its workers is there for its splits"
+    return plan
+
+
+def run(case: AttentionCase, inputs: AttentionInputs, backend: str = "cpu") -> tuple[Tensor, Tensor]:
+    """out and lse of the case; what was in ``out`` before is NaN."""
+    out = torch.full_like(inputs.q, torch.nan)
+    result, lse = mixattn.attention(
+        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **case.options,
+        plan=make_plan(case, inputs), out=out, return_lse=True, backend=backend,
+    )  # fmt: skip
+    assert result is out
+    return out, lse
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_attention_of_named_case_is_within_twice_eager(case: AttentionCase, dtype: torch.dtype, isa: str) -> None:
+    inputs = make_inputs(case, dtype)
+    out, lse = run(case, inputs)
+    assert_attention_close(case, inputs, out, lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_reference_backend_of_named_case_is_within_twice_eager(case: AttentionCase, dtype: torch.dtype) -> None:
+    inputs = make_inputs(case, dtype)
+    out, lse = run(case, inputs, backend="reference")
+    assert_attention_close(case, inputs, out, lse)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.kv_lens][::5], ids=lambda case: case.id)
+def test_attention_returns_the_same_bits_whether_out_is_given(case: AttentionCase) -> None:
+    inputs = make_inputs(case, torch.float32)
+    out, lse = run(case, inputs)
+    plan = make_plan(case, inputs)
+    arguments = (inputs.q, inputs.k_cache, inputs.v_cache)
+    options = {**inputs.index_tensors, **case.options, "plan": plan}
+    new_out, new_lse = mixattn.attention(*arguments, **options, return_lse=True)
+    assert torch.equal(new_out, out) and torch.equal(new_lse, lse)
+    assert torch.equal(mixattn.attention(*arguments, **options), out)
+    if plan is not None:
+        assert torch.equal(mixattn.attention(*arguments, **{**options, "plan": torch.from_numpy(plan.buffer)}), out)
+
+
+def test_attention_repeated_with_one_plan_gives_the_same_bits() -> None:
+    """The tickets of a plan's merges are zero again after each call, and merging in split order has one result."""
+    case = next(c for c in CASES if c.id == "splits-chunk-beside-decodes")
+    inputs = make_inputs(case, torch.float32)
+    plan = make_plan(case, inputs)
+    results = [
+        mixattn.attention(
+            inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **case.options, plan=plan
+        )
+        for _ in range(20)
+    ]  # fmt: skip
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> AttentionCase:
+    num_seqs = draw(st.integers(1, 6))
+    num_kv_heads = draw(st.integers(1, 3))
+    causal = draw(st.booleans())
+    return AttentionCase(
+        id="random",
+        q_lens=tuple(draw(st.lists(st.integers(0, 40), min_size=num_seqs, max_size=num_seqs))),
+        kv_lens=tuple(draw(st.lists(st.integers(0, 300), min_size=num_seqs, max_size=num_seqs))),
+        num_q_heads=num_kv_heads * draw(st.integers(1, 9)),
+        num_kv_heads=num_kv_heads,
+        head_dim=8 * draw(st.integers(1, 32)),
+        page_size=draw(st.integers(1, 70)),
+        causal=causal,
+        window_left=draw(st.none() | st.integers(0, 200)),
+        soft_cap=draw(st.none() | st.floats(0.5, 50.0)),
+        softmax_scale=draw(st.none() | st.floats(0.01, 2.0)),
+        logit_std=draw(st.sampled_from([0.5, 1.0, 4.0])),
+    )
+
+
+@settings(max_examples=60)
+@given(
+    case=random_cases(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31), num_workers=st.sampled_from([1, 64])
+)
+def test_attention_of_random_batch_is_within_twice_eager(
+    case: AttentionCase, dtype: torch.dtype, seed: int, num_workers: int
+) -> None:
+    inputs = make_inputs(case, dtype, seed=seed)
+    plan = mixattn.plan(
+        inputs.cu_seqlens_q, inputs.seq_lens, **case.plan_options, kv_element_bytes=inputs.q.element_size(),
+        hardware=splitting_hardware(num_workers),
+    )  # fmt: skip
+    out, lse = mixattn.attention(
+        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **case.options, plan=plan, return_lse=True
+    )
+    assert_attention_close(case, inputs, out, lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_of_strided_views_gives_the_bits_of_contiguous(dtype: torch.dtype, isa: str) -> None:
+    """q out of a fused projection, pages head-major out of a pool shared by K and V, out with room between rows."""
+    case = next(c for c in CASES if c.id == "chunk-beside-decodes")
+    inputs = make_inputs(case, dtype)
+    expected, expected_lse = run(case, inputs)
+    num_pages = inputs.k_cache.shape[0]
+    fused = torch.cat((inputs.q, inputs.q), dim=1)
+    pool = torch.stack((inputs.k_cache, inputs.v_cache), dim=1).transpose(2, 3).contiguous()
+    assert pool.shape[:3] == (num_pages, 2, case.num_kv_heads)
+    wide_out = torch.full((case.total_q, case.num_q_heads + 1, case.head_dim + 8), torch.nan, dtype=dtype)
+    wide_table = torch.cat((inputs.block_table, torch.full_like(inputs.block_table, -1)), dim=1)
+    out, lse = mixattn.attention(
+        fused[:, case.num_q_heads :], pool[:, 0].transpose(1, 2), pool[:, 1].transpose(1, 2),
+        cu_seqlens_q=inputs.cu_seqlens_q, seq_lens=inputs.seq_lens,
+        block_table=wide_table[:, : inputs.block_table.shape[1]],
+        out=wide_out[:, :-1, : case.head_dim], return_lse=True,
+    )  # fmt: skip
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    assert bool(wide_out[:, -1].isnan().all()) and bool(wide_out[:, :, case.head_dim :].isnan().all())
+
+
+def test_attention_with_page_offsets_beyond_int32_reads_the_right_pages(isa: str) -> None:
+    """A pool of more than 2^31 elements, mapped but, apart from the pages in use, never touched."""
+    case = AttentionCase("huge-offsets", (1, 5), (40, 20), num_q_heads=2, num_kv_heads=1, page_size=16, head_dim=64)
+    inputs = make_inputs(case, torch.float16)
+    num_pages = inputs.k_cache.shape[0]
+    page_stride, far_page = 2**22, 2**9  # elements; their product is the first offset that int32 cannot hold
+    pool = torch.empty((far_page + num_pages) * page_stride, dtype=inputs.q.dtype)
+    strides = (page_stride, *inputs.k_cache.stride()[1:])
+    shape = (far_page + num_pages, *inputs.k_cache.shape[1:])
+    k_cache, v_cache = pool.as_strided(shape, strides), pool.as_strided(shape, strides, page_stride // 2)
+    k_cache[far_page:] = inputs.k_cache
+    v_cache[far_page:] = inputs.v_cache
+    expected, _ = run(case, inputs)
+    far_table = torch.where(inputs.block_table < num_pages, inputs.block_table + far_page, -1)
+    out = mixattn.attention(
+        inputs.q, k_cache, v_cache, cu_seqlens_q=inputs.cu_seqlens_q,
+        seq_lens=inputs.seq_lens, block_table=far_table,
+    )  # fmt: skip
+    assert torch.equal(out, expected)
+
+
+@pytest.fixture
+def many_torch_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("many_torch_threads")
+def test_attention_between_torch_calls_on_more_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One OpenMP pool serves torch and the kernel in turn, whatever number of threads each asks for."""
+    case = next(c for c in CASES if c.id == "splits-chunk-beside-decodes")
+    inputs = make_inputs(case, torch.float32)
+    expected, _ = run(case, inputs)
+    for num_threads in (1, 3, 2):
+        monkeypatch.setattr(env, "num_threads", lambda n=num_threads: n)
+        torch.randn(300, 300) @ torch.randn(300, 300)
+        assert torch.equal(run(case, inputs)[0], expected)

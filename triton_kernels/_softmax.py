@@ -1,0 +1,58 @@
+"""The online softmax in base 2, shared by the kernels: one step over a tile of scores, its end, and the merge of results.
+
+log2(e) is folded into the scores' scale on the host, so that exp2 is the whole exponential.
+Source: online softmax, arXiv:1805.02867, algorithm 3; as in FlashAttention-2, arXiv:2307.08691, section 3.1.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LN_2 = tl.constexpr(0.6931471805599453)
+"""lse in base 2 times this is lse in natural log."""
+
+
+@triton.jit
+def weigh_scores(scores, scale_log2, row_max, MAY_BE_EMPTY: tl.constexpr):
+    """(weights, new_row_max, rescale): exp2(scores * scale_log2 - new_row_max), and the factor of all earlier sums.
+
+    Args:
+        scores: [BLOCK_M, BLOCK_N] float32, not yet scaled, -inf where masked.
+        scale_log2: > 0; to scale the maximum and not each score leaves one multiply-add per score before exp2.
+        row_max: [BLOCK_M] float32, of all earlier scores, scaled; -inf before the first.
+        MAY_BE_EMPTY: whether a row may have no score above -inf up to here.
+    """
+    new_row_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+    offset = new_row_max
+    if MAY_BE_EMPTY:
+        # -inf - -inf would be NaN: a row without keys subtracts 0 and gets weights exp2(-inf) = 0.
+        offset = tl.where(new_row_max == -float("inf"), 0.0, new_row_max)
+    weights = tl.exp2(scores * scale_log2 - offset[:, None])
+    rescale = tl.exp2(row_max - offset)
+    return weights, new_row_max, rescale
+
+
+@triton.jit
+def finish_rows(accumulator, row_max, row_sum):
+    """(out, lse_log2) of rows: out [BLOCK_M, BLOCK_D] and lse_log2 [BLOCK_M]; 0 and -inf where row_sum is 0."""
+    is_empty = row_sum == 0.0
+    safe_sum = tl.where(is_empty, 1.0, row_sum)
+    return accumulator * (1.0 / safe_sum)[:, None], tl.where(is_empty, -float("inf"), row_max + tl.log2(safe_sum))
+
+
+@triton.jit
+def absorb_state(accumulator, row_max, row_sum, state_out, state_lse_log2):
+    """(accumulator, row_max, row_sum) after one more state: a result over other keys, normalised by its own sum.
+
+    Args:
+        accumulator: [ROWS, BLOCK_D] float32; row_max, row_sum: [ROWS] float32; 0, -inf and 0 before the first state.
+        state_out: [ROWS, BLOCK_D] float32, finite; state_lse_log2: [ROWS] float32, -inf for a state without keys.
+    Source: merge of online-softmax states, arXiv:1805.02867.
+    """
+    new_row_max = tl.maximum(row_max, state_lse_log2)
+    # As in weigh_scores: no -inf - -inf while all states so far are empty.
+    offset = tl.where(new_row_max == -float("inf"), 0.0, new_row_max)
+    rescale = tl.exp2(row_max - offset)
+    weight = tl.exp2(state_lse_log2 - offset)
+    return accumulator * rescale[:, None] + state_out * weight[:, None], new_row_max, row_sum * rescale + weight

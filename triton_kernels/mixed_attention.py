@@ -1,0 +1,382 @@
+# mixed_attention.py: paged attention over prefill chunks and decode rows in one launch.
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixattn.triton_kernels._numeric import dot, narrow
+from mixattn.triton_kernels._softmax import LN_2, absorb_state, finish_rows, weigh_scores
+from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS, TileChoice, choose_tiles
+
+# Word offsets of the plan, as csrc/common/work_item.h lays them out.
+HEADER_WORDS = tl.constexpr(16)
+HEADER_NUM_ITEMS = tl.constexpr(1)
+HEADER_CAPACITY_ITEMS = tl.constexpr(6)
+ITEM_WORDS = tl.constexpr(8)
+MERGE_WORDS = tl.constexpr(8)
+KIND_LARGE = tl.constexpr(0)
+KIND_MEDIUM = tl.constexpr(1)
+
+MERGE_BLOCK_ROWS = tl.constexpr(16)
+"""Rows merged at once: those of a small item, so that a merge takes no more registers than the items before it."""
+
+
+@triton.jit
+def load_rows(pointers, is_row, HEAD_DIM: tl.constexpr, IS_MASKED: tl.constexpr):
+    """[rows, BLOCK_D] from memory; 0 past HEAD_DIM and, with IS_MASKED, where is_row is false."""
+    BLOCK_D: tl.constexpr = pointers.shape[1]
+    is_dim = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    if IS_MASKED:
+        return tl.load(pointers, mask=is_row[:, None] & is_dim, other=0.0)
+    elif BLOCK_D != HEAD_DIM:
+        return tl.load(pointers, mask=is_dim, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def attend_tile(
+    query,
+    accumulator,
+    row_max,
+    row_sum,
+    row_kv_begin,
+    row_kv_end,
+    tile_begin,
+    kv_begin,
+    kv_end,
+    block_table_row,
+    k_head,
+    v_head,
+    stride_k_page,
+    stride_k_token,
+    stride_v_page,
+    stride_v_token,
+    page_size,
+    page_shift,
+    score_scale,
+    score_cap,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    HAS_PAGE_SHIFT: tl.constexpr,
+    HAS_KV_STRIDES: tl.constexpr,
+    IS_EDGE: tl.constexpr,
+):
+    """(accumulator, row_max, row_sum) after the keys [tile_begin, tile_begin + BLOCK_N).
+
+    Without IS_EDGE every row sees every key of the tile; with it, each its own part of [kv_begin, kv_end).
+    """
+    BLOCK_M: tl.constexpr = query.shape[0]
+    dim = tl.arange(0, query.shape[1])
+    key = tile_begin + tl.arange(0, BLOCK_N)
+    is_key = (key >= kv_begin) & (key < kv_end)
+    if HAS_PAGE_SHIFT:
+        page_idx = key >> page_shift
+        slot = key & (page_size - 1)
+    else:
+        page_idx = key // page_size
+        slot = key % page_size
+    if IS_EDGE:
+        # Table entries past the last page may be anything: neither they nor pages through them are read.
+        page = tl.load(block_table_row + page_idx, mask=is_key, other=0)
+    else:
+        page = tl.load(block_table_row + page_idx)
+    page = page.to(tl.int64)  # caches of more than 2^31 elements are common
+    slot = slot.to(tl.int64)
+
+    k_offsets = page * stride_k_page + slot * stride_k_token
+    k_rows = k_head + k_offsets[:, None]
+    k = load_rows(k_rows + dim[None, :], is_key, HEAD_DIM, IS_EDGE)  # (BLOCK_N, BLOCK_D)
+    scores = dot(query, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # (BLOCK_M, BLOCK_N)
+    scale = score_scale
+    if HAS_SOFT_CAP:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1); score_scale holds 2 log2(e) / soft_cap. exp2 = inf gives 1.
+        scores = 1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0)
+        scale = score_cap
+    if IS_EDGE:
+        is_visible = key[None, :] < row_kv_end[:, None]
+        if HAS_WINDOW:
+            is_visible = is_visible & (key[None, :] >= row_kv_begin[:, None])
+        scores = tl.where(is_visible, scores, -float("inf"))
+    weights, row_max, rescale = weigh_scores(scores, scale, row_max, IS_EDGE)
+    row_sum = row_sum * rescale + tl.sum(weights, 1)
+    # V of what is no key of the item is 0, not what memory holds there: 0 * NaN would be NaN.
+    v_offsets = k_offsets
+    if not HAS_KV_STRIDES:
+        v_offsets = page * stride_v_page + slot * stride_v_token
+    v_rows = v_head + v_offsets[:, None]
+    v = load_rows(v_rows + dim[None, :], is_key, HEAD_DIM, IS_EDGE)  # (BLOCK_N, BLOCK_D)
+    accumulator = dot(narrow(weights, v.dtype), v, accumulator * rescale[:, None])
+    return accumulator, row_max, row_sum
+
+
+@triton.jit
+def attend_item(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    out,
+    lse,
+    partial_out,
+    partial_lse,
+    item,
+    cu_seqlens_q,
+    seq_lens,
+    stride_q_token,
+    stride_q_head,
+    stride_k_page,
+    stride_k_token,
+    stride_k_head,
+    stride_v_page,
+    stride_v_token,
+    stride_v_head,
+    stride_block_table,
+    stride_out_token,
+    stride_out_head,
+    stride_lse_token,
+    group_size,
+    page_size,
+    page_shift,
+    window_left,
+    score_scale,
+    score_cap,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    HAS_PAGE_SHIFT: tl.constexpr,
+    HAS_KV_STRIDES: tl.constexpr,
+):
+    """Attention of one item's rows over its keys, to out and lse, or to its rows of the partials."""
+    seq_idx = tl.load(item)
+    kv_head = tl.load(item + 1)
+    row_begin = tl.load(item + 2)
+    num_rows = tl.load(item + 3) & 0xFFFF
+    kv_begin = tl.load(item + 4)
+    kv_end = tl.load(item + 5)
+    q_begin = tl.load(cu_seqlens_q + seq_idx)
+    q_len = tl.load(cu_seqlens_q + seq_idx + 1) - q_begin
+    kv_len = tl.load(seq_lens + seq_idx)
+
+    row = tl.arange(0, BLOCK_M)
+    is_row = row < num_rows
+    dim = tl.arange(0, BLOCK_D)
+    token = (row_begin + row) // group_size
+    head = kv_head * group_size + (row_begin + row) % group_size
+    q_token = (q_begin + token).to(tl.int64)
+    q_rows = q + (q_token * stride_q_token + head.to(tl.int64) * stride_q_head)[:, None]
+    query = load_rows(q_rows + dim[None, :], is_row, HEAD_DIM, True)  # (BLOCK_M, BLOCK_D)
+
+    # What each row sees of the item's keys, and the keys [full_begin, full_end) that all of them see.
+    first_position = kv_len - q_len + row_begin // group_size
+    last_position = kv_len - q_len + (row_begin + num_rows - 1) // group_size
+    position = kv_len - q_len + token
+    row_kv_begin = tl.zeros([BLOCK_M], tl.int32)
+    row_kv_end = tl.zeros([BLOCK_M], tl.int32) + kv_end
+    walk_begin = kv_begin
+    full_begin = kv_begin
+    full_end = kv_end
+    if IS_CAUSAL:
+        row_kv_end = tl.minimum(position + 1, kv_end)
+        full_end = tl.minimum(tl.maximum(first_position + 1, kv_begin), kv_end)
+    if HAS_WINDOW:
+        row_kv_begin = tl.maximum(position - window_left, kv_begin)
+        full_begin = tl.minimum(tl.maximum(last_position - window_left, kv_begin), kv_end)
+        # Tiles start at multiples of BLOCK_N wherever the window begins, as they do without one: the splits of a plan
+        # for this kernel are multiples of it.
+        walk_begin = kv_begin // BLOCK_N * BLOCK_N
+    num_tiles = tl.cdiv(kv_end - walk_begin, BLOCK_N)
+    first_full = tl.cdiv(full_begin - walk_begin, BLOCK_N)
+    end_full = tl.maximum((full_end - walk_begin) // BLOCK_N, first_full)
+
+    block_table_row = block_table + seq_idx.to(tl.int64) * stride_block_table
+    k_head = k_cache + kv_head.to(tl.int64) * stride_k_head
+    v_head = v_cache + kv_head.to(tl.int64) * stride_v_head
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    # In ascending order: tiles that the window cuts, tiles that all rows see whole, tiles that the causal edge cuts.
+    for phase in tl.static_range(0 if HAS_WINDOW else 1, 3):
+        if phase == 0:
+            tile_begin, tile_end = 0, first_full
+        elif phase == 1:
+            tile_begin, tile_end = first_full, end_full
+        else:
+            tile_begin, tile_end = end_full, num_tiles
+        for tile in tl.range(tile_begin, tile_end, num_stages=NUM_STAGES):
+            accumulator, row_max, row_sum = attend_tile(
+                query, accumulator, row_max, row_sum, row_kv_begin, row_kv_end, walk_begin + tile * BLOCK_N, kv_begin,
+                kv_end, block_table_row, k_head, v_head, stride_k_page, stride_k_token, stride_v_page, stride_v_token,
+                page_size, page_shift, score_scale, score_cap, HEAD_DIM, BLOCK_N, HAS_WINDOW, HAS_SOFT_CAP,
+                HAS_PAGE_SHIFT, HAS_KV_STRIDES, IS_EDGE=phase != 1,
+            )  # fmt: skip
+
+    result, lse_log2 = finish_rows(accumulator, row_max, row_sum)
+    # Read again: what the addresses of the results are made from stays out of registers while the keys are walked.
+    seq_idx = tl.load(item)
+    kv_head = tl.load(item + 1)
+    row_begin = tl.load(item + 2)
+    num_rows = tl.load(item + 3) & 0xFFFF
+    merge_idx = tl.load(item + 6)
+    partial_row = tl.load(item + 7)
+    is_row = row < num_rows
+    is_value = is_row[:, None] & (dim < HEAD_DIM)[None, :]
+    if merge_idx < 0:
+        q_token = (tl.load(cu_seqlens_q + seq_idx) + (row_begin + row) // group_size).to(tl.int64)
+        head = kv_head * group_size + (row_begin + row) % group_size
+        out_rows = out + (q_token * stride_out_token + head.to(tl.int64) * stride_out_head)[:, None]
+        tl.store(out_rows + dim[None, :], narrow(result, out.dtype.element_ty), mask=is_value)
+        if lse is not None:
+            tl.store(lse + q_token * stride_lse_token + head, lse_log2 * LN_2, mask=is_row)
+    else:
+        # Through L2 (.cg): another program reads these.
+        to_row = (partial_row + row).to(tl.int64)
+        partial_rows = partial_out + (to_row * HEAD_DIM)[:, None]
+        tl.store(partial_rows + dim[None, :], result, mask=is_value, cache_modifier=".cg")
+        tl.store(partial_lse + to_row, lse_log2, mask=is_row, cache_modifier=".cg")
+
+
+@triton.jit
+def merge_item(
+    out,
+    lse,
+    partial_out,
+    partial_lse,
+    num_rows,
+    num_splits,
+    first_partial_row,
+    first_token,
+    first_head,
+    row_begin,
+    stride_out_token,
+    stride_out_head,
+    stride_lse_token,
+    group_size,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The partials of all splits of some rows, in split order, to out and lse."""
+    dim = tl.arange(0, BLOCK_D)
+    is_dim = (dim < HEAD_DIM)[None, :]
+    for block_begin in tl.range(0, num_rows, MERGE_BLOCK_ROWS, num_stages=1):
+        row = block_begin + tl.arange(0, MERGE_BLOCK_ROWS)
+        is_row = row < num_rows
+        accumulator = tl.zeros([MERGE_BLOCK_ROWS, BLOCK_D], tl.float32)
+        row_max = tl.full([MERGE_BLOCK_ROWS], -float("inf"), tl.float32)
+        row_sum = tl.zeros([MERGE_BLOCK_ROWS], tl.float32)
+        for split in tl.range(0, num_splits, num_stages=1):
+            partial_row = (first_partial_row + split * num_rows + row).to(tl.int64)
+            # Through L2 (.cg): L1 may hold what was here before another program wrote.
+            split_lse = tl.load(partial_lse + partial_row, mask=is_row, other=-float("inf"), cache_modifier=".cg")
+            split_out = tl.load(
+                partial_out + (partial_row * HEAD_DIM)[:, None] + dim[None, :],
+                mask=is_row[:, None] & is_dim,
+                other=0.0,
+                cache_modifier=".cg",
+            )  # (MERGE_BLOCK_ROWS, BLOCK_D)
+            accumulator, row_max, row_sum = absorb_state(accumulator, row_max, row_sum, split_out, split_lse)
+        result, lse_log2 = finish_rows(accumulator, row_max, row_sum)
+        token = (first_token + (row_begin + row) // group_size).to(tl.int64)
+        head = (first_head + (row_begin + row) % group_size).to(tl.int64)
+        out_rows = out + (token * stride_out_token + head * stride_out_head)[:, None]
+        tl.store(out_rows + dim[None, :], narrow(result, out.dtype.element_ty), mask=is_row[:, None] & is_dim)
+        if lse is not None:
+            tl.store(lse + token * stride_lse_token + head, lse_log2 * LN_2, mask=is_row)
+
+
+@triton.jit
+def mixed_attention_kernel(
+    q,
+    k_cache,
+    v_cache,
+    cu_seqlens_q,
+    seq_lens,
+    block_table,
+    plan_words,
+    out,
+    lse,
+    partial_out,
+    partial_lse,
+    tickets,
+    stride_q_token,
+    stride_q_head,
+    stride_k_page,
+    stride_k_token,
+    stride_k_head,
+    stride_v_page,
+    stride_v_token,
+    stride_v_head,
+    stride_block_table,
+    stride_out_token,
+    stride_out_head,
+    stride_lse_token,
+    group_size,
+    page_size,
+    page_shift,
+    window_left,
+    score_scale,
+    score_cap,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    HAS_PAGE_SHIFT: tl.constexpr,
+    HAS_KV_STRIDES: tl.constexpr,
+):
+    """Draws items of the plan until none is left; BLOCK_M, BLOCK_N and NUM_STAGES hold one value per tile kind."""
+    num_items = tl.load(plan_words + HEADER_NUM_ITEMS)
+    items = plan_words + HEADER_WORDS
+    merges = items + tl.load(plan_words + HEADER_CAPACITY_ITEMS).to(tl.int64) * ITEM_WORDS
+    item_idx = tl.atomic_add(tickets, 1, sem="relaxed")
+    while tl.condition(item_idx < num_items, disable_licm=True):
+        item = items + item_idx.to(tl.int64) * ITEM_WORDS
+        kind = tl.load(item + 3) >> 16
+        for branch in tl.static_range(3):
+            if kind == branch:
+                attend_item(
+                    q, k_cache, v_cache, block_table, out, lse, partial_out, partial_lse, item, cu_seqlens_q, seq_lens, stride_q_token,
+                    stride_q_head, stride_k_page, stride_k_token, stride_k_head, stride_v_page, stride_v_token,
+                    stride_v_head, stride_block_table, stride_out_token, stride_out_head, stride_lse_token, group_size,
+                    page_size, page_shift, window_left, score_scale, score_cap, HEAD_DIM, BLOCK_D, BLOCK_M[branch],
+                    BLOCK_N[branch], NUM_STAGES[branch], IS_CAUSAL, HAS_WINDOW, HAS_SOFT_CAP, HAS_PAGE_SHIFT, HAS_KV_STRIDES,
+                )  # fmt: skip
+        merge_idx = tl.load(item + 6)
+        if merge_idx >= 0:
+            seq_idx = tl.load(item)
+            kv_head = tl.load(item + 1)
+            row_begin = tl.load(item + 2)
+            num_rows = tl.load(item + 3) & 0xFFFF
+            q_begin = tl.load(cu_seqlens_q + seq_idx)
+            merge = merges + merge_idx.to(tl.int64) * MERGE_WORDS
+            num_splits = tl.load(merge + 5)
+            # The barrier puts all threads' partials before the ticket; its release publishes them, its acquire lets
+            # the last finisher see those of the others.
+            tl.debug_barrier()
+            ticket = tickets + 1 + merge_idx
+            if tl.atomic_add(ticket, 1, sem="acq_rel") == num_splits - 1:
+                merge_item(
+                    out, lse, partial_out, partial_lse, num_rows, num_splits, tl.load(merge + 4), q_begin,
+                    kv_head * group_size, row_begin, stride_out_token, stride_out_head, stride_lse_token, group_size,
+                    HEAD_DIM, BLOCK_D,
+                )  # fmt: skip
+                tl.store(ticket, 0)  # for the next launch; nobody else draws this ticket in this one
+        item_idx = tl.atomic_add(tickets, 1, sem="relaxed")
+    # Every program draws one number past the items; who draws the last of these resets the counter.
+    if item_idx == num_items + tl.num_programs(0) - 1:
+        tl.store(tickets, 0)
