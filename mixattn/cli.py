@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments are known to be good, so ``--help
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import time
@@ -322,8 +323,6 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     config = _engine_config(arguments)
-    import json
-
     from mixattn.engine.llm import LLM
     from mixattn.engine.throughput import Workload, measure_throughput
 

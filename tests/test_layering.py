@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import mixattn
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"mixattn": ROOT / "mixattn", "mixattn.triton_kernels": ROOT / "triton_kernels"}
 
@@ -26,7 +28,7 @@ MAY_IMPORT = {
     "sched": BASE | {"kv", "ops.plan"},
     "engine.core": BASE | {"kv", "sched", "ops.plan"},
     "engine": BASE | {"kv", "sched", "engine.core", "ops", "models", "executor"},
-    "server": BASE | {"engine", "engine.core"},
+    "server": BASE | {"ops", "models", "executor", "engine", "engine.core"},
     "cli": BASE | {"ops", "models", "kv", "sched", "engine", "engine.core", "executor", "server"},
 }
 """Room -> the rooms it may import besides itself. ``ops.plan`` and ``engine.core`` are rooms of their own."""
@@ -56,8 +58,12 @@ def all_modules() -> dict[str, Path]:
 
 
 def room_of(module: str) -> str | None:
-    """The room of a module of ours: ``ops`` for mixattn.ops.attention; None for the package itself and for others'."""
-    if not module.startswith("mixattn."):
+    """The room of a module of ours: ``ops`` for mixattn.ops.attention; None for the package itself and for others'.
+
+    A name that the package exports lazily is in the room that it comes from.
+    """
+    module = mixattn._LAZY.get(module.removeprefix("mixattn."), module)
+    if not module.startswith("mixattn.") or module == "mixattn.__version__":
         return None
     inner = module.removeprefix("mixattn.")
     for room in ("engine.core", "ops.plan"):
@@ -66,18 +72,23 @@ def room_of(module: str) -> str | None:
     return inner.split(".")[0]
 
 
-def imported_modules(tree: ast.AST, module: str) -> list[tuple[str, int]]:
-    """(dotted name, line) of everything that is imported anywhere in the file, names of from-imports included."""
+def imported_modules(tree: ast.Module, module: str) -> list[tuple[str, int, bool]]:
+    """(dotted name, line, whether inside a function) of all imports of a file, names of from-imports included."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    deferred = {id(node) for function in functions for node in ast.walk(function)}
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(alias.name, node.lineno) for alias in node.names]
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             origin = node.module or ""
             if node.level:
                 origin = ".".join([*module.split(".")[: -node.level], *filter(None, [node.module])])
             # "from mixattn.ops import plan" names a module, "from mixattn.ops.plan import plan" a thing in one.
-            found += [(f"{origin}.{alias.name}", node.lineno) for alias in node.names]
+            names = [f"{origin}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found += [(name, node.lineno, id(node) in deferred) for name in names]
     return found
 
 
@@ -86,8 +97,10 @@ def violations(module: str, source: str) -> list[str]:
     tree = ast.parse(source)
     room = room_of(module)
     broken = []
-    for name, line in imported_modules(tree, module):
+    for name, line, is_deferred in imported_modules(tree, module):
         top = name.split(".")[0]
+        if is_deferred and top in sys.stdlib_module_names:
+            broken.append(f"{module}:{line} defers {name}; only torch and compiled modules are worth deferring")
         if top == "triton_kernels":
             broken.append(f"{module}:{line} imports bare triton_kernels, not mixattn.triton_kernels")
         if room in CLOCKLESS_ROOMS and top in CLOCKS_AND_TENSORS:
@@ -138,6 +151,8 @@ def test_every_room_has_a_rule() -> None:
         ("mixattn.engine.core", "from mixattn.engine.llm import LLM"),
         ("mixattn.ops.plan", "import torch"),
         ("mixattn.executor.x", "from mixattn.sched.scheduler import Scheduler"),
+        ("mixattn.kv.x", "from mixattn import attention"),
+        ("mixattn.ops.x", "def f():\n    import json"),
         ("mixattn.ops.x", "from triton_kernels import mixed_attention"),
         ("mixattn.ops.x", "import os\nx = os.environ['HOME']"),
     ],
@@ -152,6 +167,7 @@ def test_violation_is_found(module: str, source: str) -> None:
         ("mixattn.sched.x", "from mixattn.kv.page_pool import PagePool\nfrom mixattn.ops.plan import plan"),
         ("mixattn.engine.llm", "from mixattn.engine.core import EngineCore\nfrom mixattn.ops import attention"),
         ("mixattn.ops.attention", "from mixattn.ops.plan import plan\nimport torch"),
+        ("mixattn.cli", "from mixattn import __version__\ndef f():\n    import torch"),
         ("mixattn.env", "import os\nx = os.environ.get('HOME')"),
     ],
 )

@@ -227,8 +227,8 @@ def attend_item(
     # Read again: what the addresses of the results are made from stays out of registers while the keys are walked.
     seq_idx = tl.load(item)
     kv_head = tl.load(item + 1)
-    row_begin = tl.load(item + 2)
-    num_rows = tl.load(item + 3) & 0xFFFF
+    row_begin = tl.load(item + 2, volatile=True)
+    num_rows = tl.load(item + 3, volatile=True) & 0xFFFF
     merge_idx = tl.load(item + 6)
     partial_row = tl.load(item + 7)
     is_row = row < num_rows

@@ -1,20 +1,27 @@
-"""What a step costs the scheduler, executor apart.
+"""What a step costs the scheduler, executor apart, and what room to grow saves when the KV pool is tight.
 
-Run ``python -m bench.serving.bench_scheduler``. It prints one JSON line per case: microseconds per step for
-``schedule``, for ``commit`` (p10, median, p90 over steps), and for both with the engine core's metrics around them. All
-requests run at once, as decodes; in the mixed case a prompt is always being read in chunks beside them.
+Run ``python -m bench.serving.bench_scheduler``; it prints one JSON line per record. Times are microseconds per step for
+``schedule``, for ``commit``, and for both through the engine core with its metrics. All decodes of a case run from the
+beginning to the end; in a mixed case prompts are read beside them, 256 rows per step.
+
+``tight-pool`` counts instead of timing: 300 requests with prompts of log-normal length (median 200 tokens) and outputs of
+16 to 400 tokens, in a pool of 8,000, with different ``GROWTH_TOKENS``.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from unittest import mock
 
 from bench.lib.measure import Record, Timing, append_json, machine, parser, timing_of
 from mixattn.config import SchedulerConfig
 from mixattn.engine.core import EngineCore
 from mixattn.kv.page_pool import PagePool
+from mixattn.sched import policy
 from mixattn.sched.scheduler import Scheduler
 from mixattn.types import BatchPlan, Request, SamplingParams, StepResult
 
@@ -35,67 +42,83 @@ def result_of(plan: BatchPlan) -> StepResult:
     return StepResult({part.request_id: 1 for part in plan.slices if part.is_sampled})
 
 
-class Load:
-    """A scheduler with ``num_decodes`` running decodes, and with a queue of long prompts if ``has_chunks``."""
+def make_request(request_id: str, prompt_len: int, max_tokens: int) -> Request:
+    return Request(request_id, [1] * prompt_len, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
 
-    def __init__(self, num_decodes: int, has_chunks: bool, num_steps: int) -> None:
-        max_len = PROMPT_LEN + num_steps + 64
-        pool = PagePool((num_decodes + 4) * (max_len // PAGE_SIZE + 1), PAGE_SIZE)
-        config = SchedulerConfig(
-            max_num_batched_tokens=num_decodes + CHUNK,
-            max_num_seqs=num_decodes + 4,
-            max_num_queued_reqs=num_decodes + num_steps,
-            max_model_len=max_len,
-        )
-        self.scheduler = Scheduler(config, pool)
-        self.core = EngineCore(self.scheduler)
-        for i in range(num_decodes):
-            self.add(f"decode-{i}", max_tokens=num_steps + 64)
-        while self.core.num_waiting or self.has_chunks():
-            self.step()
-        for i in range(num_steps if has_chunks else 0):
-            self.add(f"prompt-{i}", max_tokens=1)
 
-    def add(self, request_id: str, max_tokens: int) -> None:
-        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        self.core.add_request(Request(request_id, range(PROMPT_LEN), sampling))
-
-    def has_chunks(self) -> bool:
-        """Whether the step that is made here holds more than decodes."""
-        return any(part.q_len > 1 for part in self.step().slices)
-
-    def step(self) -> BatchPlan:
-        plan = self.core.begin(0.0)
+def decoding_core(num_decodes: int, has_chunks: bool, num_steps: int) -> tuple[Scheduler, EngineCore]:
+    """A core with ``num_decodes`` decodes that go on for ``num_steps``, and a prompt to read in every step."""
+    num_warmup = num_decodes * PROMPT_LEN // CHUNK + 1
+    max_len = PROMPT_LEN + num_warmup + num_steps
+    num_prompts = num_steps * CHUNK // PROMPT_LEN + 1 if has_chunks else 0
+    config = SchedulerConfig(
+        max_num_batched_tokens=num_decodes + CHUNK,
+        max_num_seqs=num_decodes + 2,
+        max_num_queued_reqs=num_decodes + num_prompts,
+        max_model_len=max_len + 1,
+    )
+    scheduler = Scheduler(config, PagePool(2 * (num_decodes + 2) * (max_len // PAGE_SIZE + 1), PAGE_SIZE))
+    core = EngineCore(scheduler)
+    for i in range(num_decodes):
+        core.add_request(make_request(f"decode-{i}", PROMPT_LEN, max_tokens=num_warmup + num_steps))
+    is_warm = False
+    while not is_warm:
+        plan = core.begin(0.0)
         assert plan is not None
-        self.core.end(plan, result_of(plan), 0.0)
-        return plan
+        core.end(plan, result_of(plan), 0.0)
+        is_warm = plan.num_decodes == num_decodes
+    for i in range(num_prompts):
+        core.add_request(make_request(f"prompt-{i}", PROMPT_LEN, max_tokens=1))
+    return scheduler, core
 
 
-def run(num_decodes: int, has_chunks: bool, num_steps: int) -> dict[str, Timing]:
-    """Timings of the steps; the plans are checked to hold what the case says."""
-    load = Load(num_decodes, has_chunks, 2 * num_steps)
-    schedule_us, commit_us, core_us = [], [], []
+def time_steps(num_decodes: int, has_chunks: bool, num_steps: int) -> dict[str, Timing]:
+    """Timings of the steps; each plan is checked to hold what the case says."""
+    samples_us: dict[str, list[float]] = {"schedule": [], "commit": [], "core": []}
+    scheduler, _ = decoding_core(num_decodes, has_chunks, num_steps)
     for _ in range(num_steps):
         start = time.perf_counter()
-        plan = load.scheduler.schedule(0.0)
-        schedule_us.append((time.perf_counter() - start) * 1e6)
+        plan = scheduler.schedule(0.0)
+        samples_us["schedule"].append((time.perf_counter() - start) * 1e6)
         assert plan is not None and plan.num_decodes == num_decodes
         assert plan.num_tokens == num_decodes + (CHUNK if has_chunks else 0)
         result = result_of(plan)
         start = time.perf_counter()
-        load.scheduler.commit(plan, result, 0.0)
-        commit_us.append((time.perf_counter() - start) * 1e6)
-    load = Load(num_decodes, has_chunks, 2 * num_steps)
+        scheduler.commit(plan, result, 0.0)
+        samples_us["commit"].append((time.perf_counter() - start) * 1e6)
+    _, core = decoding_core(num_decodes, has_chunks, num_steps)
     for _ in range(num_steps):
         start = time.perf_counter()
-        plan = load.core.begin(0.0)
-        begin_us = (time.perf_counter() - start) * 1e6
+        plan = core.begin(0.0)
+        begin_s = time.perf_counter() - start
         assert plan is not None
         result = result_of(plan)
         start = time.perf_counter()
-        load.core.end(plan, result, 0.0)
-        core_us.append(begin_us + (time.perf_counter() - start) * 1e6)
-    return {"schedule": timing_of(schedule_us), "commit": timing_of(commit_us), "core": timing_of(core_us)}
+        core.end(plan, result, 0.0)
+        samples_us["core"].append((begin_s + time.perf_counter() - start) * 1e6)
+    return {name: timing_of(values) for name, values in samples_us.items()}
+
+
+def count_tight_pool(growth_tokens: int) -> dict[str, int]:
+    """Steps and rows that the requests take, and how many rows were thrown away."""
+    rng = random.Random(0)
+    scheduler = Scheduler(SchedulerConfig(max_model_len=4096), PagePool(8000 // PAGE_SIZE, PAGE_SIZE))
+    for i in range(300):
+        prompt_len = min(2000, max(4, round(200 * rng.lognormvariate(0, 0.8))))
+        scheduler.add(make_request(str(i), prompt_len, rng.randint(16, 400)))
+    num_steps = num_rows = 0
+    with mock.patch.object(policy, "GROWTH_TOKENS", growth_tokens):
+        while (plan := scheduler.schedule(0.0)) is not None:
+            num_steps += 1
+            num_rows += plan.num_tokens
+            scheduler.commit(plan, result_of(plan), 0.0)
+    stats = scheduler.stats()
+    return {
+        "num_steps": num_steps,
+        "num_rows": num_rows,
+        "num_preemptions": stats.num_preemptions,
+        "num_recomputed_tokens": stats.num_recomputed_tokens,
+    }
 
 
 def main() -> None:
@@ -104,12 +127,19 @@ def main() -> None:
     args = args_parser.parse_args()
     records = []
     for name, num_decodes, has_chunks in cases():
-        repeats = [run(num_decodes, has_chunks, args.steps) for _ in range(args.repeats)]
-        for part in ("schedule", "commit", "core"):
-            # The repeat with the median of medians: a repeat is disturbed as a whole, by whoever shares the machine.
+        repeats = [time_steps(num_decodes, has_chunks, args.steps) for _ in range(args.repeats)]
+        for part in repeats[0]:
+            # The repeat with the median of medians: who shares the machine disturbs a repeat as a whole.
             timing = sorted((repeat[part] for repeat in repeats), key=lambda t: t.median_us)[len(repeats) // 2]
             records.append(Record(f"{name}-{part}", "scheduler", "int", timing, 0, 0, None))
-            print(json.dumps({"case": f"{name}-{part}", "us": vars(timing), **machine()}))
+    for growth_tokens in (0, 8, 16, 32):
+        counts = count_tight_pool(growth_tokens)
+        records.append(
+            Record(f"tight-pool-growth-{growth_tokens}", "scheduler", "int", Timing(0, 0, 0), 0, 0, None, counts)
+        )
+    where = machine()
+    for record in records:
+        print(json.dumps({**asdict(record), **where}))
     append_json(args.json, records)
 
 

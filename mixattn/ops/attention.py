@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from mixattn import _C, env
-from mixattn.ops.attention_call import AttentionCall, PlanHeader, check_call, check_plan
+from mixattn.ops.attention_call import (
+    AttentionCall,
+    PlanHeader,
+    attention_layout,
+    check_attention,
+    check_plan,
+    native_sizes,
+)
 from mixattn.ops.backends import choose_backend
 from mixattn.ops.checks import (
     check_block_ids,
     check_lengths,
+    check_no_grad,
     check_tensor,
 )
-from mixattn.ops.library import DTYPE_NAMES, address, cache_strides, register_op, row_strides
+from mixattn.ops.library import register_op
 from mixattn.ops.plan import H100, WorkPlan, cpu_hardware
 from mixattn.ops.plan import plan as make_plan
 from mixattn.ops.reference import attention_reference
@@ -116,18 +125,18 @@ def attention(
     words = torch.from_numpy(plan.buffer) if isinstance(plan, WorkPlan) else plan
     if words is not None:
         check_tensor("plan", words)
-    if out is None:
-        out, lse = torch.ops.mixattn.attention(
-            q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, words,
-            softmax_scale, causal, window_left, soft_cap, backend,
-        )  # fmt: skip
-        return (out, lse) if return_lse else out
-    check_tensor("out", out)
-    lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if return_lse else None
-    torch.ops.mixattn.attention_out(
+    inputs = (
         q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, words,
-        softmax_scale, causal, window_left, soft_cap, backend, out, lse,
+        softmax_scale, causal, window_left, soft_cap, backend,
     )  # fmt: skip
+    if out is None and return_lse:
+        new_out, new_lse = torch.ops.mixattn.attention(*inputs)
+        return new_out, new_lse
+    if out is None:
+        out = _new_out(q)
+    check_tensor("out", out)
+    lse = _new_lse(q) if return_lse else None
+    torch.ops.mixattn.attention_out(*inputs, out, lse)
     return out if lse is None else (out, lse)
 
 
@@ -154,27 +163,23 @@ def _default_plan(call: AttentionCall) -> Tensor:
 
 def _run(call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
     """Checks everything, then lets the backend write ``out`` and, unless None, ``lse``."""
-    check_call(call, out, lse)
-    if call.q.device.type == "cpu":
-        check_lengths(
-            call.cu_seqlens_q, call.seq_lens, call.q.shape[0], call.block_table.shape[1] * call.k_cache.shape[1]
-        )
-    header = None if call.plan is None else check_plan(call.plan, call)
+    sizes = native_sizes(attention_layout(call, out, lse))
+    check_no_grad(call.q, call.k_cache, call.v_cache)
     backend = choose_backend(call.q.device.type, call.backend)
-    if call.q.shape[0] == 0:
+    # With a plan, compiled code checks all that index tensors hold, plan included, as it reads it.
+    if call.q.device.type == "cpu" and (backend != "cpu" or call.plan is None):
+        check_lengths(call.cu_seqlens_q, call.seq_lens, sizes["total_q"], sizes["max_pages"] * sizes["page_size"])
+    if call.plan is None and backend != "reference":
+        call = call._replace(plan=_default_plan(call))
+    header = None if call.plan is None else check_plan(call.plan, call)
+    if sizes["total_q"] == 0:
         return
-    if call.softmax_scale is None:
-        call = call._replace(softmax_scale=call.q.shape[2] ** -0.5)
-    if backend == "reference":
+    if header is None or backend == "reference":
         _run_reference(call, out, lse)
-        return
-    if header is None:
-        plan = _default_plan(call)
-        call, header = call._replace(plan=plan), check_plan(plan, call)
-    if backend == "cpu":
-        _run_cpu(call, header, out, lse)
+    elif backend == "cpu":
+        _run_cpu(call, header, sizes, out, lse)
     else:
-        _run_triton(call, header, out, lse)
+        _run_triton(call, header, sizes["softmax_scale"], out, lse)
 
 
 def _run_reference(call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
@@ -197,62 +202,41 @@ def _run_reference(call: AttentionCall, out: Tensor, lse: Tensor | None) -> None
         lse.copy_(exact_lse)
 
 
-def _scratch(header: PlanHeader, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Partial out and lse of the plan's split rows, and zeroed tickets; torch's allocators keep such blocks at hand."""
-    partial_out = torch.empty((header.num_partial_rows, header.head_dim), dtype=torch.float32, device=device)
-    partial_lse = torch.empty(header.num_partial_rows, dtype=torch.float32, device=device)
-    return partial_out, partial_lse, torch.zeros(header.num_merges + 1, dtype=torch.int32, device=device)
-
-
-def _run_cpu(call: AttentionCall, header: PlanHeader, out: Tensor, lse: Tensor | None) -> None:
-    q, k_cache, v_cache, plan = call.q, call.k_cache, call.v_cache, call.plan
-    assert plan is not None and call.softmax_scale is not None
-    partial_out, partial_lse, tickets = _scratch(header, q.device)
-    num_pages, page_size = k_cache.shape[:2]
+def _run_cpu(
+    call: AttentionCall, header: PlanHeader, sizes: Mapping[str, Any], out: Tensor, lse: Tensor | None
+) -> None:
+    assert call.plan is not None
+    num_partial_rows, num_tickets = header.num_partial_rows, header.num_merges + 1
+    partial_out = torch.empty(num_partial_rows * (header.head_dim + 1), dtype=torch.float32)
+    partial_lse_bytes = num_partial_rows * header.head_dim * partial_out.element_size()  # the lse lie behind the out
+    tickets = torch.zeros(num_tickets, dtype=torch.int32)
     _C.attention(
-        dtype=DTYPE_NAMES[q.dtype],
-        q=address(q),
-        k_cache=address(k_cache),
-        v_cache=address(v_cache),
-        out=address(out),
-        lse=address(lse),
-        cu_seqlens_q=address(call.cu_seqlens_q),
-        seq_lens=address(call.seq_lens),
-        block_table=address(call.block_table),
-        plan=address(plan),
-        partial_out=address(partial_out),
-        partial_lse=address(partial_lse),
-        tickets=address(tickets),
-        total_q=header.total_q,
-        num_seqs=header.num_seqs,
-        num_q_heads=header.num_q_heads,
-        num_kv_heads=header.num_kv_heads,
-        head_dim=header.head_dim,
-        num_pages=num_pages,
-        page_size=page_size,
-        max_pages=call.block_table.shape[1],
-        plan_words=plan.shape[0],
-        num_partial_rows=header.num_partial_rows,
-        num_tickets=header.num_merges + 1,
-        q_strides=row_strides(q),
-        out_strides=row_strides(out),
-        k_strides=cache_strides(k_cache),
-        v_strides=cache_strides(v_cache),
-        lse_stride=0 if lse is None else lse.stride(0),
-        block_table_stride=call.block_table.stride(0),
-        softmax_scale=call.softmax_scale,
-        causal=call.causal,
-        window_left=-1 if call.window_left is None else call.window_left,
-        soft_cap=0.0 if call.soft_cap is None else call.soft_cap,
+        **sizes,
+        q=call.q.data_ptr(),
+        k_cache=call.k_cache.data_ptr(),
+        v_cache=call.v_cache.data_ptr(),
+        out=out.data_ptr(),
+        lse=0 if lse is None else lse.data_ptr(),
+        cu_seqlens_q=call.cu_seqlens_q.data_ptr(),
+        seq_lens=call.seq_lens.data_ptr(),
+        block_table=call.block_table.data_ptr(),
+        plan=call.plan.data_ptr(),
+        plan_words=call.plan.shape[0],
+        partial_out=partial_out.data_ptr(),
+        partial_lse=partial_out.data_ptr() + partial_lse_bytes,
+        num_partial_rows=num_partial_rows,
+        tickets=tickets.data_ptr(),
+        num_tickets=num_tickets,
         num_threads=env.num_threads(),
         isa=env.cpu_isa(),
     )
 
 
-def _run_triton(call: AttentionCall, header: PlanHeader, out: Tensor, lse: Tensor | None) -> None:
+def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, out: Tensor, lse: Tensor | None) -> None:
     from mixattn.triton_kernels.mixed_attention import mixed_attention
 
     assert call.plan is not None
+    num_rows, device = header.num_partial_rows, out.device
     mixed_attention(
         call.q,
         call.k_cache,
@@ -260,15 +244,21 @@ def _run_triton(call: AttentionCall, header: PlanHeader, out: Tensor, lse: Tenso
         call.cu_seqlens_q,
         call.seq_lens,
         call.block_table,
-        call.plan.to(out.device, non_blocking=True),
+        call.plan.to(device, non_blocking=True),
         out,
         _new_lse(out) if lse is None else lse,
-        *_scratch(header, out.device),
-        softmax_scale=call.softmax_scale,
+        torch.empty((num_rows, header.head_dim), dtype=torch.float32, device=device),
+        torch.empty(num_rows, dtype=torch.float32, device=device),
+        torch.zeros(header.num_merges + 1, dtype=torch.int32, device=device),
+        softmax_scale=softmax_scale,
         causal=call.causal,
         window_left=call.window_left,
         soft_cap=call.soft_cap,
     )
+
+
+def _new_out(q: Tensor) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def _new_lse(out: Tensor) -> Tensor:
@@ -278,7 +268,7 @@ def _new_lse(out: Tensor) -> Tensor:
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``mixattn::attention``: into new tensors."""
     call = AttentionCall(*arguments)
-    out = call.q.new_empty(call.q.shape)
+    out = _new_out(call.q)
     lse = _new_lse(out)
     _run(call, out, lse)
     return out, lse
@@ -286,8 +276,8 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = AttentionCall(*arguments)
-    check_call(call, None, None)
-    out = call.q.new_empty(call.q.shape)
+    check_attention(attention_layout(call, None, None))
+    out = _new_out(call.q)
     return out, _new_lse(out)
 
 
@@ -299,7 +289,7 @@ def _attention_out(*arguments: Any) -> None:
 
 def _attention_out_fake(*arguments: Any) -> None:
     *inputs, out, lse = arguments
-    check_call(AttentionCall(*inputs), out, lse)
+    check_attention(attention_layout(AttentionCall(*inputs), out, lse))
 
 
 _INPUTS = (

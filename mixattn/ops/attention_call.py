@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,16 +13,19 @@ from torch import Tensor
 from mixattn import _C
 from mixattn.ops.checks import (
     Dims,
+    Layout,
     check_device,
     check_dtype,
     check_float_dtype,
     check_head_dim,
-    check_index_tensor,
+    check_index_layout,
     check_last_contiguous,
-    check_no_grad,
+    check_no_overlap,
     check_positive_finite,
     check_same_float_dtype,
+    layout_of,
 )
+from mixattn.ops.library import DTYPE_NAMES
 
 
 class AttentionCall(NamedTuple):
@@ -37,6 +43,24 @@ class AttentionCall(NamedTuple):
     window_left: int | None
     soft_cap: float | None
     backend: str | None
+
+
+class AttentionLayout(NamedTuple):
+    """What a call is apart from addresses and contents; equal for all layers of a step, as a rule."""
+
+    q: Layout
+    k_cache: Layout
+    v_cache: Layout
+    cu_seqlens_q: Layout
+    seq_lens: Layout
+    block_table: Layout
+    plan: Layout | None
+    out: Layout | None
+    lse: Layout | None
+    softmax_scale: float | None
+    causal: bool
+    window_left: int | None
+    soft_cap: float | None
 
 
 class PlanHeader(NamedTuple):
@@ -60,18 +84,35 @@ class PlanHeader(NamedTuple):
     reserved1: int
 
 
-def check_call(call: AttentionCall, out: Tensor | None, lse: Tensor | None) -> None:
-    """Raises unless shapes, dtypes, devices, strides and options are as ``attention`` asks; reads no tensor."""
-    q = call.q
-    device = q.device
-    caches = (("k_cache", call.k_cache), ("v_cache", call.v_cache))
+def attention_layout(call: AttentionCall, out: Tensor | None, lse: Tensor | None) -> AttentionLayout:
+    """The layout of a call that writes ``out`` and ``lse``; None where the op makes or leaves out the tensor."""
+    return AttentionLayout(
+        layout_of(call.q),
+        layout_of(call.k_cache),
+        layout_of(call.v_cache),
+        layout_of(call.cu_seqlens_q),
+        layout_of(call.seq_lens),
+        layout_of(call.block_table),
+        None if call.plan is None else layout_of(call.plan),
+        None if out is None else layout_of(out),
+        None if lse is None else layout_of(lse),
+        call.softmax_scale,
+        call.causal,
+        call.window_left,
+        call.soft_cap,
+    )
+
+
+def check_attention(layout: AttentionLayout) -> None:
+    """Raises unless shapes, dtypes, devices, strides and options are as ``attention`` asks."""
+    q = layout.q
     dims = Dims()
     dims.check("q", q, ("total_q", "num_q_heads", "head_dim"))
-    for name, cache in caches:
-        dims.check(name, cache, ("num_pages", "page_size", "num_kv_heads", "head_dim"))
-    dims.check("seq_lens", call.seq_lens, ("num_seqs",))
-    dims.check("block_table", call.block_table, ("num_seqs", "max_pages"))
-    dims.check("cu_seqlens_q", call.cu_seqlens_q, ("num_seqs + 1",))
+    dims.check("k_cache", layout.k_cache, ("num_pages", "page_size", "num_kv_heads", "head_dim"))
+    dims.check("v_cache", layout.v_cache, ("num_pages", "page_size", "num_kv_heads", "head_dim"))
+    dims.check("seq_lens", layout.seq_lens, ("num_seqs",))
+    dims.check("block_table", layout.block_table, ("num_seqs", "max_pages"))
+    dims.check("cu_seqlens_q", layout.cu_seqlens_q, ("num_seqs + 1",))
     if dims["num_seqs + 1"] != dims["num_seqs"] + 1:
         raise ValueError(
             f"cu_seqlens_q must be [num_seqs + 1] = [{dims['num_seqs'] + 1}], got shape [{dims['num_seqs + 1']}]"
@@ -87,35 +128,73 @@ def check_call(call: AttentionCall, out: Tensor | None, lse: Tensor | None) -> N
 
     check_float_dtype("q", q)
     check_last_contiguous("q", q)
-    for name, cache in caches:
-        check_device(name, cache, "q", device)
-        check_same_float_dtype(name, cache, "q", q.dtype)
+    for name, cache in (("k_cache", layout.k_cache), ("v_cache", layout.v_cache)):
+        check_device(name, cache, "q", q)
+        check_same_float_dtype(name, cache, "q", q)
         check_last_contiguous(name, cache)
-    for name in ("cu_seqlens_q", "seq_lens", "block_table"):
-        check_index_tensor(name, getattr(call, name), torch.int32, "q", device)
-    check_no_grad(q, call.k_cache, call.v_cache)
-
-    if call.softmax_scale is not None:
-        check_positive_finite("softmax_scale", call.softmax_scale)
-    if call.soft_cap is not None:
-        check_positive_finite("soft_cap", call.soft_cap)
-    if call.window_left is not None and call.window_left < 0:
-        raise ValueError(f"window_left must be >= 0 or None, got {call.window_left}")
-    plan = call.plan
-    if plan is not None and (plan.dim() != 1 or plan.dtype != torch.int32 or plan.device.type != "cpu"):
+    check_index_layout("cu_seqlens_q", layout.cu_seqlens_q, torch.int32, "q", q)
+    check_index_layout("seq_lens", layout.seq_lens, torch.int32, "q", q)
+    check_index_layout("block_table", layout.block_table, torch.int32, "q", q)
+    if layout.softmax_scale is not None:
+        check_positive_finite("softmax_scale", layout.softmax_scale)
+    if layout.soft_cap is not None:
+        check_positive_finite("soft_cap", layout.soft_cap)
+    if layout.window_left is not None and layout.window_left < 0:
+        raise ValueError(f"window_left must be >= 0 or None, got {layout.window_left}")
+    plan = layout.plan
+    if plan is not None and (
+        len(plan.shape) != 1 or plan.dtype != torch.int32 or plan.device.type != "cpu" or plan.strides != (1,)
+    ):
         raise ValueError(
-            f"plan must be a WorkPlan or its words, 1-dimensional int32 on the CPU, got {list(plan.shape)} "
+            f"plan must be a WorkPlan or its words, 1-dimensional contiguous int32 on the CPU, got {list(plan.shape)} "
             f"{plan.dtype} on {plan.device}"
         )
-    for name, result, names, dtype in (
-        ("out", out, ("total_q", "num_q_heads", "head_dim"), q.dtype),
-        ("lse", lse, ("total_q", "num_q_heads"), torch.float32),
-    ):
-        if result is not None:
-            dims.check(name, result, names)
-            check_dtype(name, result, dtype)
-            check_device(name, result, "q", device)
-            check_last_contiguous(name, result)
+    if layout.out is not None:
+        dims.check("out", layout.out, ("total_q", "num_q_heads", "head_dim"))
+        check_dtype("out", layout.out, q.dtype)
+        check_device("out", layout.out, "q", q)
+        check_last_contiguous("out", layout.out)
+        check_no_overlap("out", layout.out)
+    if layout.lse is not None:
+        dims.check("lse", layout.lse, ("total_q", "num_q_heads"))
+        check_dtype("lse", layout.lse, torch.float32)
+        check_device("lse", layout.lse, "q", q)
+        check_last_contiguous("lse", layout.lse)
+        check_no_overlap("lse", layout.lse)
+
+
+@functools.lru_cache(maxsize=256)
+def native_sizes(layout: AttentionLayout) -> Mapping[str, Any]:
+    """The arguments of ``_C.attention`` that follow from the layout, once ``check_attention`` has passed it.
+
+    Remembered, because the layers of a step share a layout and the checks take longer than a small kernel.
+    """
+    check_attention(layout)
+    q, k_cache, v_cache = layout.q, layout.k_cache, layout.v_cache
+    assert layout.out is not None
+    return MappingProxyType(
+        {
+            "dtype": DTYPE_NAMES[q.dtype],
+            "total_q": q.shape[0],
+            "num_seqs": layout.seq_lens.shape[0],
+            "num_q_heads": q.shape[1],
+            "num_kv_heads": k_cache.shape[2],
+            "head_dim": q.shape[2],
+            "num_pages": k_cache.shape[0],
+            "page_size": k_cache.shape[1],
+            "max_pages": layout.block_table.shape[1],
+            "q_strides": q.strides[:2],
+            "out_strides": layout.out.strides[:2],
+            "k_strides": k_cache.strides[:3],
+            "v_strides": v_cache.strides[:3],
+            "lse_stride": 0 if layout.lse is None else layout.lse.strides[0],
+            "block_table_stride": layout.block_table.strides[0],
+            "softmax_scale": q.shape[2] ** -0.5 if layout.softmax_scale is None else layout.softmax_scale,
+            "causal": layout.causal,
+            "window_left": -1 if layout.window_left is None else layout.window_left,
+            "soft_cap": 0.0 if layout.soft_cap is None else layout.soft_cap,
+        }
+    )
 
 
 def check_plan(plan: Tensor, call: AttentionCall) -> PlanHeader:
@@ -131,15 +210,21 @@ def check_plan(plan: Tensor, call: AttentionCall) -> PlanHeader:
     )
     if num_words != expected_words:
         raise ValueError(f"plan must have the {expected_words} words that its header tells, got {num_words} words")
-    for name, made_for, called_with in (
-        ("num_seqs", header.num_seqs, call.seq_lens.shape[0]),
-        ("total_q", header.total_q, call.q.shape[0]),
-        ("num_q_heads", header.num_q_heads, call.q.shape[1]),
-        ("num_kv_heads", header.num_kv_heads, call.k_cache.shape[2]),
-        ("head_dim", header.head_dim, call.q.shape[2]),
-        ("causal", bool(header.causal), call.causal),
-        ("window_left", None if header.window_left < 0 else header.window_left, call.window_left),
-    ):
-        if made_for != called_with:
-            raise ValueError(f"plan was made for {name} {made_for}, this call has {called_with}")
+    made_for = (
+        *header[4:6],
+        *header[8:11],
+        bool(header.causal),
+        None if header.window_left < 0 else header.window_left,
+    )
+    num_seqs, num_kv_heads = call.seq_lens.shape[0], call.k_cache.shape[2]
+    total_q, num_q_heads, head_dim = call.q.shape
+    called_with = (num_seqs, total_q, num_q_heads, num_kv_heads, head_dim, call.causal, call.window_left)
+    if made_for != called_with:
+        names = ("num_seqs", "total_q", "num_q_heads", "num_kv_heads", "head_dim", "causal", "window_left")
+        differing = [
+            f"{name} {made}, this call has {called}"
+            for name, made, called in zip(names, made_for, called_with, strict=True)
+            if made != called
+        ]
+        raise ValueError(f"plan was made for {differing[0]}")
     return header

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,34 +17,46 @@ HEAD_DIM_MULTIPLE = 8
 """Rows of K and V are read in pieces of 8 elements: 16 bytes of a 2-byte dtype."""
 
 
+class Layout(NamedTuple):
+    """A tensor apart from its address and contents."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def layout_of(tensor: Tensor) -> Layout:
+    """The layout of ``tensor``."""
+    return Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
 class Dims:
     """The sizes that the tensors of one call have given to the names of their dimensions."""
 
     def __init__(self) -> None:
         self._sizes: dict[str, int] = {}
-        self._giver: dict[str, str] = {}
+        self._givers: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> int:
         return self._sizes[name]
 
-    def check(self, argument: str, tensor: Tensor, names: Sequence[str]) -> None:
-        """Binds the sizes of ``tensor`` to ``names``.
+    def check(self, argument: str, layout: Layout, names: Sequence[str]) -> None:
+        """Binds the sizes of a tensor to ``names``.
 
         Raises:
             ValueError: another number of dimensions, or a size that differs from what an earlier tensor gave the name.
         """
-        shape = tensor.shape
-        if len(shape) != len(names):
-            raise ValueError(f"{argument} must be [{', '.join(names)}], got shape {list(shape)}")
-        sizes = self._sizes
-        for name, size in zip(names, shape):  # noqa: B905 (strict= costs a call per tensor; lengths are equal here)
-            if name not in sizes:
-                sizes[name] = size
-                self._giver[name] = argument
-            elif sizes[name] != size:
+        if len(layout.shape) != len(names):
+            raise ValueError(f"{argument} must be [{', '.join(names)}], got shape {list(layout.shape)}")
+        for name, size in zip(names, layout.shape, strict=True):
+            if name not in self._sizes:
+                self._sizes[name] = size
+                self._givers[name] = argument
+            elif self._sizes[name] != size:
                 raise ValueError(
-                    f"{argument} is [{', '.join(names)}] with {name} {size}, but {self._giver[name]} has {name} "
-                    f"{sizes[name]}"
+                    f"{argument} is [{', '.join(names)}] with {name} {size}, but {self._givers[name]} has {name} "
+                    f"{self._sizes[name]}"
                 )
 
 
@@ -53,25 +66,25 @@ def check_tensor(argument: str, value: object) -> None:
         raise TypeError(f"{argument} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def check_dtype(argument: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Raises ValueError unless ``tensor`` has exactly this dtype."""
-    if tensor.dtype != dtype:
-        raise ValueError(f"{argument} must be {dtype}, got {tensor.dtype}")
+def check_dtype(argument: str, layout: Layout, dtype: torch.dtype) -> None:
+    """Raises ValueError unless the tensor has exactly this dtype."""
+    if layout.dtype != dtype:
+        raise ValueError(f"{argument} must be {dtype}, got {layout.dtype}")
 
 
-def check_float_dtype(argument: str, tensor: Tensor) -> None:
+def check_float_dtype(argument: str, layout: Layout) -> None:
     """Raises NotImplementedError unless the dtype is one that every backend computes in."""
-    if tensor.dtype not in DTYPE_NAMES:
+    if layout.dtype not in DTYPE_NAMES:
         raise NotImplementedError(
-            f"{argument} is {tensor.dtype}; supported are float32, bfloat16 and float16 (the nearest: cast to float32)"
+            f"{argument} is {layout.dtype}; supported are float32, bfloat16 and float16 (the nearest: cast to float32)"
         )
 
 
-def check_same_float_dtype(argument: str, tensor: Tensor, of: str, dtype: torch.dtype) -> None:
-    """Raises NotImplementedError unless ``tensor`` has the dtype that argument ``of`` has."""
-    if tensor.dtype != dtype:
+def check_same_float_dtype(argument: str, layout: Layout, of: str, other: Layout) -> None:
+    """Raises NotImplementedError unless the tensor has the dtype that argument ``of`` has."""
+    if layout.dtype != other.dtype:
         raise NotImplementedError(
-            f"{argument} is {tensor.dtype} and {of} is {dtype}; supported is one dtype for both (cast one of them)"
+            f"{argument} is {layout.dtype} and {of} is {other.dtype}; supported is one dtype for both: cast one"
         )
 
 
@@ -85,23 +98,29 @@ def check_head_dim(head_dim: int) -> None:
         )
 
 
-def check_device(argument: str, tensor: Tensor, of: str, device: torch.device) -> None:
-    """Raises ValueError unless ``tensor`` lies on the device that argument ``of`` lies on."""
-    if tensor.device != device:
-        raise ValueError(f"{argument} must be on {of}'s device {device}, got {tensor.device}")
+def check_device(argument: str, layout: Layout, of: str, other: Layout) -> None:
+    """Raises ValueError unless the tensor lies on the device that argument ``of`` lies on."""
+    if layout.device != other.device:
+        raise ValueError(f"{argument} must be on {of}'s device {other.device}, got {layout.device}")
 
 
-def check_last_contiguous(argument: str, tensor: Tensor) -> None:
+def check_last_contiguous(argument: str, layout: Layout) -> None:
     """Raises ValueError unless the elements of the last dimension are adjacent in memory."""
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        raise ValueError(f"the last dimension of {argument} must be contiguous (stride 1), got {tensor.stride(-1)}")
+    if layout.strides[-1] != 1 and layout.shape[-1] > 1:
+        raise ValueError(f"the last dimension of {argument} must be contiguous (stride 1), got {layout.strides[-1]}")
 
 
-def check_index_tensor(argument: str, tensor: Tensor, dtype: torch.dtype, of: str, device: torch.device) -> None:
-    """Raises ValueError unless ``tensor`` is of this integer dtype, on this device, its last dimension contiguous."""
-    check_dtype(argument, tensor, dtype)
-    check_device(argument, tensor, of, device)
-    check_last_contiguous(argument, tensor)
+def check_no_overlap(argument: str, layout: Layout) -> None:
+    """Raises ValueError when two elements of a tensor to be written are one in memory (``expand`` makes such)."""
+    if any(size > 1 and stride == 0 for size, stride in zip(layout.shape, layout.strides, strict=True)):
+        raise ValueError(f"{argument} is written and must not have stride 0, got strides {list(layout.strides)}")
+
+
+def check_index_layout(argument: str, layout: Layout, dtype: torch.dtype, of: str, other: Layout) -> None:
+    """Raises ValueError unless the tensor is of this integer dtype, on that device, its last dimension contiguous."""
+    check_dtype(argument, layout, dtype)
+    check_device(argument, layout, of, other)
+    check_last_contiguous(argument, layout)
 
 
 def check_positive_finite(argument: str, value: float) -> None:

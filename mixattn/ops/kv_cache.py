@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -11,18 +14,21 @@ from mixattn import _C, env
 from mixattn.ops.backends import choose_backend
 from mixattn.ops.checks import (
     Dims,
+    Layout,
     check_device,
     check_dtype,
     check_float_dtype,
     check_head_dim,
-    check_index_tensor,
+    check_index_layout,
     check_indices,
     check_last_contiguous,
     check_no_grad,
+    check_no_overlap,
     check_same_float_dtype,
     check_tensor,
+    layout_of,
 )
-from mixattn.ops.library import DTYPE_NAMES, address, cache_strides, register_op, row_strides
+from mixattn.ops.library import DTYPE_NAMES, register_op
 from mixattn.ops.reference import append_kv_reference
 
 
@@ -99,166 +105,193 @@ def append_kv(
     q_out = None
     if q is not None:
         check_tensor("q", q)
-        q_out = q.new_empty(q.shape)
+        q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     torch.ops.mixattn.append_kv(
         k, v, k_cache, v_cache, slot_mapping, q, positions, rope_cos_sin, interleaved, backend, q_out
     )
     return q_out
 
 
-def _check(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    q: Tensor | None,
-    positions: Tensor | None,
-    rope_cos_sin: Tensor | None,
-    q_out: Tensor | None,
-) -> None:
-    """Raises unless shapes, dtypes, devices and strides are as ``append_kv`` asks; reads no tensor's values."""
+class _Call(NamedTuple):
+    """The arguments of ``mixattn::append_kv``, in the order of its schema."""
+
+    k: Tensor
+    v: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    slot_mapping: Tensor
+    q: Tensor | None
+    positions: Tensor | None
+    rope_cos_sin: Tensor | None
+    interleaved: bool
+    backend: str | None
+    q_out: Tensor | None
+
+
+class _Layout(NamedTuple):
+    """What a call is apart from addresses and contents."""
+
+    k: Layout
+    v: Layout
+    k_cache: Layout
+    v_cache: Layout
+    slot_mapping: Layout
+    q: Layout | None
+    positions: Layout | None
+    rope_cos_sin: Layout | None
+    q_out: Layout | None
+
+
+def _layout(call: _Call) -> _Layout:
+    return _Layout(
+        layout_of(call.k),
+        layout_of(call.v),
+        layout_of(call.k_cache),
+        layout_of(call.v_cache),
+        layout_of(call.slot_mapping),
+        None if call.q is None else layout_of(call.q),
+        None if call.positions is None else layout_of(call.positions),
+        None if call.rope_cos_sin is None else layout_of(call.rope_cos_sin),
+        None if call.q_out is None else layout_of(call.q_out),
+    )
+
+
+def _check(layout: _Layout) -> None:
+    """Raises unless shapes, dtypes, devices and strides are as ``append_kv`` asks."""
+    k = layout.k
     dims = Dims()
     dims.check("k", k, ("total_q", "num_kv_heads", "head_dim"))
-    dims.check("v", v, ("total_q", "num_kv_heads", "head_dim"))
-    dims.check("k_cache", k_cache, ("num_pages", "page_size", "num_kv_heads", "head_dim"))
-    dims.check("v_cache", v_cache, ("num_pages", "page_size", "num_kv_heads", "head_dim"))
-    dims.check("slot_mapping", slot_mapping, ("total_q",))
+    dims.check("v", layout.v, ("total_q", "num_kv_heads", "head_dim"))
+    dims.check("k_cache", layout.k_cache, ("num_pages", "page_size", "num_kv_heads", "head_dim"))
+    dims.check("v_cache", layout.v_cache, ("num_pages", "page_size", "num_kv_heads", "head_dim"))
+    dims.check("slot_mapping", layout.slot_mapping, ("total_q",))
     check_head_dim(dims["head_dim"])
-    if dims["page_size"] < 1:
-        raise ValueError(f"page_size must be >= 1, got {dims['page_size']}")
-    device = k.device
+    for name in ("num_kv_heads", "page_size"):
+        if dims[name] < 1:
+            raise ValueError(f"{name} must be >= 1, got {dims[name]}")
     check_float_dtype("k", k)
     check_last_contiguous("k", k)
-    for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        check_device(name, tensor, "k", device)
-        check_same_float_dtype(name, tensor, "k", k.dtype)
+    for name, tensor in (("v", layout.v), ("k_cache", layout.k_cache), ("v_cache", layout.v_cache)):
+        check_device(name, tensor, "k", k)
+        check_same_float_dtype(name, tensor, "k", k)
         check_last_contiguous(name, tensor)
-    check_index_tensor("slot_mapping", slot_mapping, torch.int64, "k", device)
-    check_no_grad(k, v, k_cache, v_cache, q)
+    check_no_overlap("k_cache", layout.k_cache)
+    check_no_overlap("v_cache", layout.v_cache)
+    check_index_layout("slot_mapping", layout.slot_mapping, torch.int64, "k", k)
 
+    positions, rope_cos_sin = layout.positions, layout.rope_cos_sin
     if (positions is None) != (rope_cos_sin is None):
         given, missing = ("rope_cos_sin", "positions") if positions is None else ("positions", "rope_cos_sin")
         raise ValueError(f"{given} is given without {missing}; a rotation needs both")
-    if q is not None and rope_cos_sin is None:
+    if layout.q is not None and rope_cos_sin is None:
         raise ValueError("q is given without positions and rope_cos_sin; append_kv only rotates q")
+    if (layout.q is None) != (layout.q_out is None):
+        raise ValueError("q and q_out must be given together")
     if positions is not None and rope_cos_sin is not None:
         dims.check("positions", positions, ("total_q",))
-        check_index_tensor("positions", positions, torch.int64, "k", device)
+        check_index_layout("positions", positions, torch.int64, "k", k)
         dims.check("rope_cos_sin", rope_cos_sin, ("max_positions", "rotary_dim"))
         check_dtype("rope_cos_sin", rope_cos_sin, torch.float32)
-        check_device("rope_cos_sin", rope_cos_sin, "k", device)
+        check_device("rope_cos_sin", rope_cos_sin, "k", k)
         check_last_contiguous("rope_cos_sin", rope_cos_sin)
         rotary_dim, head_dim = dims["rotary_dim"], dims["head_dim"]
         if rotary_dim % 2 != 0 or not 2 <= rotary_dim <= head_dim:
             raise ValueError(
                 f"rope_cos_sin's rotary_dim must be even and in [2, head_dim] = [2, {head_dim}], got {rotary_dim}"
             )
-    for name, query in (("q", q), ("q_out", q_out)):
+    for name, query in (("q", layout.q), ("q_out", layout.q_out)):
         if query is not None:
             dims.check(name, query, ("total_q", "num_q_heads", "head_dim"))
-            check_device(name, query, "k", device)
-            check_same_float_dtype(name, query, "k", k.dtype)
+            check_device(name, query, "k", k)
+            check_same_float_dtype(name, query, "k", k)
             check_last_contiguous(name, query)
 
 
-def _append_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    q: Tensor | None,
-    positions: Tensor | None,
-    rope_cos_sin: Tensor | None,
-    interleaved: bool,
-    backend: str | None,
-    q_out: Tensor | None,
-) -> None:
+@functools.lru_cache(maxsize=256)
+def _native_sizes(layout: _Layout) -> Mapping[str, Any]:
+    """The arguments of ``_C.append_kv`` that follow from the layout, once ``_check`` has passed it; remembered."""
+    _check(layout)
+    q, q_out, rope = layout.q, layout.q_out, layout.rope_cos_sin
+    return MappingProxyType(
+        {
+            "dtype": DTYPE_NAMES[layout.k.dtype],
+            "num_tokens": layout.k.shape[0],
+            "num_q_heads": 0 if q is None else q.shape[1],
+            "num_kv_heads": layout.k.shape[1],
+            "head_dim": layout.k.shape[2],
+            "num_pages": layout.k_cache.shape[0],
+            "page_size": layout.k_cache.shape[1],
+            "max_positions": 0 if rope is None else rope.shape[0],
+            "rotary_dim": 0 if rope is None else rope.shape[1],
+            "k_strides": layout.k.strides[:2],
+            "v_strides": layout.v.strides[:2],
+            "q_strides": (0, 0) if q is None else q.strides[:2],
+            "q_out_strides": (0, 0) if q_out is None else q_out.strides[:2],
+            "k_cache_strides": layout.k_cache.strides[:3],
+            "v_cache_strides": layout.v_cache.strides[:3],
+            "rope_stride": 0 if rope is None else rope.strides[0],
+        }
+    )
+
+
+def _append_kv(*arguments: Any) -> None:
     """``mixattn::append_kv``: checks everything, then runs the backend."""
-    _check(k, v, k_cache, v_cache, slot_mapping, q, positions, rope_cos_sin, q_out)
-    chosen = choose_backend(k.device.type, backend)
-    if k.shape[0] == 0:
+    call = _Call(*arguments)
+    sizes = _native_sizes(_layout(call))
+    check_no_grad(call.k, call.v, call.k_cache, call.v_cache, call.q)
+    backend = choose_backend(call.k.device.type, call.backend)
+    if sizes["num_tokens"] == 0:
         return
-    if chosen == "cpu":
-        _append_kv_cpu(k, v, k_cache, v_cache, slot_mapping, q, positions, rope_cos_sin, interleaved, q_out)
+    if backend == "cpu":
+        _append_kv_cpu(call, sizes)
         return
-    options: dict[str, Any] = {"q": q, "positions": positions, "rope_cos_sin": rope_cos_sin, "interleaved": interleaved}
-    if chosen == "triton":
+    if call.k.device.type == "cpu":
+        check_indices(
+            "slot_mapping", call.slot_mapping, "num_pages * page_size", sizes["num_pages"] * sizes["page_size"]
+        )
+        if call.positions is not None:
+            check_indices("positions", call.positions, "max_positions", sizes["max_positions"])
+    append = append_kv_reference
+    if backend == "triton":
         from mixattn.triton_kernels import kv_cache as triton_kv_cache
 
-        rotated = triton_kv_cache.append_kv(k, v, k_cache, v_cache, slot_mapping, **options)
-    else:
-        if k.device.type == "cpu":
-            check_indices("slot_mapping", slot_mapping, "num_pages * page_size", k_cache.shape[0] * k_cache.shape[1])
-            if positions is not None and rope_cos_sin is not None:
-                check_indices("positions", positions, "max_positions", rope_cos_sin.shape[0])
-        rotated = append_kv_reference(k, v, k_cache, v_cache, slot_mapping, **options)
-    if q_out is not None:
-        q_out.copy_(rotated)
+        append = triton_kv_cache.append_kv
+    rotated = append(
+        call.k,
+        call.v,
+        call.k_cache,
+        call.v_cache,
+        call.slot_mapping,
+        q=call.q,
+        positions=call.positions,
+        rope_cos_sin=call.rope_cos_sin,
+        interleaved=call.interleaved,
+    )
+    if call.q_out is not None and rotated is not None:
+        call.q_out.copy_(rotated)
 
 
-def _append_kv_cpu(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    q: Tensor | None,
-    positions: Tensor | None,
-    rope_cos_sin: Tensor | None,
-    interleaved: bool,
-    q_out: Tensor | None,
-) -> None:
-    num_tokens, num_kv_heads, head_dim = k.shape
-    num_pages, page_size = k_cache.shape[:2]
-    max_positions, rotary_dim = (0, 0) if rope_cos_sin is None else rope_cos_sin.shape
+def _append_kv_cpu(call: _Call, sizes: Mapping[str, Any]) -> None:
+    """Slots and positions are checked by the compiled code, before it writes."""
     _C.append_kv(
-        dtype=DTYPE_NAMES[k.dtype],
-        k=address(k),
-        v=address(v),
-        k_cache=address(k_cache),
-        v_cache=address(v_cache),
-        slot_mapping=address(slot_mapping),
-        q=address(q),
-        q_out=address(q_out),
-        positions=address(positions),
-        rope_cos_sin=address(rope_cos_sin),
-        num_tokens=num_tokens,
-        num_q_heads=0 if q is None else q.shape[1],
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        num_pages=num_pages,
-        page_size=page_size,
-        max_positions=max_positions,
-        rotary_dim=rotary_dim,
-        k_strides=row_strides(k),
-        v_strides=row_strides(v),
-        q_strides=row_strides(q),
-        q_out_strides=row_strides(q_out),
-        k_cache_strides=cache_strides(k_cache),
-        v_cache_strides=cache_strides(v_cache),
-        rope_stride=0 if rope_cos_sin is None else rope_cos_sin.stride(0),
-        interleaved=interleaved,
+        **sizes,
+        k=call.k.data_ptr(),
+        v=call.v.data_ptr(),
+        k_cache=call.k_cache.data_ptr(),
+        v_cache=call.v_cache.data_ptr(),
+        slot_mapping=call.slot_mapping.data_ptr(),
+        q=0 if call.q is None else call.q.data_ptr(),
+        q_out=0 if call.q_out is None else call.q_out.data_ptr(),
+        positions=0 if call.positions is None else call.positions.data_ptr(),
+        rope_cos_sin=0 if call.rope_cos_sin is None else call.rope_cos_sin.data_ptr(),
+        interleaved=call.interleaved,
         num_threads=env.num_threads(),
         isa=env.cpu_isa(),
     )
 
 
-def _append_kv_fake(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    q: Tensor | None,
-    positions: Tensor | None,
-    rope_cos_sin: Tensor | None,
-    interleaved: bool,
-    backend: str | None,
-    q_out: Tensor | None,
-) -> None:
-    _check(k, v, k_cache, v_cache, slot_mapping, q, positions, rope_cos_sin, q_out)
+def _append_kv_fake(*arguments: Any) -> None:
+    _check(_layout(_Call(*arguments)))
 
 
 register_op(

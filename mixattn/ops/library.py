@@ -1,4 +1,4 @@
-"""Between torch and ``mixattn._C``: registering an op with torch, and what a tensor is to compiled code."""
+"""Between torch and ``mixattn._C``: registering an op with torch, and the names of dtypes there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """What every backend computes in, and the name that ``mixattn._C`` knows it by."""
@@ -28,18 +27,3 @@ def register_op(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"mixattn::{name}", fake, lib=_LIBRARY)
-
-
-def address(tensor: Tensor | None) -> int:
-    """Where the tensor's first element is; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def row_strides(tensor: Tensor | None) -> tuple[int, int]:
-    """Strides in elements of [num_tokens, num_heads, head_dim] but the last; zeros for None."""
-    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
-
-
-def cache_strides(cache: Tensor) -> tuple[int, int, int]:
-    """Strides in elements of a 4-dimensional tensor but the last: page, token and head of a cache."""
-    return cache.stride(0), cache.stride(1), cache.stride(2)

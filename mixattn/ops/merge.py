@@ -8,6 +8,7 @@ from torch import Tensor
 from mixattn import _C, env
 from mixattn.ops.checks import (
     Dims,
+    Layout,
     check_device,
     check_dtype,
     check_float_dtype,
@@ -15,8 +16,9 @@ from mixattn.ops.checks import (
     check_last_contiguous,
     check_no_grad,
     check_tensor,
+    layout_of,
 )
-from mixattn.ops.library import DTYPE_NAMES, cache_strides, register_op, row_strides
+from mixattn.ops.library import DTYPE_NAMES, register_op
 from mixattn.ops.reference import merge_states_reference
 
 
@@ -42,7 +44,7 @@ def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _check(outs: Tensor, lses: Tensor) -> None:
+def _check(outs: Layout, lses: Layout) -> None:
     """Raises unless shapes, dtypes, devices and strides are as ``merge_states`` asks."""
     dims = Dims()
     dims.check("outs", outs, ("num_states", "total_q", "num_q_heads", "head_dim"))
@@ -52,10 +54,9 @@ def _check(outs: Tensor, lses: Tensor) -> None:
     check_head_dim(dims["head_dim"])
     check_float_dtype("outs", outs)
     check_dtype("lses", lses, torch.float32)
-    check_device("lses", lses, "outs", outs.device)
+    check_device("lses", lses, "outs", outs)
     check_last_contiguous("outs", outs)
     check_last_contiguous("lses", lses)
-    check_no_grad(outs, lses)
 
 
 def _allocate(outs: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +65,8 @@ def _allocate(outs: Tensor) -> tuple[Tensor, Tensor]:
 
 def _merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """``mixattn::merge_states``: compiled on the CPU; a few torch operations elsewhere, where the sum is small."""
-    _check(outs, lses)
+    _check(layout_of(outs), layout_of(lses))
+    check_no_grad(outs, lses)
     if outs.device.type != "cpu":
         out, lse = merge_states_reference(outs, lses)
         return out.to(outs.dtype), lse
@@ -80,8 +82,8 @@ def _merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
         num_tokens=num_tokens,
         num_heads=num_heads,
         head_dim=head_dim,
-        outs_strides=cache_strides(outs),
-        lses_strides=row_strides(lses),
+        outs_strides=(outs.stride(0), outs.stride(1), outs.stride(2)),
+        lses_strides=(lses.stride(0), lses.stride(1)),
         num_threads=env.num_threads(),
         isa=env.cpu_isa(),
     )
@@ -89,7 +91,7 @@ def _merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _merge_states_fake(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    _check(outs, lses)
+    _check(layout_of(outs), layout_of(lses))
     return _allocate(outs)
 
 

@@ -128,13 +128,13 @@ def random_blocks(ggml_type: GgmlType, num_blocks: int, seed: int) -> np.ndarray
     _, type_size = gguf.GGML_QUANT_SIZES[ggml_type]
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, size=(num_blocks, type_size), dtype=np.uint8)
-    for offset in _HALF_OFFSETS[ggml_type]:
+    for offset in HALF_OFFSETS[ggml_type]:
         scales = rng.uniform(-0.1, 0.1, num_blocks).astype(np.float16)
         blocks[:, offset : offset + 2] = scales.view(np.uint8).reshape(num_blocks, 2)
     return blocks.reshape(-1)
 
 
-_HALF_OFFSETS = {
+HALF_OFFSETS = {
     GgmlType.Q8_0: (0,),
     GgmlType.Q4_0: (0,),
     GgmlType.Q4_1: (0, 2),

@@ -12,7 +12,8 @@ import torch
 from gguf import GGMLQuantizationType as GgmlType
 
 from mixattn.models.gguf import GgufFile
-from tests.models.gguf_files import _HALF_OFFSETS, random_blocks
+from tests.models.gguf_files import HALF_OFFSETS, random_blocks, write_model
+from tests.models.hf_models import random_model
 
 
 def write_file(path: Path, tensors: dict[str, tuple[np.ndarray, GgmlType]]) -> Path:
@@ -48,8 +49,10 @@ def test_metadata_of_every_kind_is_read_as_written(small_file: Path) -> None:
     assert file.get("llama.absent", int, 7) == 7
 
 
-def test_metadata_equals_that_of_the_gguf_package(smollm2_path: Path) -> None:
-    file, reader = GgufFile(smollm2_path), gguf.GGUFReader(smollm2_path)
+def test_metadata_and_tensor_table_equal_those_of_the_gguf_package(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_model(path, random_model("llama"), arch="llama", ggml_type=GgmlType.Q4_0)
+    file, reader = GgufFile(path), gguf.GGUFReader(path)
     fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert file.metadata.keys() == fields.keys()
     assert all(file.metadata[key] == field.contents() for key, field in fields.items())
@@ -61,16 +64,14 @@ def test_metadata_equals_that_of_the_gguf_package(smollm2_path: Path) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "kind", [GgmlType.F32, GgmlType.F16, GgmlType.BF16, *_HALF_OFFSETS], ids=lambda kind: kind.name
-)
+@pytest.mark.parametrize("kind", [GgmlType.F32, GgmlType.F16, GgmlType.BF16, *HALF_OFFSETS], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tensor_of_each_type_has_the_values_of_the_gguf_package(
     tmp_path: Path, kind: GgmlType, dtype: torch.dtype
 ) -> None:
     block_size, _ = gguf.GGML_QUANT_SIZES[kind]
     num_rows, num_columns = 700, 512  # several pieces of the reader, the last one not full
-    if kind in _HALF_OFFSETS:
+    if kind in HALF_OFFSETS:
         packed = random_blocks(kind, num_rows * num_columns // block_size, seed=1)
     else:
         values = np.random.default_rng(1).normal(size=(num_rows, num_columns)).astype(np.float32)

@@ -73,11 +73,18 @@ def test_hub_name_that_cannot_be_had_is_file_not_found(name: str, monkeypatch: p
         load(name)
 
 
-@pytest.mark.parametrize("name", ["smollm3", "./nowhere", "/nowhere/at/all", "a/b/c", "owner/file.gguf", "", "x y/z"])
+@pytest.mark.parametrize(
+    "name", ["smollm3", "./nowhere", "/nowhere/at/all", "a/b/c", "owner/file.gguf", "x y/z", "../x"]
+)
 def test_unknown_model_is_file_not_found_without_a_download(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
-    with pytest.raises((FileNotFoundError, ValueError), match="Hugging Face name"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder; a model is a folder with config.json"):
         load(name)
+
+
+def test_empty_model_name_is_not_the_current_folder() -> None:
+    with pytest.raises(ValueError, match="model must name a folder, a file or a Hugging Face repository, got ''"):
+        load("")
 
 
 def test_smollm2_without_its_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ BAD_ATTENTION = [
     ("soft_cap", float("nan"), ValueError, "soft_cap must be finite and > 0, got nan"),
     ("window_left", -1, ValueError, "window_left must be >= 0 or None, got -1"),
     ("plan", [1, 2], TypeError, "plan must be a torch.Tensor, got list"),
-    ("plan", torch.zeros(64), ValueError, "plan must be a WorkPlan or its words, 1-dimensional int32"),
+    ("plan", torch.zeros(64), ValueError, "plan must be a WorkPlan or its words, 1-dimensional contiguous int32"),
     ("plan", int32(1, 2), ValueError, "plan .* 2 words"),
     ("plan", torch.zeros(64, dtype=torch.int32), ValueError, "plan .*not written by mixattn.plan"),
     ("plan", plan_for()[:-1], ValueError, "plan .* words"),
@@ -114,6 +114,7 @@ BAD_ATTENTION = [
     ("out", torch.zeros(4, 4, 32), ValueError, "out .* with head_dim 32, but q has head_dim 64"),
     ("out", torch.zeros(4, 4, 64).half(), ValueError, "out must be torch.float32, got torch.float16"),
     ("out", torch.zeros(4, 4, 128)[..., ::2], ValueError, "last dimension of out must be contiguous"),
+    ("out", torch.zeros(4, 1, 64).expand(4, 4, 64), ValueError, "out is written and must not have stride 0"),
     ("backend", "gpu", ValueError, "backend must be one of cpu, triton, cuda, reference or None, got 'gpu'"),
     ("backend", "cuda", NotImplementedError, "backend='cuda' cannot run on cpu tensors: not built .* available.*cpu"),
 ]  # fmt: skip
@@ -129,6 +130,34 @@ def test_attention_of_bad_argument_names_it_and_writes_nothing(
     with pytest.raises(error, match=message):
         mixattn.attention(**arguments)
     assert bool((out == 7.0).all())
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("seq_lens", int32(20, 8, 16)),
+        ("seq_lens", int32(20, 6, 16)),
+        ("seq_lens", int32(48, 7, 16)),
+        ("seq_lens", int32(20, 49, 16)),
+        ("seq_lens", int32(20, -1, 16)),
+        ("cu_seqlens_q", int32(0, 2, 4, 4)),
+        ("cu_seqlens_q", int32(0, 1, 3, 4)),
+        ("cu_seqlens_q", int32(0, 5, 4, 4)),
+        ("cu_seqlens_q", int32(0, -1, 4, 4)),
+        ("cu_seqlens_q", int32(0, 1, 4, 5)),
+    ],
+    ids=str,
+)
+def test_attention_with_plan_of_other_lengths_is_refused(argument: str, value: Tensor) -> None:
+    """A plan kept from another step has the same shape; to run it would read wrong keys, or leave rows unwritten."""
+    arguments = attention_arguments()
+    arguments["plan"] = plan_for()
+    mixattn.attention(**arguments)
+    arguments["out"].fill_(7.0)
+    arguments[argument] = value
+    with pytest.raises(ValueError, match=rf"plan was not made for this batch|{argument}\["):
+        mixattn.attention(**arguments)
+    assert bool((arguments["out"] == 7.0).all())
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -160,6 +189,8 @@ def test_attention_of_no_sequences_is_empty(backend: str) -> None:
 
 
 BAD_APPEND = [
+    ("k_cache", torch.zeros(1, 16, 2, 64).expand(4, 16, 2, 64), ValueError, "k_cache is written and must not have"),
+    ("v_cache", lambda a: a["v_cache"].to("meta"), ValueError, "v_cache must be on k's device cpu, got meta"),
     ("k", torch.zeros(3, 128), ValueError, r"k must be \[total_q, num_kv_heads, head_dim\], got shape \[3, 128\]"),
     ("k", torch.zeros(3, 2, 64).double(), NotImplementedError, "k is torch.float64; supported are float32"),
     ("v", torch.zeros(3, 3, 64), ValueError, "v .* with num_kv_heads 3, but k has num_kv_heads 2"),
@@ -193,7 +224,7 @@ def test_append_kv_of_bad_argument_names_it_and_writes_nothing(
 ) -> None:
     arguments = {**append_arguments(), "backend": backend}
     k_cache, v_cache = arguments["k_cache"], arguments["v_cache"]
-    arguments[argument] = value
+    arguments[argument] = value(arguments) if callable(value) else value
     with pytest.raises(error, match=message):
         mixattn.append_kv(**arguments)
     assert bool((k_cache == 7.0).all()) and bool((v_cache == 7.0).all())

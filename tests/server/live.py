@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,14 @@ def is_running(pid: int) -> bool:
 class LiveServer:
     """``mixattn-engine serve`` with these arguments."""
 
-    def __init__(self, *arguments: str, temporary: Path) -> None:
+    def __init__(self, *arguments: str, temporary: Path, environment: Mapping[str, str] | None = None) -> None:
         self.temporary = temporary
         self._log: list[str] = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mixattn.cli", "serve", *arguments, "--port", "0"],
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TMPDIR": str(temporary)},
+            env={**os.environ, "TMPDIR": str(temporary), **(environment or {})},
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read_log, daemon=True)
@@ -120,9 +120,9 @@ class LiveServer:
 
 
 @contextlib.contextmanager
-def live_server(*arguments: str, temporary: Path) -> Iterator[LiveServer]:
+def live_server(*arguments: str, temporary: Path, environment: Mapping[str, str] | None = None) -> Iterator[LiveServer]:
     """A server that is gone afterwards, whatever happens."""
-    server = LiveServer(*arguments, temporary=temporary)
+    server = LiveServer(*arguments, temporary=temporary, environment=environment)
     try:
         yield server
     finally:

@@ -23,7 +23,9 @@ FOR_LONG = {"max_tokens": 4000, "temperature": 0, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    with live_server(MODEL, temporary=tmp_path_factory.mktemp("live")) as server:
+    # One thread: two that wait for each other are slow beside whatever else this machine does.
+    environment = {"MIXATTN_NUM_THREADS": "1"}
+    with live_server(MODEL, temporary=tmp_path_factory.mktemp("live"), environment=environment) as server:
         yield server.wait_until_ready()
 
 

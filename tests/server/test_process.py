@@ -27,7 +27,9 @@ def start(tmp_path: Path) -> Start:
     with ExitStack() as stack:
 
         def start(*arguments: str) -> LiveServer:
-            context: AbstractContextManager[LiveServer] = live_server(*arguments, temporary=tmp_path)
+            context: AbstractContextManager[LiveServer] = live_server(
+                *arguments, temporary=tmp_path, environment={"MIXATTN_NUM_THREADS": "1"}
+            )
             return stack.enter_context(context)
 
         yield start
@@ -54,7 +56,7 @@ def test_sigterm_lets_running_requests_end(start: Start) -> None:
     server = start(*TINY, "--shutdown-timeout", "60").wait_until_ready()
     engine_pid = server.engine_pid
     os.kill(engine_pid, signal.SIGTERM)  # some supervisors signal all processes of a group: the engine leaves it be
-    response = server.post("/v1/completions", {**STREAM, "max_tokens": 1000})
+    response = server.post("/v1/completions", {**STREAM, "max_tokens": 100})
     response.readline()
     server.signal(signal.SIGTERM)
     wait_until(lambda: not is_listening(server.port), "closed to new requests")
@@ -103,9 +105,9 @@ def test_engines_death_fails_requests_and_ends_the_server(start: Start) -> None:
 
 
 def test_servers_death_ends_the_engine(start: Start) -> None:
-    server = start(*TINY).wait_until_ready()
+    server = start(*TINY)
     engine_pid = server.engine_pid
-    assert not list(server.temporary.glob("mixattn-*")), "the socket has no name any more once it is connected"
+    wait_until(lambda: not list(server.temporary.glob("mixattn-*")), "the socket's name is removed once connected")
     server.signal(signal.SIGKILL)
     server.exit_code()
     assert_nothing_is_left(server, engine_pid)
