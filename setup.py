@@ -22,10 +22,28 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 # -ffp-contract=off keeps the planner bit-equal with its Python twin and leaves fused multiply-adds to vec.h, where they
 # are written out. No -march here: the ISA of a file is its own (below), the rest runs on any CPU of the architecture.
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+]
 # For tests on a CPU without AVX-512: its kernels through SIMDe (Debian's libsimde-dev), correct and slow.
 BUILD_SIMDE = os.environ.get("MIXATTN_BUILD_SIMDE") == "1"
-AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+AVX512_FLAGS = [
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512dq",
+    "-mavx2",
+    "-mfma",
+    "-mf16c",
+    "-mprefer-vector-width=512",
+]
 ISA_FLAGS = {
     "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "csrc/cpu/kernels_avx512.cpp": ["-DMIXATTN_SIMDE", "-Wno-psabi"] if BUILD_SIMDE else AVX512_FLAGS,

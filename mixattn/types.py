@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
 
 class FinishReason(str, Enum):
@@ -154,18 +155,14 @@ class BatchPlan:
     step_idx: int
     slices: tuple[Slice, ...]
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return sum(s.q_len for s in self.slices)
 
-    @property
+    @cached_property
     def num_decodes(self) -> int:
         """The first so many slices are decodes: one row, which follows a generated token and gives the next."""
         return sum(s.q_len == 1 and s.is_sampled and s.output_idx > 0 for s in self.slices)
-
-    @property
-    def num_sampled(self) -> int:
-        return sum(s.is_sampled for s in self.slices)
 
 
 @dataclass(frozen=True)

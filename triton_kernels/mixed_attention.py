@@ -1,6 +1,7 @@
 # mixed_attention.py: paged attention over prefill chunks and decode rows in one launch.
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mixattn.triton_kernels._numeric import dot, narrow
 from mixattn.triton_kernels._softmax import LN_2, absorb_state, finish_rows, weigh_scores
-from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS, TileChoice, choose_tiles
+from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS, choose_tiles
 
 # Word offsets of the plan, as csrc/common/work_item.h lays them out.
 HEADER_WORDS = tl.constexpr(16)
@@ -21,6 +22,8 @@ ITEM_WORDS = tl.constexpr(8)
 MERGE_WORDS = tl.constexpr(8)
 KIND_LARGE = tl.constexpr(0)
 KIND_MEDIUM = tl.constexpr(1)
+
+LOG2_E = math.log2(math.e)
 
 MERGE_BLOCK_ROWS = tl.constexpr(16)
 """Rows merged at once: those of a small item, so that a merge takes no more registers than the items before it."""
@@ -339,7 +342,7 @@ def mixed_attention_kernel(
     HAS_PAGE_SHIFT: tl.constexpr,
     HAS_KV_STRIDES: tl.constexpr,
 ):
-    """Draws items of the plan until none is left; BLOCK_M, BLOCK_N and NUM_STAGES hold one value per tile kind."""
+    """Draws items of the plan until none is left; BLOCK_M holds the rows of each tile kind."""
     num_items = tl.load(plan_words + HEADER_NUM_ITEMS)
     items = plan_words + HEADER_WORDS
     merges = items + tl.load(plan_words + HEADER_CAPACITY_ITEMS).to(tl.int64) * ITEM_WORDS
@@ -354,7 +357,7 @@ def mixed_attention_kernel(
                     stride_q_head, stride_k_page, stride_k_token, stride_k_head, stride_v_page, stride_v_token,
                     stride_v_head, stride_block_table, stride_out_token, stride_out_head, stride_lse_token, group_size,
                     page_size, page_shift, window_left, score_scale, score_cap, HEAD_DIM, BLOCK_D, BLOCK_M[branch],
-                    BLOCK_N[branch], NUM_STAGES[branch], IS_CAUSAL, HAS_WINDOW, HAS_SOFT_CAP, HAS_PAGE_SHIFT, HAS_KV_STRIDES,
+                    BLOCK_N, NUM_STAGES, IS_CAUSAL, HAS_WINDOW, HAS_SOFT_CAP, HAS_PAGE_SHIFT, HAS_KV_STRIDES,
                 )  # fmt: skip
         merge_idx = tl.load(item + 6)
         if merge_idx >= 0:
@@ -380,3 +383,114 @@ def mixed_attention_kernel(
     # Every program draws one number past the items; who draws the last of these resets the counter.
     if item_idx == num_items + tl.num_programs(0) - 1:
         tl.store(tickets, 0)
+
+
+def mixed_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    plan_words: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    partial_out: Tensor,
+    partial_lse: Tensor,
+    tickets: Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int | None,
+    soft_cap: float | None,
+    num_programs: int | None = None,
+) -> None:
+    """Runs the items of a plan, and the merges of its split rows, in one launch; writes every row of out and lse.
+
+    Nothing is read back from the device, and the grid does not depend on the batch: one captured graph serves every
+    plan written into the same ``plan_words``. Shapes, dtypes and strides are those that ``ops.attention`` has checked;
+    all tensors are on one device (the CPU under the interpreter).
+
+    Args:
+        q: [total_q, num_q_heads, head_dim]; k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim]; of one
+            float dtype, any strides, the last dimension contiguous.
+        cu_seqlens_q, seq_lens, block_table: int32, as for ``ops.attention``.
+        plan_words: int32, the plan's ``buffer``, made with ``PLAN_BLOCK_ROWS`` for these lengths and this mask.
+        out: as q, written. lse: [total_q, num_q_heads] float32, written, natural log; or None.
+        partial_out: [at least the plan's num_partial_rows, head_dim] float32, contiguous, scratch.
+        partial_lse: [at least the plan's num_partial_rows] float32, contiguous, scratch.
+        tickets: [at least 1 + the plan's num_merges] int32, zeros; zeros again when the launch has ended. Two launches
+            that may overlap need one each, as of the partials.
+        softmax_scale: > 0. window_left, soft_cap: None for off.
+        num_programs: of the grid; None for one per SM.
+    """
+    total_q, num_q_heads, head_dim = q.shape
+    if total_q == 0:
+        return
+    page_size, num_kv_heads = k_cache.shape[1:3]
+    tiles = choose_tiles(head_dim, q.element_size(), _capability(q.device))
+    has_page_shift = page_size & (page_size - 1) == 0
+    # In units of log2, so that the kernel's only exponential is exp2; with a cap, tanh's argument is doubled for exp.
+    score_scale = softmax_scale * LOG2_E if soft_cap is None else 2.0 * softmax_scale * LOG2_E / soft_cap
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        mixed_attention_kernel[(num_programs or _num_programs(q.device),)](
+            q,
+            k_cache,
+            v_cache,
+            cu_seqlens_q,
+            seq_lens,
+            block_table,
+            plan_words,
+            out,
+            lse,
+            partial_out,
+            partial_lse,
+            tickets,
+            q.stride(0),
+            q.stride(1),
+            k_cache.stride(0),
+            k_cache.stride(1),
+            k_cache.stride(2),
+            v_cache.stride(0),
+            v_cache.stride(1),
+            v_cache.stride(2),
+            block_table.stride(0),
+            out.stride(0),
+            out.stride(1),
+            0 if lse is None else lse.stride(0),
+            num_q_heads // num_kv_heads,
+            page_size,
+            page_size.bit_length() - 1,
+            window_left or 0,
+            score_scale,
+            (soft_cap or 0.0) * LOG2_E,
+            HEAD_DIM=head_dim,
+            BLOCK_D=tiles.block_d,
+            BLOCK_M=PLAN_BLOCK_ROWS,
+            BLOCK_N=tiles.block_n,
+            NUM_STAGES=tiles.num_stages,
+            IS_CAUSAL=causal,
+            HAS_WINDOW=window_left is not None,
+            HAS_SOFT_CAP=soft_cap is not None,
+            HAS_PAGE_SHIFT=has_page_shift,
+            HAS_KV_STRIDES=k_cache.stride() == v_cache.stride(),
+            num_warps=tiles.num_warps,
+        )
+
+
+INTERPRETED_CAPABILITY = (9, 0)
+"""The interpreter runs the tiles of an H100."""
+INTERPRETED_PROGRAMS = 2
+"""The interpreter runs one program after the other: the first draws all items, the last resets the counter."""
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETED_CAPABILITY
+
+
+@functools.cache
+def _num_programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,9 +1,9 @@
 """Attention over decode-only, chunk-only and mixed batches, against this machine's measured roof and torch SDPA.
 
 Run ``python -m bench.kernels.bench_mixed_attention``. All candidates take turns in one process. The roof is what this
-machine reached in the same run at reading memory and at fused multiply-adds in float32; the roof's time of a batch is, slice by
-slice, the longer of its bytes at the one and its flops at the other (nothing overlapped). torch's
-``scaled_dot_product_attention`` reads no pages: it gets K and V gathered into one contiguous tensor beforehand, untimed,
+machine reached in the same run at reading memory and at fused multiply-adds in float32; the roof's time of a batch is,
+slice by slice, the longer of its bytes at the one and its flops at the other (nothing overlapped). torch's
+``scaled_dot_product_attention`` reads no pages: it gets K and V gathered into contiguous tensors beforehand, untimed,
 so the ratio leaves the gather out (``--time-gather`` puts it in). Its output is compared with ours before timing.
 """
 
@@ -24,7 +24,7 @@ from mixattn.env import num_threads
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of ``num_decodes`` decodes at ``decode_kv`` keys and, if ``chunk`` > 0, one chunk of ``chunk_kv`` keys."""
+    """``num_decodes`` decodes at ``decode_kv`` keys each and, if ``chunk`` > 0, one chunk of ``chunk_kv`` keys."""
 
     name: str
     num_decodes: int
@@ -150,6 +150,16 @@ def run(case: Case, dtype: torch.dtype, repeats: int, roofs: dict[str, float], i
     ]  # fmt: skip
 
 
+def table_row(ours: Record, torchs: Record) -> str:
+    """One line of the printed table."""
+    t = ours.timing
+    return (
+        f"{ours.case:42} {ours.dtype:9} {t.median_us / 1e3:8.2f} {t.p10_us / 1e3:6.2f}..{t.p90_us / 1e3:<7.2f} "
+        f"{ours.bytes / t.median_us / 1e3:6.1f} {ours.flops / t.median_us / 1e3:8.0f} "
+        f"{ours.share_of_roof or 0.0:8.2f} {torchs.timing.median_us / t.median_us:8.2f}x"
+    )
+
+
 def main() -> None:
     args_parser = parser(__doc__ or "")
     args_parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
@@ -158,8 +168,11 @@ def main() -> None:
     args = args_parser.parse_args()
     torch.set_num_threads(num_threads())
     roofs = _C.measure_roofs(num_threads())
-    print(f"roof of this machine, {num_threads()} threads: {roofs['read_gb_s']:.1f} GB/s, {roofs['fma_gflop_s']:.0f} GFLOP/s")
-    print(f"{'case':42} {'dtype':9} {'ms':>8} {'p10..p90':>15} {'GB/s':>6} {'GFLOP/s':>8} {'of roof':>8} {'vs torch':>9}")
+    read_gb_s, fma_gflop_s = roofs["read_gb_s"], roofs["fma_gflop_s"]
+    print(f"roof of this machine, {num_threads()} threads: {read_gb_s:.1f} GB/s, {fma_gflop_s:.0f} GFLOP/s in float32")
+    print(
+        f"{'case':42} {'dtype':9} {'ms':>8} {'p10..p90':>15} {'GB/s':>6} {'GFLOP/s':>8} {'of roof':>8} {'vs torch':>9}"
+    )
     records = []
     for dtype_name in args.dtypes:
         for case in cases():
@@ -167,12 +180,7 @@ def main() -> None:
                 continue
             ours, torchs = run(case, getattr(torch, dtype_name), args.repeats, roofs, args.time_gather)
             records += [ours, torchs]
-            t = ours.timing
-            print(
-                f"{case.name:42} {dtype_name:9} {t.median_us / 1e3:8.2f} {t.p10_us / 1e3:6.2f}..{t.p90_us / 1e3:<7.2f} "
-                f"{ours.bytes / t.median_us / 1e3:6.1f} {ours.flops / t.median_us / 1e3:8.0f} {ours.share_of_roof:8.2f} "
-                f"{torchs.timing.median_us / t.median_us:8.2f}x"
-            )
+            print(table_row(ours, torchs))
     append_json(args.json, records)
 
 

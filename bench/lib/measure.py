@@ -78,7 +78,11 @@ def machine() -> dict[str, str]:
         platform.processor(),
     )
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
     ).stdout.strip()
     return {"device": model, "system": platform.release(), "commit": commit, "date": time.strftime("%Y-%m-%d")}
 

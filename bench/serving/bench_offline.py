@@ -67,7 +67,9 @@ def bench_stall(config: EngineConfig, loaded: LoadedModel, repeats: int) -> list
         print(f"{label:42} {ttft_ms:8.0f} {steady_ms:14.1f} {longest_ms:15.0f}")
         timing = timing_of([gap * 1e6 for run in runs for gap in run.arrival_gaps_s])
         extra = {"ttft_ms": ttft_ms, "steady_gap_ms": steady_ms, "longest_gap_ms": longest_ms}
-        records.append(Record(f"stall-8-streams-1500: {label}", "mixattn", str(loaded.dtype), timing, 0, 0, None, extra))
+        records.append(
+            Record(f"stall-8-streams-1500: {label}", "mixattn", str(loaded.dtype), timing, 0, 0, None, extra)
+        )
     return records
 
 
@@ -79,7 +81,10 @@ def main() -> None:
     args = args_parser.parse_args()
     config = EngineConfig(args.model)
     loaded = load_model(config)
-    records = [bench_offline(config, loaded, args.num_requests, args.repeats), *bench_stall(config, loaded, args.repeats)]
+    records = [
+        bench_offline(config, loaded, args.num_requests, args.repeats),
+        *bench_stall(config, loaded, args.repeats),
+    ]
     append_json(args.json, records)
 
 

@@ -4,8 +4,8 @@ Run ``python -m bench.serving.bench_scheduler``; it prints one JSON line per rec
 ``schedule``, for ``commit``, and for both through the engine core with its metrics. All decodes of a case run from the
 beginning to the end; in a mixed case prompts are read beside them, 256 rows per step.
 
-``tight-pool`` counts instead of timing: 300 requests with prompts of log-normal length (median 200 tokens) and outputs of
-16 to 400 tokens, in a pool of 8,000, with different ``GROWTH_TOKENS``.
+``tight-pool`` counts instead of timing: 300 requests with prompts of log-normal length (median 200 tokens) and outputs
+of 16 to 400 tokens, in a pool of 8,000, with different ``GROWTH_TOKENS``.
 """
 
 from __future__ import annotations

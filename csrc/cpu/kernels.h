@@ -9,15 +9,23 @@
 namespace mixattn {
 namespace cpu {
 
+// Items of at most this many rows (a decode's, a speculative verification's) are read straight from their pages: up to
+// here packing a tile of K and V costs more than the matrix product gains (README.md).
+constexpr int kDirectRows = 16;
+// Such items that differ in their kv head only can be worked on side by side, up to this many.
+constexpr int kMaxBundle = 16;
+
 struct IsaKernels {
   const char* name;
   bool is_emulated;
 
-  // Bytes of scratch that attend() needs for items of up to max_rows rows; 64-byte aligned.
+  // Bytes of scratch that attend() needs for items of up to max_rows rows; to be aligned to 64 bytes.
   int64_t (*attend_scratch_bytes)(int64_t max_rows, int64_t head_dim);
 
-  // One work item: writes its rows of out and lse, or its partial rows.
-  void (*attend)(const AttentionParams& p, const WorkItem& item, void* scratch);
+  // A bundle of work items: writes their rows of out and lse, or their partial rows. A bundle is one item, or up to
+  // kMaxBundle items of at most kDirectRows rows that differ in kv_head (each one more than the last), merge_idx and
+  // partial_row only.
+  void (*attend)(const AttentionParams& p, const WorkItem* items, int64_t num_items, void* scratch);
 
   // Merges the splits of one group, in their order, into out and lse. Overwrites the group's partial_lse.
   void (*merge_splits)(const AttentionParams& p, const Merge& merge);

@@ -26,8 +26,6 @@ namespace {
 
 constexpr int kTileVecs = 2;
 constexpr int kTileCols = kTileVecs * kLanes;  // of a register tile, whose rows are vec.h's kTileRows
-// Up to here packing a tile of K and V costs more than the matrix product gains (README.md).
-constexpr int kDirectRows = 16;
 constexpr int kDirectKeys = 64;   // keys of a direct tile: what is prefetched ahead, 64 KiB of K and V at most
 constexpr int kBlockKeys = 8;     // keys per pass over O, direct: as many rows 4 KiB apart as an 8-way L1 can hold
 constexpr int kPackedKeys = 128;  // keys of a packed tile, see key_tile
@@ -214,17 +212,20 @@ MIXATTN_INLINE void softmax_step(float* scores, int64_t num_keys, float* m, floa
 
 // ---- direct: few rows, K and V in their pages -----------------------------------------------------------------------
 
-// scores[r][j] = q[r] . k[j] for kRows rows and kBlockKeys keys; 8 accumulators whatever kRows.
+// scores[r][j] = q[r] . k[j][offset...] for kRows rows and kBlockKeys keys; 8 accumulators whatever kRows.
 template <typename T, int kRows>
-MIXATTN_INLINE void score_block(const float* q, int64_t q_stride, const T* const* k, int64_t head_dim, float* scores) {
+MIXATTN_INLINE void score_block(const float* q, int64_t q_stride, const T* const* k, int64_t offset, int64_t head_dim,
+                                float* scores) {
   constexpr int kKeys = 8 / kRows;
   for (int j = 0; j < kBlockKeys; j += kKeys) {
+    const T* keys[kKeys];
+    for (int i = 0; i < kKeys; ++i) keys[i] = k[j + i] + offset;
     Vec acc[8];  // (kKeys, kRows)
     for (int i = 0; i < 8; ++i) acc[i] = zero();
     int64_t d = 0;
     for (; d + kLanes <= head_dim; d += kLanes) {
       Vec key[kKeys];
-      for (int i = 0; i < kKeys; ++i) key[i] = load(k[j + i] + d);
+      for (int i = 0; i < kKeys; ++i) key[i] = load(keys[i] + d);
       for (int r = 0; r < kRows; ++r) {
         const Vec query = load(q + r * q_stride + d);
         for (int i = 0; i < kKeys; ++i) acc[i * kRows + r] = fmadd(query, key[i], acc[i * kRows + r]);
@@ -232,7 +233,7 @@ MIXATTN_INLINE void score_block(const float* q, int64_t q_stride, const T* const
     }
     if (kLanes > 8 && d < head_dim) {
       for (int i = 0; i < kKeys; ++i) {
-        const Vec key = load_half(k[j + i] + d);
+        const Vec key = load_half(keys[i] + d);
         for (int r = 0; r < kRows; ++r) acc[i * kRows + r] = fmadd(load(q + r * q_stride + d), key, acc[i * kRows + r]);
       }
     }
@@ -244,17 +245,18 @@ MIXATTN_INLINE void score_block(const float* q, int64_t q_stride, const T* const
   }
 }
 
-// o[r][0, kVecs kLanes) += sum_j weights[r][j] v[j][offset...] over kBlockKeys keys. kIsHalf: the last 8 of head_dim.
+// o[r][d, d + kVecs kLanes) += sum_j weights[r][j] v[j][offset + d...] over kBlockKeys keys. kIsHalf: head_dim's last 8.
 template <typename T, int kRows, int kVecs, bool kIsHalf>
-MIXATTN_INLINE void value_columns(const float* weights, const T* const* v, int64_t offset, float* o, int64_t o_stride) {
+MIXATTN_INLINE void value_columns(const float* weights, const T* const* v, int64_t offset, int64_t d, float* o,
+                                  int64_t o_stride) {
   Vec acc[kRows][kVecs];
   for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kVecs; ++c) acc[r][c] = load(o + r * o_stride + offset + c * kLanes);
+    for (int c = 0; c < kVecs; ++c) acc[r][c] = load(o + r * o_stride + d + c * kLanes);
   }
   for (int j = 0; j < kBlockKeys; ++j) {
     Vec value[kVecs];
     for (int c = 0; c < kVecs; ++c) {
-      const T* source = v[j] + offset + c * kLanes;
+      const T* source = v[j] + offset + d + c * kLanes;
       if constexpr (kIsHalf) {
         value[c] = load_half(source);
       } else {
@@ -267,70 +269,92 @@ MIXATTN_INLINE void value_columns(const float* weights, const T* const* v, int64
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kVecs; ++c) store(o + r * o_stride + offset + c * kLanes, acc[r][c]);
+    for (int c = 0; c < kVecs; ++c) store(o + r * o_stride + d + c * kLanes, acc[r][c]);
   }
 }
 
 template <typename T, int kRows>
-MIXATTN_INLINE void value_block(const float* weights, const T* const* v, int64_t head_dim, float* o, int64_t o_stride) {
+MIXATTN_INLINE void value_block(const float* weights, const T* const* v, int64_t offset, int64_t head_dim, float* o,
+                                int64_t o_stride) {
   constexpr int kVecs = 8 / kRows;  // 8 accumulators whatever kRows
   int64_t d = 0;
   for (; d + kVecs * kLanes <= head_dim; d += kVecs * kLanes) {
-    value_columns<T, kRows, kVecs, false>(weights, v, d, o, o_stride);
+    value_columns<T, kRows, kVecs, false>(weights, v, offset, d, o, o_stride);
   }
-  for (; d + kLanes <= head_dim; d += kLanes) value_columns<T, kRows, 1, false>(weights, v, d, o, o_stride);
+  for (; d + kLanes <= head_dim; d += kLanes) value_columns<T, kRows, 1, false>(weights, v, offset, d, o, o_stride);
   if constexpr (kLanes > 8) {
-    if (d < head_dim) value_columns<T, kRows, 1, true>(weights, v, d, o, o_stride);
+    if (d < head_dim) value_columns<T, kRows, 1, true>(weights, v, offset, d, o, o_stride);
   }
 }
 
-// kRows rows share each load of K and V; further rows find them in L1.
+// One tile of keys of one item. kRows rows share each load of K and V; further rows find them in L1. While K is read V is
+// on its way, and while V is read the K rows that come next (next_k, num_next of them).
 template <typename T, int kRows>
-void attend_direct(const AttentionParams& p, const WorkItem& item, float* scratch) {
-  Rows rows = carve_rows(num_rows(item), p.head_dim, scratch);
-  float* const scores = scratch + rows_floats(rows.num_rows, p.head_dim);  // (padded rows, kDirectKeys)
-  start_rows<T>(p, item, &rows);
+void attend_direct_tile(const AttentionParams& p, const Rows& rows, int64_t first, int64_t num_keys, const T* const* k,
+                        int64_t k_offset, const T* const* v, int64_t v_offset, const T* const* next_k,
+                        int64_t next_k_offset, int64_t num_next, float* scores) {
   const int64_t padded_rows = round_up(rows.num_rows, kRows);
-  for (int64_t i = rows.num_rows * rows.stride; i < padded_rows * rows.stride; ++i) rows.q[i] = rows.o[i] = 0.0f;
+  const int64_t padded_keys = round_up(num_keys, kBlockKeys);
+  for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
+    for (int i = 0; i < kBlockKeys; ++i) prefetch_row(v[j + i] + v_offset, p.head_dim);
+    for (int64_t r = 0; r < padded_rows; r += kRows) {
+      score_block<T, kRows>(rows.q + r * rows.stride, rows.stride, k + j, k_offset, p.head_dim,
+                            scores + r * kDirectKeys + j);
+    }
+  }
+  for (int64_t r = 0; r < rows.num_rows; ++r) {
+    float* row = scores + r * kDirectKeys;
+    if (p.soft_cap > 0) cap_scores(row, padded_keys, p.soft_cap);
+    const int64_t lo = rows.lo[r] - first, hi = clamp(rows.hi[r] - first, 0, num_keys);
+    if (lo > 0 || hi < padded_keys) mask_scores(row, padded_keys, lo, hi);
+    softmax_step(row, padded_keys, rows.m + r, rows.l + r, rows.o + r * rows.stride, rows.stride);
+  }
+  for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
+    for (int64_t i = j; i < clamp(num_next, j, j + kBlockKeys); ++i) prefetch_row(next_k[i] + next_k_offset, p.head_dim);
+    for (int64_t r = 0; r < padded_rows; r += kRows) {
+      value_block<T, kRows>(scores + r * kDirectKeys + j, v + j, v_offset, p.head_dim, rows.o + r * rows.stride,
+                            rows.stride);
+    }
+  }
+}
+
+// Items that differ in their kv head only, side by side: tile by tile of keys, and in a tile head by head, because the
+// heads of a token lie next to each other. One head after the other would walk over memory in small pieces, each in
+// another page of the system, once per head: that halves the bandwidth (README.md).
+template <typename T, int kRows>
+void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_items, float* scratch) {
+  const WorkItem& first_item = items[0];
+  const int64_t item_rows = num_rows(first_item);
+  const int64_t padded_rows = round_up(item_rows, kRows);
+  Rows rows[kMaxBundle];
+  for (int64_t n = 0; n < num_items; ++n, scratch += rows_floats(item_rows, p.head_dim)) {
+    rows[n] = carve_rows(item_rows, p.head_dim, scratch);
+    start_rows<T>(p, items[n], &rows[n]);
+    for (int64_t i = item_rows * rows[n].stride; i < padded_rows * rows[n].stride; ++i) rows[n].q[i] = rows[n].o[i] = 0.0f;
+  }
+  float* const scores = scratch;  // (padded rows, kDirectKeys)
 
   const T* k_rows[2][kDirectKeys];
   const T* v_rows[2][kDirectKeys];
-  const auto tile_keys = [&](int64_t first) { return clamp(item.kv_end - first, 0, kDirectKeys); };
+  const int64_t kv_end = first_item.kv_end;
+  int64_t num_keys = clamp(kv_end - first_item.kv_begin, 0, kDirectKeys);
   int now = 0;
-  if (item.kv_begin < item.kv_end) {
-    locate_keys(p, item, item.kv_begin, tile_keys(item.kv_begin), kBlockKeys, k_rows[now], v_rows[now]);
-  }
-  for (int64_t first = item.kv_begin; first < item.kv_end; first += kDirectKeys, now ^= 1) {
-    const int64_t num_keys = tile_keys(first);
-    const int64_t padded_keys = round_up(num_keys, kBlockKeys);
-    const int64_t num_next = tile_keys(first + kDirectKeys);
+  if (num_keys > 0) locate_keys(p, first_item, first_item.kv_begin, num_keys, kBlockKeys, k_rows[now], v_rows[now]);
+  for (int64_t first = first_item.kv_begin; first < kv_end; first += kDirectKeys, now ^= 1) {
+    const int64_t num_next = clamp(kv_end - first - kDirectKeys, 0, kDirectKeys);
     if (num_next > 0) {
-      locate_keys(p, item, first + kDirectKeys, num_next, kBlockKeys, k_rows[now ^ 1], v_rows[now ^ 1]);
+      locate_keys(p, first_item, first + kDirectKeys, num_next, kBlockKeys, k_rows[now ^ 1], v_rows[now ^ 1]);
     }
-
-    for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
-      for (int i = 0; i < kBlockKeys; ++i) prefetch_row(v_rows[now][j + i], p.head_dim);
-      for (int64_t r = 0; r < padded_rows; r += kRows) {
-        score_block<T, kRows>(rows.q + r * rows.stride, rows.stride, k_rows[now] + j, p.head_dim,
-                              scores + r * kDirectKeys + j);
-      }
+    for (int64_t n = 0; n < num_items; ++n) {
+      const int64_t head = items[n].kv_head - first_item.kv_head;
+      const bool is_last = n + 1 == num_items;
+      attend_direct_tile<T, kRows>(p, rows[n], first, num_keys, k_rows[now], head * p.k_head_stride, v_rows[now],
+                                   head * p.v_head_stride, k_rows[is_last ? now ^ 1 : now],
+                                   is_last ? 0 : (head + 1) * p.k_head_stride, is_last ? num_next : num_keys, scores);
     }
-    for (int64_t r = 0; r < rows.num_rows; ++r) {
-      float* row = scores + r * kDirectKeys;
-      if (p.soft_cap > 0) cap_scores(row, padded_keys, p.soft_cap);
-      const int64_t lo = rows.lo[r] - first, hi = clamp(rows.hi[r] - first, 0, num_keys);
-      if (lo > 0 || hi < padded_keys) mask_scores(row, padded_keys, lo, hi);
-      softmax_step(row, padded_keys, rows.m + r, rows.l + r, rows.o + r * rows.stride, rows.stride);
-    }
-    for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
-      for (int64_t i = j; i < clamp(j + kBlockKeys, 0, num_next); ++i) prefetch_row(k_rows[now ^ 1][i], p.head_dim);
-      for (int64_t r = 0; r < padded_rows; r += kRows) {
-        value_block<T, kRows>(scores + r * kDirectKeys + j, v_rows[now] + j, p.head_dim, rows.o + r * rows.stride,
-                              rows.stride);
-      }
-    }
+    num_keys = num_next;
   }
-  finish_rows<T>(p, item, rows);
+  for (int64_t n = 0; n < num_items; ++n) finish_rows<T>(p, items[n], rows[n]);
 }
 
 // ---- packed: many rows, K and V as float32 in L2 --------------------------------------------------------------------
@@ -502,35 +526,35 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
 
 int64_t attend_scratch_bytes(int64_t max_rows, int64_t head_dim) {
   const int64_t rows = round_up(max_rows, kLineFloats);
-  const int64_t direct = rows_floats(kDirectRows, head_dim) + kDirectRows * kDirectKeys;
+  const int64_t direct = kMaxBundle * rows_floats(kDirectRows, head_dim) + kDirectRows * kDirectKeys;
   const int64_t packed =
       rows_floats(rows, head_dim) + rows * key_tile(head_dim) + 2 * round_up(head_dim, kLanes) * key_tile(head_dim);
-  return static_cast<int64_t>(sizeof(float)) * (max_rows <= kDirectRows ? direct : packed);
+  return static_cast<int64_t>(sizeof(float)) * (max_rows <= kDirectRows || direct > packed ? direct : packed);
 }
 
 template <typename T>
-void attend_typed(const AttentionParams& p, const WorkItem& item, float* scratch) {
-  const int32_t rows = num_rows(item);
+void attend_typed(const AttentionParams& p, const WorkItem* items, int64_t num_items, float* scratch) {
+  const int32_t rows = num_rows(items[0]);
   if (rows > kDirectRows) {
-    attend_packed<T>(p, item, scratch);
+    for (int64_t n = 0; n < num_items; ++n) attend_packed<T>(p, items[n], scratch);
   } else if (rows == 1) {
-    attend_direct<T, 1>(p, item, scratch);
+    attend_direct<T, 1>(p, items, num_items, scratch);
   } else if (rows == 2) {
-    attend_direct<T, 2>(p, item, scratch);
+    attend_direct<T, 2>(p, items, num_items, scratch);
   } else {
-    attend_direct<T, 4>(p, item, scratch);
+    attend_direct<T, 4>(p, items, num_items, scratch);
   }
 }
 
-void attend(const AttentionParams& p, const WorkItem& item, void* scratch) {
+void attend(const AttentionParams& p, const WorkItem* items, int64_t num_items, void* scratch) {
   float* floats = static_cast<float*>(scratch);
   switch (p.dtype) {
     case DType::kFloat32:
-      return attend_typed<float>(p, item, floats);
+      return attend_typed<float>(p, items, num_items, floats);
     case DType::kBFloat16:
-      return attend_typed<BFloat16>(p, item, floats);
+      return attend_typed<BFloat16>(p, items, num_items, floats);
     case DType::kFloat16:
-      return attend_typed<Float16>(p, item, floats);
+      return attend_typed<Float16>(p, items, num_items, floats);
   }
 }
 

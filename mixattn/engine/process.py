@@ -12,13 +12,14 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import zmq
 
 from mixattn.config import EngineConfig
 from mixattn.engine import ipc
+from mixattn.engine.wall_driver import WallDriver
 from mixattn.sched.scheduler import QueueFull
 from mixattn.types import TokenEvent
 
@@ -56,12 +57,24 @@ class Channel:
         self._context.term()
 
 
-class EngineServer:
-    """Serves an engine's peer, for ever."""
+class CommandChannel(Protocol):
+    """What an ``EngineServer`` asks of its channel."""
 
-    def __init__(self, engine: Engine, channel: Channel) -> None:
-        self._driver = engine.driver
-        self._core = engine.driver.core
+    def send(self, event: ipc.Event) -> None: ...
+    def receive(self, is_blocking: bool) -> ipc.Command | None: ...
+
+
+class EngineServer:
+    """Serves an engine's peer, for ever.
+
+    Args:
+        driver: the engine.
+        channel: to the peer (``Channel``).
+    """
+
+    def __init__(self, driver: WallDriver, channel: CommandChannel) -> None:
+        self._driver = driver
+        self._core = driver.core
         self._channel = channel
 
     def run(self) -> None:
@@ -126,7 +139,7 @@ def main(address: str, log_level: str) -> None:
             )  # the caller's: it says what is wrong with the configuration or a file
         else:
             channel.send(info)
-            EngineServer(engine, channel).run()
+            EngineServer(engine.driver, channel).run()
     except Exception as error:
         logger.exception("the engine failed")
         channel.send(ipc.Failure(f"{type(error).__name__}: {error}"))

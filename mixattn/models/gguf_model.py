@@ -173,4 +173,4 @@ class GgufWeights:
         self._file.read_into(stored, interleaved)
         # [heads, pairs, 2, ...] -> [heads, 2, pairs, ...]
         pairs = interleaved.view(num_heads, -1, 2, *destination.shape[1:])
-        destination.copy_(interleaved)
+        destination.view(num_heads, 2, -1, *destination.shape[1:]).copy_(pairs.transpose(1, 2))

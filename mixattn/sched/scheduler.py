@@ -156,7 +156,7 @@ class Scheduler:
             raise RuntimeError(f"{MAX_UNCOMMITTED_PLANS} plans are uncommitted; commit the older one first")
         self._advance(now)
         while True:
-            decodes, partials, num_decode_pages = self._classify_running()
+            decodes, partials, full = self._classify_running()
             shape = self._policy(
                 StepView(
                     token_budget=self._config.max_num_batched_tokens,
@@ -166,10 +166,10 @@ class Scheduler:
                     waiting_rows=(len(t.tokens) for t in self._waiting.values()),
                     num_growing=self._num_growing() if self._waiting else 0,
                     num_admissible=self._config.max_num_seqs - len(self._running),
-                    num_free_pages=self._pool.num_free - num_decode_pages,
+                    num_free_pages=self._pool.num_free - len(full),
                 )
             )
-            if not shape.has_decodes or num_decode_pages <= self._pool.num_free:
+            if not shape.has_decodes or len(full) <= self._pool.num_free:
                 break
             if self._uncommitted:
                 return None  # whoever gives up its pages may be in that plan, or end with it
@@ -179,7 +179,7 @@ class Scheduler:
         planned: list[Tracked] = []
         slices: list[Slice] = []
         if shape.has_decodes:
-            self._grow(decodes)
+            self._grow(full)
             planned += decodes
             slices += [tracked.plan_decode(step_idx) for tracked in decodes]
         else:
@@ -293,32 +293,32 @@ class Scheduler:
             is_alone = config.policy is PolicyName.PREFILL_FIRST and len(plan.slices) == 1
             assert plan.num_tokens <= config.max_num_batched_tokens or is_alone, f"step of {plan.num_tokens} rows"
 
-    def _classify_running(self) -> tuple[list[Tracked], list[Tracked], int]:
-        """Running decodes, running requests with more rows left, and the pages that the decodes still need."""
+    def _classify_running(self) -> tuple[list[Tracked], list[Tracked], list[Tracked]]:
+        """Running decodes, running requests with more rows left, and those of the decodes whose pages are full."""
         decodes: list[Tracked] = []
         partials: list[Tracked] = []
-        num_decode_pages = 0
+        full: list[Tracked] = []
         for tracked in self._running.values():
             num_tokens, num_computed = tracked.num_tokens, tracked.num_computed
             if num_tokens >= tracked.max_tokens:
                 continue  # its last token is under way
             if num_tokens - num_computed == 1 and num_tokens > tracked.prompt_len:
                 decodes.append(tracked)
-                num_decode_pages += num_computed == tracked.num_slots
+                if num_computed == tracked.num_slots:
+                    full.append(tracked)
             else:
                 partials.append(tracked)
-        return decodes, partials, num_decode_pages
+        return decodes, partials, full
 
     def _num_growing(self) -> int:
         """Running requests that may come to need more pages; the last token of an output needs no slot."""
         return sum(tracked.num_slots < tracked.max_tokens - 1 for tracked in self._running.values())
 
-    def _grow(self, decodes: list[Tracked]) -> None:
-        """A page more for each whose pages are full. Plans hold the old array: it stays as it is."""
-        for tracked in decodes:
-            if tracked.num_computed == tracked.num_slots:
-                tracked.page_ids = tracked.page_ids + array("i", self._pool.allocate(1))
-                tracked.num_slots += self._pool.page_size
+    def _grow(self, full: list[Tracked]) -> None:
+        """A page more for each. Plans hold the old array: it stays as it is."""
+        for tracked, page in zip(full, self._pool.allocate(len(full)), strict=True):
+            tracked.page_ids = tracked.page_ids + array("i", (page,))
+            tracked.num_slots += self._pool.page_size
 
     def _admit_next(self) -> Tracked:
         """The head of the queue, running, with the pages of all its tokens."""

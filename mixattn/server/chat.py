@@ -49,10 +49,7 @@ class ChatAnswer(Answer):
 @router.post("/v1/chat/completions", summary="Answer a conversation")
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, service: ReadyService) -> Response:
     service.require_model(body.model)
-    # The template writes the special tokens itself, so that none are added unless asked for.
-    prompt = await service.tokenize_chat(
-        body.messages, body.add_generation_prompt, bool(body.add_special_tokens), body.chat_template_kwargs
-    )
+    prompt = await service.tokenize_chat(body)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     generation = await service.start(body, [prompt], max_tokens, "messages")
     return await ChatAnswer(body, generation, service.served_model_names[0]).respond(request)

@@ -36,9 +36,7 @@ async def tokenize(body: TokenizeRequest, service: ReadyService) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("exactly one of prompt and messages must be given.", "prompt")
     if body.messages is not None:
-        tokens = await service.tokenize_chat(
-            body.messages, body.add_generation_prompt, bool(body.add_special_tokens), body.chat_template_kwargs
-        )
+        tokens = await service.tokenize_chat(body)
     else:
         assert body.prompt is not None
         tokens = await service.tokenize(body.prompt, "prompt", body.add_special_tokens is not False)

@@ -245,7 +245,9 @@ class ChatCompletionRequest(GenerationRequest):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    """True unless ``continue_final_message``."""
+    continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
 
     parallel_tool_calls: Ignored = None
@@ -261,7 +263,6 @@ class ChatCompletionRequest(GenerationRequest):
     verbosity: Annotated[Any, _only("medium")] = None
     web_search_options: Annotated[Any, _only()] = None
     chat_template: Annotated[Any, _only()] = None
-    continue_final_message: Annotated[Any, _only(False)] = None
     documents: Annotated[Any, _only([])] = None
     mm_processor_kwargs: Annotated[Any, _only()] = None
 
@@ -273,7 +274,8 @@ class TokenizeRequest(RequestModel):
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: Annotated[Any, _only(False)] = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 
@@ -14,7 +14,7 @@ from mixattn.models.tokenizer import Tokenizer
 from mixattn.server.errors import APIError, bad_request, model_not_found, unavailable
 from mixattn.server.generation import Engine, Generation, start_generation
 from mixattn.server.prometheus import ServerMetrics
-from mixattn.server.protocol import GenerationRequest, Message
+from mixattn.server.protocol import ChatCompletionRequest, GenerationRequest, TokenizeRequest
 from mixattn.types import SamplingParams
 
 _LONG_TEXT_CHARS = 16384
@@ -86,26 +86,27 @@ class Service:
         except ValueError as error:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
             raise bad_request(f"{param}: {error}.", param) from error
 
-    async def tokenize_chat(
-        self,
-        messages: list[Message],
-        add_generation_prompt: bool,
-        add_special_tokens: bool,
-        template_kwargs: dict[str, Any] | None,
-    ) -> list[int]:
-        """The prompt that the model's chat template makes of ``messages``, as token ids."""
+    async def tokenize_chat(self, request: ChatCompletionRequest | TokenizeRequest) -> list[int]:
+        """The prompt that the model's chat template makes of the request's messages, as token ids."""
         tokenizer = self.require_loaded().tokenizer
-        for name in _NO_TEMPLATE_KWARGS & (template_kwargs or {}).keys():
+        template_kwargs = request.chat_template_kwargs or {}
+        for name in _NO_TEMPLATE_KWARGS & template_kwargs.keys():
             raise bad_request(f"chat_template_kwargs must not hold {name}.", "chat_template_kwargs")
+        if request.add_generation_prompt is None:
+            add_generation_prompt = not request.continue_final_message
+        else:
+            add_generation_prompt = request.add_generation_prompt
         try:
             text = tokenizer.apply_chat_template(
-                [message.for_template() for message in messages],
+                [message.for_template() for message in request.messages or ()],
                 add_generation_prompt=add_generation_prompt,
-                **(template_kwargs or {}),
+                continue_final_message=request.continue_final_message,
+                **template_kwargs,
             )
         except ValueError as error:  # there is no template, or it refuses these messages
             raise bad_request(f"{error}.", "messages") from error
-        return await self.tokenize(text, "messages", add_special_tokens)
+        # The template writes the special tokens itself, so that none are added unless asked for.
+        return await self.tokenize(text, "messages", bool(request.add_special_tokens))
 
     async def start(
         self, request: GenerationRequest, prompts: list[list[int]], max_tokens: int | None, param: str

@@ -14,6 +14,8 @@ from mixattn.engine.llm import LLM
 from mixattn.models.loader import LoadedModel, load_model
 from mixattn.types import SamplingParams
 
+pytestmark = pytest.mark.timeout(900)  # transformers takes most of it on a busy machine
+
 NUM_TOKENS = 64
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 _STORY = (

@@ -146,18 +146,17 @@ def test_attention_of_random_batch_is_within_twice_eager(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_of_strided_views_gives_the_bits_of_contiguous(dtype: torch.dtype, isa: str) -> None:
-    """q out of a fused projection, pages head-major out of a pool shared by K and V, out with room between rows."""
+    """q out of a fused projection, K head-major, V in rows with room behind, out in rows and heads with room between."""
     case = next(c for c in CASES if c.id == "chunk-beside-decodes")
     inputs = make_inputs(case, dtype)
     expected, expected_lse = run(case, inputs)
-    num_pages = inputs.k_cache.shape[0]
     fused = torch.cat((inputs.q, inputs.q), dim=1)
-    pool = torch.stack((inputs.k_cache, inputs.v_cache), dim=1).transpose(2, 3).contiguous()
-    assert pool.shape[:3] == (num_pages, 2, case.num_kv_heads)
+    head_major_k = inputs.k_cache.transpose(1, 2).contiguous()
+    wide_v = torch.cat((inputs.v_cache, inputs.v_cache), dim=-1)
     wide_out = torch.full((case.total_q, case.num_q_heads + 1, case.head_dim + 8), torch.nan, dtype=dtype)
     wide_table = torch.cat((inputs.block_table, torch.full_like(inputs.block_table, -1)), dim=1)
     out, lse = mixattn.attention(
-        fused[:, case.num_q_heads :], pool[:, 0].transpose(1, 2), pool[:, 1].transpose(1, 2),
+        fused[:, case.num_q_heads :], head_major_k.transpose(1, 2), wide_v[..., : case.head_dim],
         cu_seqlens_q=inputs.cu_seqlens_q, seq_lens=inputs.seq_lens,
         block_table=wide_table[:, : inputs.block_table.shape[1]],
         out=wide_out[:, :-1, : case.head_dim], return_lse=True,

@@ -121,7 +121,7 @@ def test_same_calls_make_the_same_plans() -> None:
         rng = random.Random(seed)
         session = random_session(rng)
         script = random_script(rng, has_accidents=True)
-        seen = []
+        seen: list[object] = []
         for step in range(script.num_steps):
             for request in script.requests.get(step, []):
                 session.add(request)

@@ -91,11 +91,14 @@ def test_second_signal_ends_at_once(start: Start) -> None:
     assert_nothing_is_left(server, engine_pid)
 
 
-def test_engines_death_fails_requests_and_ends_the_server(start: Start) -> None:
-    server = start(*TINY).wait_until_ready()
+def test_full_queue_refuses_and_engines_death_ends_the_server(start: Start) -> None:
+    server = start(*TINY, "--max-num-seqs", "1", "--max-num-queued-reqs", "4").wait_until_ready()
     engine_pid = server.engine_pid
-    response = server.post("/v1/completions", {**STREAM, "n": 64, "max_tokens": 2000})
+    response = server.post("/v1/completions", {**STREAM, "n": 4, "max_tokens": 2000})
     response.readline()
+    refused = server.post("/v1/completions", {"prompt": "a", "n": 2})  # 1 runs, 3 wait, and 2 more would be 5
+    assert (refused.status, refused.headers["Retry-After"]) == (429, "1")
+    assert "max_num_queued_reqs (4)" in json.loads(refused.read())["error"]["message"]
     os.kill(engine_pid, signal.SIGKILL)
     lines = response.read().split(b"\n\n")
     assert json.loads(lines[-3].removeprefix(b"data: "))["error"]["code"] == "engine_dead"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mixattn.engine.client import EngineDeadError, QueueFullError, RequestsAbortedError
+from mixattn.server.protocol import ChatCompletionRequest, CompletionRequest
 from mixattn.types import FinishReason
 from tests.server.fakes import MODEL, FakeEngine, FakeServer
 
@@ -150,6 +152,15 @@ def test_messages_take_all_roles_and_text_parts() -> None:
     body = {"messages": messages, "add_generation_prompt": False, "chat_template_kwargs": {"suffix": "!"}}
     assert server.post(CHAT, body).status == 200
     assert server.engine.prompts() == ["system:a\nb\nuser:c\nassistant:\ntool:d\n!"]
+
+
+def test_final_message_is_continued() -> None:
+    server = FakeServer()
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert server.post(CHAT, {"messages": messages, "continue_final_message": True}).status == 200
+    assert server.engine.prompts() == ["user:a\nassistant:b"]
+    body = {"messages": messages, "continue_final_message": True, "add_generation_prompt": True}
+    assert "exclude each other" in server.post(CHAT, body).error["message"]
 
 
 def test_sampling_fields_reach_the_engine() -> None:
@@ -416,6 +427,12 @@ def test_client_that_goes_ends_its_request(is_stream: bool) -> None:
     headers = {"content-type": "application/json"}
     asyncio.run(server.request("POST", CHAT, headers, [body], stays=False))
     assert server.engine.streams[0].is_closed
+
+
+def test_every_field_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+    fields = CompletionRequest.model_fields.keys() | ChatCompletionRequest.model_fields.keys()
+    assert not [name for name in fields if f"`{name}`" not in text]
 
 
 def test_openapi_schema_names_all_forms_of_prompt() -> None:
