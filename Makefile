@@ -51,6 +51,7 @@ format: env
 bench: build
 	$(PY) -m bench.kernels.bench_plan
 	$(PY) -m bench.kernels.bench_mixed_attention
+	$(PY) -m bench.serving.bench_scheduler
 	$(PY) -m bench.serving.bench_offline $(MODEL)
 
 clean:

@@ -120,7 +120,7 @@ class Slice:
     """One request's rows in a step. A decode is a slice with q_len 1; there is no prefill mode of a batch.
 
     Read only for whoever gets it. It is not frozen because a step makes one per request, and a frozen dataclass of ten
-    fields takes six times as long to make (2.5 us against 0.4 us: most of the scheduler's time with 256 decodes).
+    fields takes six times as long to make (1.5 us against 0.26 us, AMD EPYC, CPython 3.11).
 
     Args:
         q_len: rows computed this step.

@@ -42,4 +42,4 @@ def dot(a, b, accumulator):
     if IS_INTERPRETED:
         return tl.dot(widen(a), widen(b), accumulator)
     else:
-        return tl.dot(a, b, accumulator, input_precision="ieee")
+        return tl.dot(a, b, accumulator, input_precision="tf32x3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,18 +191,20 @@ def _rope(fields: _Fields, head_dim: int) -> RopeConfig:
         )
     theta = rope.number("rope_theta", fields.number("rope_theta", _DEFAULT_ROPE_THETA))
     share = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
-    rotary_dim = int(head_dim * share)
+    if share != 1.0:
+        raise NotImplementedError(f"{fields.path}: partial_rotary_factor {share} is not supported; supported: 1.0")
+    plain = RopeConfig(theta=theta, rotary_dim=head_dim)
     kind = rope.text("rope_type", rope.text("type", "default"))
     factors: tuple[float, ...] | None = None
     if kind == "linear":
-        factors = (_scaling_factor(rope),) * (rotary_dim // 2)
+        factors = (_scaling_factor(rope),) * (head_dim // 2)
     elif kind == "llama3":
-        factors = _llama3_factors(rope, theta, rotary_dim, fields.integer("max_position_embeddings"))
+        factors = _llama3_factors(rope, theta, head_dim, fields.integer("max_position_embeddings"))
     elif kind != "default":
         raise NotImplementedError(
             f"{fields.path}: rope type {kind!r} is not supported; supported: default, linear, llama3"
         )
-    return RopeConfig(theta=theta, rotary_dim=rotary_dim, frequency_factors=factors)
+    return replace(plain, frequency_factors=factors)
 
 
 def _scaling_factor(rope: _Fields) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,7 +144,7 @@ def _resolve(config: EngineConfig) -> Path | ModelConfig:
     is_dummy = config.load_format == "dummy"
     if is_dummy and name in TINY_CONFIGS:
         return TINY_CONFIGS[name]
-    path = _smollm2_path() if name == SMOLLM2_ALIAS else Path(name).expanduser()
+    path = _smollm2_path() if name == SMOLLM2_ALIAS else Path(os.path.expanduser(name))
     if path.is_file():
         if config.load_format not in ("auto", "gguf"):
             raise ValueError(f"load_format {config.load_format!r} needs a folder, got the file {path}")

@@ -15,6 +15,7 @@ from mixattn.ops.attention_call import (
     PlanHeader,
     attention_layout,
     check_attention,
+    check_block_rows,
     check_plan,
     native_sizes,
 )
@@ -25,7 +26,7 @@ from mixattn.ops.checks import (
     check_no_grad,
     check_tensor,
 )
-from mixattn.ops.library import register_op
+from mixattn.ops.library import is_plain, register_op
 from mixattn.ops.plan import H100, WorkPlan, cpu_hardware
 from mixattn.ops.plan import plan as make_plan
 from mixattn.ops.reference import attention_reference
@@ -136,7 +137,8 @@ def attention(
         out = _new_out(q)
     check_tensor("out", out)
     lse = _new_lse(q) if return_lse else None
-    torch.ops.mixattn.attention_out(*inputs, out, lse)
+    run = _attention_out if is_plain(*inputs[:7], out) else torch.ops.mixattn.attention_out
+    run(*inputs, out, lse)
     return out if lse is None else (out, lse)
 
 
@@ -233,9 +235,10 @@ def _run_cpu(
 
 
 def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, out: Tensor, lse: Tensor | None) -> None:
-    from mixattn.triton_kernels.mixed_attention import mixed_attention
+    from mixattn.triton_kernels.mixed_attention import PLAN_BLOCK_ROWS, mixed_attention
 
     assert call.plan is not None
+    check_block_rows(call.plan, header, PLAN_BLOCK_ROWS)
     num_rows, device = header.num_partial_rows, out.device
     mixed_attention(
         call.q,
@@ -246,7 +249,7 @@ def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, o
         call.block_table,
         call.plan.to(device, non_blocking=True),
         out,
-        _new_lse(out) if lse is None else lse,
+        lse,
         torch.empty((num_rows, header.head_dim), dtype=torch.float32, device=device),
         torch.empty(num_rows, dtype=torch.float32, device=device),
         torch.zeros(header.num_merges + 1, dtype=torch.int32, device=device),

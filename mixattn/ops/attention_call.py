@@ -228,3 +228,15 @@ def check_plan(plan: Tensor, call: AttentionCall) -> PlanHeader:
         ]
         raise ValueError(f"plan was made for {differing[0]}")
     return header
+
+
+def check_block_rows(plan: Tensor, header: PlanHeader, block_rows: tuple[int, int, int]) -> None:
+    """Raises ValueError if the plan, on the CPU, has an item of more rows than the kernel's tile of its kind."""
+    begin = _C.PLAN_HEADER_WORDS
+    items = plan[begin : begin + header.num_items * _C.WORK_ITEM_WORDS].view(-1, _C.WORK_ITEM_WORDS)
+    rows_and_kind = items[:, 3]
+    num_rows, most_rows = rows_and_kind & 0xFFFF, torch.tensor(block_rows)[rows_and_kind >> 16]
+    if (num_rows > most_rows).any():
+        raise ValueError(
+            f"plan must be made for hardware with block_rows {block_rows}, it has an item of {int(num_rows.max())} rows"
+        )

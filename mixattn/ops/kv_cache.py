@@ -28,7 +28,7 @@ from mixattn.ops.checks import (
     check_tensor,
     layout_of,
 )
-from mixattn.ops.library import DTYPE_NAMES, register_op
+from mixattn.ops.library import DTYPE_NAMES, is_plain, register_op
 from mixattn.ops.reference import append_kv_reference
 
 
@@ -102,13 +102,15 @@ def append_kv(
         ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("slot_mapping", slot_mapping),
     ):  # fmt: skip
         check_tensor(name, tensor)
+    for name, optional in (("q", q), ("positions", positions), ("rope_cos_sin", rope_cos_sin)):
+        if optional is not None:
+            check_tensor(name, optional)
     q_out = None
     if q is not None:
-        check_tensor("q", q)
         q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    torch.ops.mixattn.append_kv(
-        k, v, k_cache, v_cache, slot_mapping, q, positions, rope_cos_sin, interleaved, backend, q_out
-    )
+    tensors = (k, v, k_cache, v_cache, slot_mapping, q, positions, rope_cos_sin)
+    run = _append_kv if is_plain(*tensors) else torch.ops.mixattn.append_kv
+    run(*tensors, interleaved, backend, q_out)
     return q_out
 
 

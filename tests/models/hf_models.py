@@ -37,7 +37,7 @@ _LLAMA3_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 64,  # puts one of the eight frequencies between the two regimes
 }
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {

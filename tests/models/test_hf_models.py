@@ -109,6 +109,8 @@ def test_config_of_each_family_has_its_options(tmp_path: Path) -> None:
     assert configs["qwen3"].has_qk_norm and configs["qwen3"].head_dim == 24
     assert configs["llama-rope-linear"].rope.frequency_factors == (4.0,) * 8
     assert configs["llama"].max_model_len == 256
+    factors = configs["llama-rope-llama3"].rope.frequency_factors
+    assert factors is not None and factors[0] == 1.0 and 1.0 < factors[1] < 8.0 and factors[2:] == (8.0,) * 6
 
 
 def write_config(folder: Path, **changes: Any) -> Path:
@@ -138,6 +140,7 @@ def write_config(folder: Path, **changes: Any) -> Path:
             "rope type 'yarn' is not supported; supported: default, linear, llama3",
         ),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, NotImplementedError, "per layer type"),
+        ({"partial_rotary_factor": 0.5}, NotImplementedError, "partial_rotary_factor 0.5 is not supported"),
         ({"rope_parameters": {"rope_type": "linear"}}, ValueError, "factor is missing"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, ValueError, "factor must be > 0 and finite, got 0"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -74,11 +75,11 @@ def test_hub_name_that_cannot_be_had_is_file_not_found(name: str, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    "name", ["smollm3", "./nowhere", "/nowhere/at/all", "a/b/c", "owner/file.gguf", "x y/z", "../x"]
+    "name", ["smollm3", "./nowhere", "/nowhere/at/all", "a/b/c", "owner/file.gguf", "x y/z", "../x", "~nobody/x"]
 )
 def test_unknown_model_is_file_not_found_without_a_download(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
-    with pytest.raises(FileNotFoundError, match="no such file or folder; a model is a folder with config.json"):
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder; a model is a folder with config\.json"):
         load(name)
 
 
@@ -311,6 +312,18 @@ def test_loader_imports_neither_transformers_nor_the_hub() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_progress_bar_is_drawn_on_a_terminal_unless_switched_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for show_progress in (True, False):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        load_model(EngineConfig(str(folder)), show_progress=show_progress)
+        assert ("Loading weights:" in terminal.getvalue()) is show_progress
 
 
 def test_progress_bar_is_silent_unless_stderr_is_a_terminal(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

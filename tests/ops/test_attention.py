@@ -146,7 +146,7 @@ def test_attention_of_random_batch_is_within_twice_eager(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_of_strided_views_gives_the_bits_of_contiguous(dtype: torch.dtype, isa: str) -> None:
-    """q out of a fused projection, K head-major, V in rows with room behind, out in rows and heads with room between."""
+    """q out of a fused projection, K head-major, V and out with room behind each row."""
     case = next(c for c in CASES if c.id == "chunk-beside-decodes")
     inputs = make_inputs(case, dtype)
     expected, expected_lse = run(case, inputs)

@@ -197,6 +197,7 @@ BAD_APPEND = [
     ("slot_mapping", torch.tensor([0, 1, 64]), ValueError, r"slot_mapping\[2\] must be in .*\[0, 64\), got 64"),
     ("q", torch.zeros(2, 4, 64), ValueError, "q .* with total_q 2, but k has total_q 3"),
     ("q", torch.zeros(3, 4, 64).half(), NotImplementedError, "q is torch.float16 and k is torch.float32"),
+    ("positions", [0, 1, 2], TypeError, "positions must be a torch.Tensor, got list"),
     ("positions", None, ValueError, "rope_cos_sin is given without positions"),
     ("positions", torch.tensor([0, 1]), ValueError, "positions .* with total_q 2, but k has total_q 3"),
     ("positions", torch.tensor([-1, 0, 1]), ValueError, r"positions\[0\] must be in .*\[0, 32\), got -1"),

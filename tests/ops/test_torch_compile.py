@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mixattn
 import mixattn.ops.attention  # the ops are registered when their doors are imported
@@ -167,6 +169,31 @@ def test_compiled_layer_serves_another_batch_of_the_same_shape(inputs: Attention
             expected_out, expected_lse = layer(**eager_arguments, plan=plan)
         torch.testing.assert_close(out, expected_out)
         torch.testing.assert_close(lse, expected_lse)
+
+
+def test_dispatch_mode_sees_the_ops_and_plain_calls_give_the_same_bits(inputs: AttentionInputs) -> None:
+    """A plain call goes past the dispatcher; one that somebody listens to must not."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    names: set[str] = set()
+    arguments, plain_arguments = layer_arguments(inputs), layer_arguments(inputs)
+    with Recorder():
+        out, lse = layer(**arguments, plan=make_plan(inputs))
+        mixattn.attention(*tensors_of(inputs)[:3], **inputs.index_tensors)
+    assert {"mixattn::append_kv", "mixattn::attention", "mixattn::attention_out"} <= names
+    plain_out, plain_lse = layer(**plain_arguments, plan=make_plan(inputs))
+    assert torch.equal(out, plain_out) and torch.equal(lse, plain_lse)
+
+
+def test_fake_tensors_give_shapes_without_running_the_kernel(inputs: AttentionInputs) -> None:
+    with FakeTensorMode() as mode:
+        arguments = {name: mode.from_tensor(tensor) for name, tensor in layer_arguments(inputs).items()}
+        out, lse = layer(**arguments, plan=None)
+    assert out.shape == inputs.q.shape and lse.shape == inputs.q.shape[:2] and lse.dtype == torch.float32
 
 
 def test_compiled_attention_into_out_writes_it(inputs: AttentionInputs) -> None:
