@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments are known to be good, so ``--help
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -17,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 from mixattn import __version__, env
 from mixattn.config import CacheConfig, EngineConfig, PolicyName, SchedulerConfig, ServerConfig
 from mixattn.types import SamplingParams
+
+with contextlib.suppress(ImportError):  # not every Python has it; with it, input() has line editing and a history
+    import readline  # noqa: F401
 
 if TYPE_CHECKING:
     from mixattn.engine.llm import LLM, Prompt
@@ -262,11 +266,12 @@ def _chat(arguments: argparse.Namespace) -> int:
             except EOFError:
                 print()
                 return 0
-            messages.append({"role": "assistant", "content": _print_stream(llm, llm.render_chat(messages), sampling)})
+            answer = _print_stream(llm, llm.render_chat(messages), sampling, is_conversation=True)
+            messages.append({"role": "assistant", "content": answer})
 
 
-def _print_stream(llm: LLM, prompt: Prompt, sampling: SamplingParams) -> str:
-    """Prints a continuation as it comes, then its speed on stderr; Ctrl-C at a terminal ends it early. Returns it."""
+def _print_stream(llm: LLM, prompt: Prompt, sampling: SamplingParams, is_conversation: bool = False) -> str:
+    """Prints a continuation as it comes, then its speed on stderr. Returns it; Ctrl-C cuts it in a conversation."""
     begin_s, text, num_tokens = time.monotonic(), "", 0
     first_s = end_s = begin_s
     stream = llm.stream(prompt, sampling)
@@ -277,7 +282,7 @@ def _print_stream(llm: LLM, prompt: Prompt, sampling: SamplingParams) -> str:
             if num_tokens == 1:
                 first_s = end_s
     except KeyboardInterrupt:
-        if not sys.stdin.isatty():
+        if not is_conversation:
             raise
     finally:
         stream.close()

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import HealthCheck, settings
+
+# Triton looks once, when it is imported, which transformers does too: so it is set here, before any test module.
+# TRITON_INTERPRET=0 in the environment runs the Triton tests on a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(
     "mixattn",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -183,3 +186,40 @@ def test_ctrl_c_ends_a_command_quietly_with_status_130() -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in err
+
+
+def test_ctrl_c_in_a_conversation_stops_the_answer_and_ctrl_d_ends_it() -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "mixattn.cli", "chat", *TINY[:3], "--ignore-eos", "--max-tokens", "2000"]
+    process = subprocess.Popen(
+        [*command, "--chat-template", TEMPLATE],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=Path(cli.__file__).parents[1],
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+
+    shown = bytearray()
+
+    def read_until(text: bytes) -> None:
+        begin = len(shown)
+        while text not in shown[begin:]:
+            shown.extend(os.read(ours, 4096))
+
+    try:
+        read_until(b"> ")
+        os.write(ours, b"hi\n")
+        read_until(b"hi\r\n")
+        shown.extend(os.read(ours, 1))  # the answer has begun
+        os.write(ours, b"\x03")
+        read_until(b"> ")
+        os.write(ours, b"\x04")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        os.close(ours)
+    assert shown.count(b"> ") == 2
+    assert b"Traceback" not in shown

@@ -20,9 +20,10 @@ def widen(x):
     """``x.to(tl.float32)``."""
     if IS_INTERPRETED and x.dtype == tl.bfloat16:
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        return bits.to(tl.float32, bitcast=True)
+        wide = bits.to(tl.float32, bitcast=True)
     else:
-        return x.to(tl.float32)
+        wide = x.to(tl.float32)
+    return wide
 
 
 @triton.jit
@@ -31,15 +32,16 @@ def narrow(x, dtype: tl.constexpr):
     if IS_INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        rounded = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
-        return x.to(dtype)
+        rounded = x.to(dtype)
+    return rounded
 
 
 @triton.jit
 def dot(a, b, accumulator):
-    """``tl.dot(a, b, accumulator)``: accumulator + a @ b, float32; float32 operands are not rounded to tf32."""
+    """``tl.dot``: accumulator + a @ b, float32. A float32 product is three of tf32, which loses its last bits only."""
     if IS_INTERPRETED:
-        return tl.dot(widen(a), widen(b), accumulator)
-    else:
-        return tl.dot(a, b, accumulator, input_precision="tf32x3")
+        a = widen(a)
+        b = widen(b)
+    return tl.dot(a, b, accumulator, input_precision="tf32x3")

@@ -1,4 +1,4 @@
-"""The online softmax in base 2, shared by the kernels: one step over a tile of scores, its end, and the merge of results.
+"""The online softmax in base 2, shared by the kernels: a step over a tile of scores, its end, the merge of results.
 
 log2(e) is folded into the scores' scale on the host, so that exp2 is the whole exponential.
 Source: online softmax, arXiv:1805.02867, algorithm 3; as in FlashAttention-2, arXiv:2307.08691, section 3.1.

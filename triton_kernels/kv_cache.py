@@ -1,7 +1,7 @@
 # kv_cache.py: this step's K (rotated) and V into their pages, and Q rotated, in one launch.
 # Math    (a, b) -> (a cos - b sin, b cos + a sin) for each pair (a, b) of the leading rotary_dim dimensions of a head
 # Method  one program per token and block of heads: the first blocks take K and V, the rest Q; float32, rounded once
-# Grid    (total_q, blocks of kv heads + blocks of q heads), 4 warps; 8 heads of 128 dimensions give each thread 16 bytes
+# Grid    (total_q, blocks of kv heads + blocks of q heads), 4 warps; 8 heads of 128 dimensions are 16 bytes a thread
 # Shapes  k, v [total_q, num_kv_heads, head_dim], q [total_q, num_q_heads, head_dim], caches [num_pages, page_size, ...]
 # Memory  reads and writes each element once; no shared memory; cos and sin of a token once per block of heads
 # Limits  any head_dim, page_size and strides, the last dimension contiguous; bf16, fp16, fp32

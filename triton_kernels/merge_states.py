@@ -1,7 +1,7 @@
 # merge_states.py: attention over the union of disjoint key sets, from the result over each.
 # Math    lse = log sum_i exp(lse_i); out = sum_i exp(lse_i - lse) out_i
-# Method  one program per token and block of heads; online over the states in order, as mixed_attention merges its splits
-# Grid    (total_q, blocks of heads), 4 warps; 8 heads of 128 dimensions give each thread 16 bytes
+# Method  one program per token and block of heads; online over the states in order, as mixed_attention merges splits
+# Grid    (total_q, blocks of heads), 4 warps; 8 heads of 128 dimensions are 16 bytes a thread
 # Shapes  outs [num_states, total_q, num_heads, head_dim] bf16, fp16 or fp32, lses [num_states, total_q, num_heads] fp32
 # Memory  reads every state once, skipping the empty ones, and writes the result once; no shared memory
 # Limits  any head_dim and strides, the last dimension contiguous
@@ -53,15 +53,16 @@ def merge_states_kernel(
     accumulator = tl.zeros([BLOCK_HEADS, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_HEADS], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_HEADS], tl.float32)
-    for state in range(num_states):
-        state_idx = tl.cast(state, tl.int64)
-        lse_rows = lses + state_idx * stride_lses_state + token * stride_lses_token
+    lse_rows = lses + token * stride_lses_token
+    out_rows = outs + (token * stride_outs_token + head * stride_outs_head)[:, None]
+    for _ in range(num_states):
         state_lse = tl.load(lse_rows + head, mask=is_head, other=-float("inf"))
         # The out of an empty state may be anything, NaN included: it is not read.
         is_value = (state_lse != -float("inf"))[:, None] & is_dim
-        out_rows = outs + (state_idx * stride_outs_state + token * stride_outs_token + head * stride_outs_head)[:, None]
         state_out = widen(tl.load(out_rows + dim[None, :], mask=is_value, other=0.0))  # (BLOCK_HEADS, BLOCK_D)
         accumulator, row_max, row_sum = absorb_state(accumulator, row_max, row_sum, state_out, state_lse / LN_2)
+        lse_rows += stride_lses_state  # pointers and not offsets are stepped: no product passes 2^31
+        out_rows += stride_outs_state
     result, lse_log2 = finish_rows(accumulator, row_max, row_sum)
     to_rows = out + (token * stride_out_token + head * stride_out_head)[:, None]
     tl.store(to_rows + dim[None, :], narrow(result, out.dtype.element_ty), mask=is_head[:, None] & is_dim)

@@ -1,4 +1,21 @@
 # mixed_attention.py: paged attention over prefill chunks and decode rows in one launch.
+# Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys j that row i may see
+# Method  persistent programs draw the items of a plan (ops/plan.py) from a counter; online softmax over KV tiles, without
+#         masks where all rows see all keys; items of split rows leave float32 partials, and the last of them to finish
+#         merges them in split order
+# Grid    one program of 8 warps per SM, whatever the batch; rows per tile by the item's kind, keys per tile and pipeline
+#         depth by tiles.py, chosen from what compilers report below: no speed has been measured
+# Shapes  q, out [total_q, num_q_heads, head_dim], caches [num_pages, page_size, num_kv_heads, head_dim] bf16, fp16, fp32
+# Memory  per item 2 keys head_dim element_bytes read, and 2 rows head_dim element_bytes for q and out; a split item
+#         4 rows (head_dim + 1) bytes written and read again; shared memory as tiles.shared_bytes
+# Static  head_dim 128, bf16, causal, pages of 16, Triton 3.9 (compiler output, tests/triton/ahead_of_time.py):
+#         sm_90  STATIC90
+#         sm_80  STATIC80
+# Limits  head_dim up to 256, any page_size, group and strides, the last dimension contiguous; sm_80+; Triton 3.5+
+# Twins   csrc/cpu/mixed_attention-inl.h; truth ops/reference.py
+# Source  online softmax and tiling: arXiv:2307.08691, section 3; split keys: arXiv:2311.01282, section 3
+"""Attention of one step's prefill chunks and decode rows, split keys merged, in one launch; ``attention`` on GPUs."""
+
 from __future__ import annotations
 
 import contextlib
@@ -12,21 +29,36 @@ from torch import Tensor
 
 from mixattn.triton_kernels._numeric import dot, narrow
 from mixattn.triton_kernels._softmax import LN_2, absorb_state, finish_rows, weigh_scores
-from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS, choose_tiles
+from mixattn.triton_kernels.tiles import choose_tiles
 
-# Word offsets of the plan, as csrc/common/work_item.h lays them out.
+LOG2_E = math.log2(math.e)
+
+# Word offsets of the plan: csrc/common/work_item.h.
 HEADER_WORDS = tl.constexpr(16)
 HEADER_NUM_ITEMS = tl.constexpr(1)
 HEADER_CAPACITY_ITEMS = tl.constexpr(6)
 ITEM_WORDS = tl.constexpr(8)
+ITEM_SEQ_IDX = tl.constexpr(0)
+ITEM_KV_HEAD = tl.constexpr(1)
+ITEM_ROW_BEGIN = tl.constexpr(2)
+ITEM_ROWS_AND_KIND = tl.constexpr(3)
+ITEM_KV_BEGIN = tl.constexpr(4)
+ITEM_KV_END = tl.constexpr(5)
+ITEM_MERGE_IDX = tl.constexpr(6)
+ITEM_PARTIAL_ROW = tl.constexpr(7)
 MERGE_WORDS = tl.constexpr(8)
-KIND_LARGE = tl.constexpr(0)
-KIND_MEDIUM = tl.constexpr(1)
-
-LOG2_E = math.log2(math.e)
+MERGE_SEQ_IDX = tl.constexpr(0)
+MERGE_KV_HEAD = tl.constexpr(1)
+MERGE_ROW_BEGIN = tl.constexpr(2)
+MERGE_NUM_ROWS = tl.constexpr(3)
+MERGE_PARTIAL_ROW = tl.constexpr(4)
+MERGE_NUM_SPLITS = tl.constexpr(5)
+NUM_ROWS_MASK = tl.constexpr(0xFFFF)
+KIND_SHIFT = tl.constexpr(16)
+NUM_KINDS = tl.constexpr(3)
 
 MERGE_BLOCK_ROWS = tl.constexpr(16)
-"""Rows merged at once: those of a small item, so that a merge takes no more registers than the items before it."""
+"""Rows merged at once: those of a small tile, so that a merge takes no more registers than the items before it."""
 
 
 @triton.jit
@@ -35,11 +67,12 @@ def load_rows(pointers, is_row, HEAD_DIM: tl.constexpr, IS_MASKED: tl.constexpr)
     BLOCK_D: tl.constexpr = pointers.shape[1]
     is_dim = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
     if IS_MASKED:
-        return tl.load(pointers, mask=is_row[:, None] & is_dim, other=0.0)
+        tile = tl.load(pointers, mask=is_row[:, None] & is_dim, other=0.0)
     elif BLOCK_D != HEAD_DIM:
-        return tl.load(pointers, mask=is_dim, other=0.0)
+        tile = tl.load(pointers, mask=is_dim, other=0.0)
     else:
-        return tl.load(pointers)
+        tile = tl.load(pointers)
+    return tile
 
 
 @triton.jit
@@ -86,13 +119,9 @@ def attend_tile(
     else:
         page_idx = key // page_size
         slot = key % page_size
-    if IS_EDGE:
-        # Table entries past the last page may be anything: neither they nor pages through them are read.
-        page = tl.load(block_table_row + page_idx, mask=is_key, other=0)
-    else:
-        page = tl.load(block_table_row + page_idx)
-    page = page.to(tl.int64)  # caches of more than 2^31 elements are common
-    slot = slot.to(tl.int64)
+    # Table entries past the last page may be anything: neither they nor pages through them are read.
+    table_entry = block_table_row + page_idx
+    page = tl.load(table_entry, mask=is_key, other=0) if IS_EDGE else tl.load(table_entry)
 
     k_offsets = page * stride_k_page + slot * stride_k_token
     k_rows = k_head + k_offsets[:, None]
@@ -131,6 +160,7 @@ def attend_item(
     partial_out,
     partial_lse,
     item,
+    first_row,
     cu_seqlens_q,
     seq_lens,
     stride_q_token,
@@ -163,28 +193,29 @@ def attend_item(
     HAS_KV_STRIDES: tl.constexpr,
 ):
     """Attention of one item's rows over its keys, to out and lse, or to its rows of the partials."""
-    seq_idx = tl.load(item)
-    kv_head = tl.load(item + 1)
-    row_begin = tl.load(item + 2)
-    num_rows = tl.load(item + 3) & 0xFFFF
-    kv_begin = tl.load(item + 4)
-    kv_end = tl.load(item + 5)
+    seq_idx = tl.load(item + ITEM_SEQ_IDX)
+    kv_head = tl.load(item + ITEM_KV_HEAD)
+    row_begin = tl.load(item + ITEM_ROW_BEGIN)
+    num_rows = tl.load(item + ITEM_ROWS_AND_KIND) & NUM_ROWS_MASK
+    kv_begin = tl.load(item + ITEM_KV_BEGIN)
+    kv_end = tl.load(item + ITEM_KV_END)
     q_begin = tl.load(cu_seqlens_q + seq_idx)
     q_len = tl.load(cu_seqlens_q + seq_idx + 1) - q_begin
     kv_len = tl.load(seq_lens + seq_idx)
 
-    row = tl.arange(0, BLOCK_M)
+    row = first_row + tl.arange(0, BLOCK_M)
     is_row = row < num_rows
     dim = tl.arange(0, BLOCK_D)
     token = (row_begin + row) // group_size
-    head = kv_head * group_size + (row_begin + row) % group_size
+    head = (kv_head * group_size + (row_begin + row) % group_size).to(tl.int64)
     q_token = (q_begin + token).to(tl.int64)
-    q_rows = q + (q_token * stride_q_token + head.to(tl.int64) * stride_q_head)[:, None]
+    q_rows = q + (q_token * stride_q_token + head * stride_q_head)[:, None]
     query = load_rows(q_rows + dim[None, :], is_row, HEAD_DIM, True)  # (BLOCK_M, BLOCK_D)
 
     # What each row sees of the item's keys, and the keys [full_begin, full_end) that all of them see.
-    first_position = kv_len - q_len + row_begin // group_size
-    last_position = kv_len - q_len + (row_begin + num_rows - 1) // group_size
+    last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
+    first_position = kv_len - q_len + (row_begin + first_row) // group_size
+    last_position = kv_len - q_len + (row_begin + last_row) // group_size
     position = kv_len - q_len + token
     row_kv_begin = tl.zeros([BLOCK_M], tl.int32)
     row_kv_end = tl.zeros([BLOCK_M], tl.int32) + kv_end
@@ -227,28 +258,25 @@ def attend_item(
             )  # fmt: skip
 
     result, lse_log2 = finish_rows(accumulator, row_max, row_sum)
-    # Read again: what the addresses of the results are made from stays out of registers while the keys are walked.
-    seq_idx = tl.load(item)
-    kv_head = tl.load(item + 1)
-    row_begin = tl.load(item + 2, volatile=True)
-    num_rows = tl.load(item + 3, volatile=True) & 0xFFFF
-    merge_idx = tl.load(item + 6)
-    partial_row = tl.load(item + 7)
+    # Read again, and volatile, or the compiler keeps what the addresses of the results are made from in registers (or
+    # spills it) all through the walk.
+    row_begin = tl.load(item + ITEM_ROW_BEGIN, volatile=True)
+    num_rows = tl.load(item + ITEM_ROWS_AND_KIND, volatile=True) & NUM_ROWS_MASK
     is_row = row < num_rows
     is_value = is_row[:, None] & (dim < HEAD_DIM)[None, :]
-    if merge_idx < 0:
-        q_token = (tl.load(cu_seqlens_q + seq_idx) + (row_begin + row) // group_size).to(tl.int64)
-        head = kv_head * group_size + (row_begin + row) % group_size
-        out_rows = out + (q_token * stride_out_token + head.to(tl.int64) * stride_out_head)[:, None]
+    if tl.load(item + ITEM_MERGE_IDX) < 0:
+        q_token = (q_begin + (row_begin + row) // group_size).to(tl.int64)
+        head = (kv_head * group_size + (row_begin + row) % group_size).to(tl.int64)
+        out_rows = out + (q_token * stride_out_token + head * stride_out_head)[:, None]
         tl.store(out_rows + dim[None, :], narrow(result, out.dtype.element_ty), mask=is_value)
         if lse is not None:
             tl.store(lse + q_token * stride_lse_token + head, lse_log2 * LN_2, mask=is_row)
     else:
         # Through L2 (.cg): another program reads these.
-        to_row = (partial_row + row).to(tl.int64)
-        partial_rows = partial_out + (to_row * HEAD_DIM)[:, None]
+        partial_row = (tl.load(item + ITEM_PARTIAL_ROW) + row).to(tl.int64)
+        partial_rows = partial_out + (partial_row * HEAD_DIM)[:, None]
         tl.store(partial_rows + dim[None, :], result, mask=is_value, cache_modifier=".cg")
-        tl.store(partial_lse + to_row, lse_log2, mask=is_row, cache_modifier=".cg")
+        tl.store(partial_lse + partial_row, lse_log2, mask=is_row, cache_modifier=".cg")
 
 
 @triton.jit
@@ -257,12 +285,8 @@ def merge_item(
     lse,
     partial_out,
     partial_lse,
-    num_rows,
-    num_splits,
-    first_partial_row,
-    first_token,
-    first_head,
-    row_begin,
+    merge,
+    cu_seqlens_q,
     stride_out_token,
     stride_out_head,
     stride_lse_token,
@@ -271,6 +295,12 @@ def merge_item(
     BLOCK_D: tl.constexpr,
 ):
     """The partials of all splits of some rows, in split order, to out and lse."""
+    first_token = tl.load(cu_seqlens_q + tl.load(merge + MERGE_SEQ_IDX))
+    first_head = tl.load(merge + MERGE_KV_HEAD) * group_size
+    row_begin = tl.load(merge + MERGE_ROW_BEGIN)
+    num_rows = tl.load(merge + MERGE_NUM_ROWS)
+    first_partial_row = tl.load(merge + MERGE_PARTIAL_ROW)
+    num_splits = tl.load(merge + MERGE_NUM_SPLITS)
     dim = tl.arange(0, BLOCK_D)
     is_dim = (dim < HEAD_DIM)[None, :]
     for block_begin in tl.range(0, num_rows, MERGE_BLOCK_ROWS, num_stages=1):
@@ -347,40 +377,38 @@ def mixed_attention_kernel(
     items = plan_words + HEADER_WORDS
     merges = items + tl.load(plan_words + HEADER_CAPACITY_ITEMS).to(tl.int64) * ITEM_WORDS
     item_idx = tl.atomic_add(tickets, 1, sem="relaxed")
+    # Hoisting out of this loop would hold every kind's thread offsets in registers at once: spills for a few additions.
     while tl.condition(item_idx < num_items, disable_licm=True):
         item = items + item_idx.to(tl.int64) * ITEM_WORDS
-        kind = tl.load(item + 3) >> 16
-        for branch in tl.static_range(3):
-            if kind == branch:
-                attend_item(
-                    q, k_cache, v_cache, block_table, out, lse, partial_out, partial_lse, item, cu_seqlens_q, seq_lens, stride_q_token,
-                    stride_q_head, stride_k_page, stride_k_token, stride_k_head, stride_v_page, stride_v_token,
-                    stride_v_head, stride_block_table, stride_out_token, stride_out_head, stride_lse_token, group_size,
-                    page_size, page_shift, window_left, score_scale, score_cap, HEAD_DIM, BLOCK_D, BLOCK_M[branch],
-                    BLOCK_N, NUM_STAGES, IS_CAUSAL, HAS_WINDOW, HAS_SOFT_CAP, HAS_PAGE_SHIFT, HAS_KV_STRIDES,
-                )  # fmt: skip
-        merge_idx = tl.load(item + 6)
+        num_rows = tl.load(item + ITEM_ROWS_AND_KIND) & NUM_ROWS_MASK
+        item_kind = tl.load(item + ITEM_ROWS_AND_KIND) >> KIND_SHIFT
+        for kind in tl.static_range(NUM_KINDS):
+            if item_kind == kind:
+                # Once, but where tiles.py had to choose fewer rows than the plan's kind has.
+                for first_row in tl.range(0, num_rows, BLOCK_M[kind], num_stages=1, disable_licm=True):
+                    attend_item(
+                        q, k_cache, v_cache, block_table, out, lse, partial_out, partial_lse, item, first_row,
+                        cu_seqlens_q, seq_lens, stride_q_token, stride_q_head, stride_k_page, stride_k_token,
+                        stride_k_head, stride_v_page, stride_v_token, stride_v_head, stride_block_table,
+                        stride_out_token, stride_out_head, stride_lse_token, group_size, page_size, page_shift,
+                        window_left, score_scale, score_cap, HEAD_DIM, BLOCK_D, BLOCK_M[kind], BLOCK_N, NUM_STAGES,
+                        IS_CAUSAL, HAS_WINDOW, HAS_SOFT_CAP, HAS_PAGE_SHIFT, HAS_KV_STRIDES,
+                    )  # fmt: skip
+        merge_idx = tl.load(item + ITEM_MERGE_IDX)
         if merge_idx >= 0:
-            seq_idx = tl.load(item)
-            kv_head = tl.load(item + 1)
-            row_begin = tl.load(item + 2)
-            num_rows = tl.load(item + 3) & 0xFFFF
-            q_begin = tl.load(cu_seqlens_q + seq_idx)
             merge = merges + merge_idx.to(tl.int64) * MERGE_WORDS
-            num_splits = tl.load(merge + 5)
-            # The barrier puts all threads' partials before the ticket; its release publishes them, its acquire lets
-            # the last finisher see those of the others.
-            tl.debug_barrier()
             ticket = tickets + 1 + merge_idx
-            if tl.atomic_add(ticket, 1, sem="acq_rel") == num_splits - 1:
+            # The barrier puts the partials of all threads before the ticket; its release publishes them, its acquire
+            # shows the last finisher those of the others.
+            tl.debug_barrier()
+            if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.load(merge + MERGE_NUM_SPLITS) - 1:
                 merge_item(
-                    out, lse, partial_out, partial_lse, num_rows, num_splits, tl.load(merge + 4), q_begin,
-                    kv_head * group_size, row_begin, stride_out_token, stride_out_head, stride_lse_token, group_size,
-                    HEAD_DIM, BLOCK_D,
+                    out, lse, partial_out, partial_lse, merge, cu_seqlens_q, stride_out_token, stride_out_head,
+                    stride_lse_token, group_size, HEAD_DIM, BLOCK_D,
                 )  # fmt: skip
-                tl.store(ticket, 0)  # for the next launch; nobody else draws this ticket in this one
+                tl.store(ticket, 0)  # for the next launch: in this one nobody draws it again
         item_idx = tl.atomic_add(tickets, 1, sem="relaxed")
-    # Every program draws one number past the items; who draws the last of these resets the counter.
+    # Every program draws one number past the items; whoever draws the last of these resets the counter.
     if item_idx == num_items + tl.num_programs(0) - 1:
         tl.store(tickets, 0)
 
@@ -466,7 +494,7 @@ def mixed_attention(
             (soft_cap or 0.0) * LOG2_E,
             HEAD_DIM=head_dim,
             BLOCK_D=tiles.block_d,
-            BLOCK_M=PLAN_BLOCK_ROWS,
+            BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
             NUM_STAGES=tiles.num_stages,
             IS_CAUSAL=causal,
@@ -475,6 +503,7 @@ def mixed_attention(
             HAS_PAGE_SHIFT=has_page_shift,
             HAS_KV_STRIDES=k_cache.stride() == v_cache.stride(),
             num_warps=tiles.num_warps,
+            enable_fp_fusion=True,
         )
 
 

@@ -26,8 +26,9 @@ namespace {
 
 constexpr int kTileVecs = 2;
 constexpr int kTileCols = kTileVecs * kLanes;  // of a register tile, whose rows are vec.h's kTileRows
-constexpr int kDirectKeys = 64;   // keys of a direct tile: what is prefetched ahead, 64 KiB of K and V at most
-constexpr int kBlockKeys = 8;     // keys per pass over O, direct: as many rows 4 KiB apart as an 8-way L1 can hold
+constexpr int kDirectKeys = 64;  // keys of a direct tile: what is prefetched ahead, 128 KiB of K and V at most
+// Keys per pass over O, direct; not many, because an 8-way L1 can hold only 8 rows that lie 4 KiB apart.
+constexpr int kBlockKeys = kLanes > 8 ? kLanes : 8;
 constexpr int kPackedKeys = 128;  // keys of a packed tile, see key_tile
 constexpr int kLineFloats = 16;   // arrays in scratch start at cache lines
 
@@ -47,7 +48,7 @@ MIXATTN_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) {
 struct Rows {
   int64_t num_rows;
   int64_t stride;  // of q and o: head_dim in whole vectors
-  float* q;        // (num_rows, stride), scaled; 0 beyond head_dim
+  float* q;        // (num_rows, stride), scaled
   float* o;        // (num_rows, stride), not yet divided by l
   float* m;        // (num_rows) largest score so far, base 2
   float* l;        // (num_rows) sum of 2^(score - m)
@@ -84,9 +85,10 @@ MIXATTN_INLINE TokenHead token_head(const AttentionParams& p, int64_t seq_idx, i
   return {p.cu_seqlens_q[seq_idx] + packed_row / group_size, kv_head * group_size + packed_row % group_size};
 }
 
-// Fills the rows' q and visible keys and clears the rest.
-template <typename T>
-void start_rows(const AttentionParams& p, const WorkItem& item, Rows* rows) {
+// Fills the rows' q and visible keys and clears the rest; the rows from num_rows to padded_rows get q 0. kIsPaired: q is
+// in the order of load_pair, and so will o be.
+template <typename T, bool kIsPaired>
+void start_rows(const AttentionParams& p, const WorkItem& item, int64_t padded_rows, Rows* rows) {
   // Base 2: 2^(s log2(e)) = e^s. With soft_cap the factor behind tanh comes later (cap_scores).
   const Vec scale = broadcast(p.soft_cap > 0 ? p.softmax_scale / p.soft_cap : p.softmax_scale * kLog2E);
   const int64_t group_size = p.num_q_heads / p.num_kv_heads;
@@ -98,17 +100,27 @@ void start_rows(const AttentionParams& p, const WorkItem& item, Rows* rows) {
     const T* source = static_cast<const T*>(p.q) + at.token * p.q_token_stride + at.head * p.q_head_stride;
     float* q = rows->q + r * rows->stride;
     int64_t d = 0;
+    for (; kIsPaired && d + 2 * kLanes <= p.head_dim; d += 2 * kLanes) {
+      Vec a, b;
+      load_pair(source + d, &a, &b);
+      store(q + d, mul(a, scale));
+      store(q + d + kLanes, mul(b, scale));
+    }
     for (; d + kLanes <= p.head_dim; d += kLanes) store(q + d, mul(load(source + d), scale));
     if (kLanes > 8 && d < p.head_dim) store(q + d, mul(load_half(source + d), scale));
-    float* o = rows->o + r * rows->stride;
-    for (d = 0; d < rows->stride; d += kLanes) store(o + d, zero());
-    rows->m[r] = -INFINITY;
-    rows->l[r] = 0.0f;
     const int64_t position = first_position + packed_row / group_size;
     const int64_t hi = p.causal ? clamp(position + 1, item.kv_begin, item.kv_end) : item.kv_end;
     const int64_t lo = p.window_left < 0 ? item.kv_begin : clamp(position - p.window_left, item.kv_begin, hi);
     rows->lo[r] = static_cast<int32_t>(lo);
     rows->hi[r] = static_cast<int32_t>(hi);
+  }
+  for (int64_t r = 0; r < padded_rows; ++r) {
+    rows->m[r] = -INFINITY;
+    rows->l[r] = 0.0f;
+  }
+  for (int64_t i = 0; i < padded_rows * rows->stride; i += kLanes) store(rows->o + i, zero());
+  for (int64_t i = rows->num_rows * rows->stride; i < padded_rows * rows->stride; i += kLanes) {
+    store(rows->q + i, zero());
   }
 }
 
@@ -175,10 +187,10 @@ MIXATTN_INLINE void prefetch_row(const T* row, int64_t head_dim) {
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
 
-// scores[k] = -inf for k in [0, lo) and [hi, num_keys).
-MIXATTN_INLINE void mask_scores(float* scores, int64_t num_keys, int64_t lo, int64_t hi) {
-  for (int64_t k = 0; k < (lo < num_keys ? lo : num_keys); ++k) scores[k] = -INFINITY;
-  for (int64_t k = hi > 0 ? hi : 0; k < num_keys; ++k) scores[k] = -INFINITY;
+// scores[k * stride] = -inf for k in [0, lo) and [hi, num_keys).
+MIXATTN_INLINE void mask_scores(float* scores, int64_t stride, int64_t num_keys, int64_t lo, int64_t hi) {
+  for (int64_t k = 0; k < clamp(lo, 0, num_keys); ++k) scores[k * stride] = -INFINITY;
+  for (int64_t k = clamp(hi, 0, num_keys); k < num_keys; ++k) scores[k * stride] = -INFINITY;
 }
 
 MIXATTN_INLINE void cap_scores(float* scores, int64_t num_keys, float soft_cap) {
@@ -212,7 +224,10 @@ MIXATTN_INLINE void softmax_step(float* scores, int64_t num_keys, float* m, floa
 
 // ---- direct: few rows, K and V in their pages -----------------------------------------------------------------------
 
-// scores[r][j] = q[r] . k[j][offset...] for kRows rows and kBlockKeys keys; 8 accumulators whatever kRows.
+// Scores of a block of kRows rows lie key by key, scores[key * kRows + row], so that softmax needs no sums across a
+// vector: lane i belongs to row i % kRows.
+
+// scores[j * kRows + r] = q[r] . k[j][offset...] over kBlockKeys keys; 8 accumulators whatever kRows.
 template <typename T, int kRows>
 MIXATTN_INLINE void score_block(const float* q, int64_t q_stride, const T* const* k, int64_t offset, int64_t head_dim,
                                 float* scores) {
@@ -223,12 +238,22 @@ MIXATTN_INLINE void score_block(const float* q, int64_t q_stride, const T* const
     Vec acc[8];  // (kKeys, kRows)
     for (int i = 0; i < 8; ++i) acc[i] = zero();
     int64_t d = 0;
-    for (; d + kLanes <= head_dim; d += kLanes) {
-      Vec key[kKeys];
-      for (int i = 0; i < kKeys; ++i) key[i] = load(keys[i] + d);
+    for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) {
+      Vec a[kKeys], b[kKeys];
+      for (int i = 0; i < kKeys; ++i) load_pair(keys[i] + d, &a[i], &b[i]);
       for (int r = 0; r < kRows; ++r) {
         const Vec query = load(q + r * q_stride + d);
-        for (int i = 0; i < kKeys; ++i) acc[i * kRows + r] = fmadd(query, key[i], acc[i * kRows + r]);
+        for (int i = 0; i < kKeys; ++i) acc[i * kRows + r] = fmadd(query, a[i], acc[i * kRows + r]);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const Vec query = load(q + r * q_stride + d + kLanes);
+        for (int i = 0; i < kKeys; ++i) acc[i * kRows + r] = fmadd(query, b[i], acc[i * kRows + r]);
+      }
+    }
+    for (; d + kLanes <= head_dim; d += kLanes) {
+      for (int i = 0; i < kKeys; ++i) {
+        const Vec key = load(keys[i] + d);
+        for (int r = 0; r < kRows; ++r) acc[i * kRows + r] = fmadd(load(q + r * q_stride + d), key, acc[i * kRows + r]);
       }
     }
     if (kLanes > 8 && d < head_dim) {
@@ -237,39 +262,81 @@ MIXATTN_INLINE void score_block(const float* q, int64_t q_stride, const T* const
         for (int r = 0; r < kRows; ++r) acc[i * kRows + r] = fmadd(load(q + r * q_stride + d), key, acc[i * kRows + r]);
       }
     }
-    float sums[8];
-    sum_each(acc, sums);
-    for (int i = 0; i < kKeys; ++i) {
-      for (int r = 0; r < kRows; ++r) scores[r * kDirectKeys + j + i] = sums[i * kRows + r];
-    }
+    sum_each(acc, scores + j * kRows);
   }
 }
 
-// o[r][d, d + kVecs kLanes) += sum_j weights[r][j] v[j][offset + d...] over kBlockKeys keys. kIsHalf: head_dim's last 8.
-template <typename T, int kRows, int kVecs, bool kIsHalf>
+// One step of online softmax for the rows [first_row, first_row + kRows): as softmax_step, for scores key by key.
+template <int kRows>
+MIXATTN_INLINE void softmax_block(float* scores, int64_t num_keys, const Rows& rows, int64_t first_row) {
+  const int64_t num_scores = num_keys * kRows;
+  float lanes[kLanes];
+  Vec largest = load(scores);
+  for (int64_t i = kLanes; i < num_scores; i += kLanes) largest = max(largest, load(scores + i));
+  store(lanes, largest);
+  float base[kLanes], change[kLanes];
+  bool is_changed = false;
+  for (int r = 0; r < kRows; ++r) {
+    float* m = rows.m + first_row + r;
+    const float old_max = *m;
+    for (int i = r; i < kLanes; i += kRows) *m = lanes[i] > *m ? lanes[i] : *m;
+    is_changed |= *m > old_max;
+    // While every key so far is masked m is -inf, and -inf - -inf would be NaN; -inf - 0 gives weight 0.
+    for (int i = r; i < kLanes; i += kRows) base[i] = *m == -INFINITY ? 0.0f : *m;
+    for (int i = r; i < kLanes; i += kRows) change[i] = old_max - base[i];
+  }
+  if (is_changed) {
+    store(change, exp2_nonpositive(load(change)));  // from -inf: 0, and o and l are 0
+    for (int r = 0; r < kRows; ++r) {
+      rows.l[first_row + r] *= change[r];
+      float* o = rows.o + (first_row + r) * rows.stride;
+      for (int64_t d = 0; d < rows.stride; d += kLanes) store(o + d, mul(load(o + d), broadcast(change[r])));
+    }
+  }
+  const Vec base_lanes = load(base);
+  Vec sum = zero();
+  for (int64_t i = 0; i < num_scores; i += kLanes) {
+    const Vec weight = exp2_nonpositive(sub(load(scores + i), base_lanes));
+    store(scores + i, weight);
+    sum = add(sum, weight);
+  }
+  store(lanes, sum);
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = r; i < kLanes; i += kRows) rows.l[first_row + r] += lanes[i];
+  }
+}
+
+// V of one key, dimensions [d, d + kVecs kLanes): in pairs, alone, or the 8 that are left over (kVecs 0).
+template <typename T, int kVecs>
+MIXATTN_INLINE void load_columns(const T* source, Vec* value) {
+  if constexpr (kVecs == 0) {
+    value[0] = load_half(source);
+  } else if constexpr (kVecs == 1) {
+    value[0] = load(source);
+  } else {
+    for (int c = 0; c < kVecs; c += 2) load_pair(source + c * kLanes, &value[c], &value[c + 1]);
+  }
+}
+
+// o[r][d, d + kVecs kLanes) += sum_j weights[j kRows + r] v[j][offset + d...] over kBlockKeys keys.
+template <typename T, int kRows, int kVecs>
 MIXATTN_INLINE void value_columns(const float* weights, const T* const* v, int64_t offset, int64_t d, float* o,
                                   int64_t o_stride) {
-  Vec acc[kRows][kVecs];
+  constexpr int kAccs = kVecs == 0 ? 1 : kVecs;
+  Vec acc[kRows][kAccs];
   for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kVecs; ++c) acc[r][c] = load(o + r * o_stride + d + c * kLanes);
+    for (int c = 0; c < kAccs; ++c) acc[r][c] = load(o + r * o_stride + d + c * kLanes);
   }
   for (int j = 0; j < kBlockKeys; ++j) {
-    Vec value[kVecs];
-    for (int c = 0; c < kVecs; ++c) {
-      const T* source = v[j] + offset + d + c * kLanes;
-      if constexpr (kIsHalf) {
-        value[c] = load_half(source);
-      } else {
-        value[c] = load(source);
-      }
-    }
+    Vec value[kAccs];
+    load_columns<T, kVecs>(v[j] + offset + d, value);
     for (int r = 0; r < kRows; ++r) {
-      const Vec weight = broadcast(weights[r * kDirectKeys + j]);
-      for (int c = 0; c < kVecs; ++c) acc[r][c] = fmadd(weight, value[c], acc[r][c]);
+      const Vec weight = broadcast(weights[j * kRows + r]);
+      for (int c = 0; c < kAccs; ++c) acc[r][c] = fmadd(weight, value[c], acc[r][c]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kVecs; ++c) store(o + r * o_stride + d + c * kLanes, acc[r][c]);
+    for (int c = 0; c < kAccs; ++c) store(o + r * o_stride + d + c * kLanes, acc[r][c]);
   }
 }
 
@@ -279,41 +346,70 @@ MIXATTN_INLINE void value_block(const float* weights, const T* const* v, int64_t
   constexpr int kVecs = 8 / kRows;  // 8 accumulators whatever kRows
   int64_t d = 0;
   for (; d + kVecs * kLanes <= head_dim; d += kVecs * kLanes) {
-    value_columns<T, kRows, kVecs, false>(weights, v, offset, d, o, o_stride);
+    value_columns<T, kRows, kVecs>(weights, v, offset, d, o, o_stride);
   }
-  for (; d + kLanes <= head_dim; d += kLanes) value_columns<T, kRows, 1, false>(weights, v, offset, d, o, o_stride);
+  if constexpr (kVecs > 2) {
+    for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) value_columns<T, kRows, 2>(weights, v, offset, d, o, o_stride);
+  }
+  if (d + kLanes <= head_dim) {
+    value_columns<T, kRows, 1>(weights, v, offset, d, o, o_stride);
+    d += kLanes;
+  }
   if constexpr (kLanes > 8) {
-    if (d < head_dim) value_columns<T, kRows, 1, true>(weights, v, offset, d, o, o_stride);
+    if (d < head_dim) value_columns<T, kRows, 0>(weights, v, offset, d, o, o_stride);
   }
 }
 
-// One tile of keys of one item. kRows rows share each load of K and V; further rows find them in L1. While K is read V is
-// on its way, and while V is read the K rows that come next (next_k, num_next of them).
-template <typename T, int kRows>
-void attend_direct_tile(const AttentionParams& p, const Rows& rows, int64_t first, int64_t num_keys, const T* const* k,
-                        int64_t k_offset, const T* const* v, int64_t v_offset, const T* const* next_k,
-                        int64_t next_k_offset, int64_t num_next, float* scores) {
-  const int64_t padded_rows = round_up(rows.num_rows, kRows);
-  const int64_t padded_keys = round_up(num_keys, kBlockKeys);
-  for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
-    for (int i = 0; i < kBlockKeys; ++i) prefetch_row(v[j + i] + v_offset, p.head_dim);
-    for (int64_t r = 0; r < padded_rows; r += kRows) {
-      score_block<T, kRows>(rows.q + r * rows.stride, rows.stride, k + j, k_offset, p.head_dim,
-                            scores + r * kDirectKeys + j);
+template <typename T>
+MIXATTN_INLINE void restore_order(const Rows& rows, int64_t head_dim) {
+  for (int64_t r = 0; r < rows.num_rows; ++r) {
+    float* o = rows.o + r * rows.stride;
+    for (int64_t d = 0; d + 2 * kLanes <= head_dim; d += 2 * kLanes) {
+      Vec a = load(o + d), b = load(o + d + kLanes);
+      restore_pair(static_cast<const T*>(nullptr), &a, &b);
+      store(o + d, a);
+      store(o + d + kLanes, b);
     }
   }
-  for (int64_t r = 0; r < rows.num_rows; ++r) {
-    float* row = scores + r * kDirectKeys;
-    if (p.soft_cap > 0) cap_scores(row, padded_keys, p.soft_cap);
-    const int64_t lo = rows.lo[r] - first, hi = clamp(rows.hi[r] - first, 0, num_keys);
-    if (lo > 0 || hi < padded_keys) mask_scores(row, padded_keys, lo, hi);
-    softmax_step(row, padded_keys, rows.m + r, rows.l + r, rows.o + r * rows.stride, rows.stride);
+}
+
+// Where a tile's K and V rows are: of the first head of a bundle, and how far from there the head at hand is.
+template <typename T>
+struct KeyRows {
+  const T* k[kDirectKeys];
+  const T* v[kDirectKeys];
+};
+
+// One tile of keys of one item. kRows rows share each load of K and V; further rows find them in L1. While K is read V is
+// on its way, and while V is read the K rows that come next.
+template <typename T, int kRows>
+void attend_direct_tile(const AttentionParams& p, const Rows& rows, int64_t first, int64_t num_keys,
+                        const KeyRows<T>& keys, int64_t head, const KeyRows<T>& next, int64_t next_head,
+                        int64_t num_next, float* scores) {
+  const int64_t k_offset = head * p.k_head_stride, v_offset = head * p.v_head_stride;
+  const int64_t next_k_offset = next_head * p.k_head_stride;
+  const int64_t padded_keys = round_up(num_keys, kBlockKeys);
+  for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
+    for (int i = 0; i < kBlockKeys; ++i) prefetch_row(keys.v[j + i] + v_offset, p.head_dim);
+    for (int64_t r = 0; r < rows.num_rows; r += kRows) {
+      score_block<T, kRows>(rows.q + r * rows.stride, rows.stride, keys.k + j, k_offset, p.head_dim,
+                            scores + r * kDirectKeys + j * kRows);
+    }
+  }
+  for (int64_t r = 0; r < rows.num_rows; r += kRows) {
+    float* block = scores + r * kDirectKeys;
+    if (p.soft_cap > 0) cap_scores(block, padded_keys * kRows, p.soft_cap);
+    for (int64_t i = r; i < clamp(rows.num_rows, r, r + kRows); ++i) {
+      const int64_t lo = rows.lo[i] - first, hi = clamp(rows.hi[i] - first, 0, num_keys);
+      if (lo > 0 || hi < padded_keys) mask_scores(block + i - r, kRows, padded_keys, lo, hi);
+    }
+    softmax_block<kRows>(block, padded_keys, rows, r);
   }
   for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
-    for (int64_t i = j; i < clamp(num_next, j, j + kBlockKeys); ++i) prefetch_row(next_k[i] + next_k_offset, p.head_dim);
-    for (int64_t r = 0; r < padded_rows; r += kRows) {
-      value_block<T, kRows>(scores + r * kDirectKeys + j, v + j, v_offset, p.head_dim, rows.o + r * rows.stride,
-                            rows.stride);
+    for (int64_t i = j; i < clamp(num_next, j, j + kBlockKeys); ++i) prefetch_row(next.k[i] + next_k_offset, p.head_dim);
+    for (int64_t r = 0; r < rows.num_rows; r += kRows) {
+      value_block<T, kRows>(scores + r * kDirectKeys + j * kRows, keys.v + j, v_offset, p.head_dim,
+                            rows.o + r * rows.stride, rows.stride);
     }
   }
 }
@@ -323,38 +419,34 @@ void attend_direct_tile(const AttentionParams& p, const Rows& rows, int64_t firs
 // another page of the system, once per head: that halves the bandwidth (README.md).
 template <typename T, int kRows>
 void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_items, float* scratch) {
-  const WorkItem& first_item = items[0];
-  const int64_t item_rows = num_rows(first_item);
-  const int64_t padded_rows = round_up(item_rows, kRows);
+  const WorkItem& head0 = items[0];
+  const int64_t item_rows = num_rows(head0);
   Rows rows[kMaxBundle];
   for (int64_t n = 0; n < num_items; ++n, scratch += rows_floats(item_rows, p.head_dim)) {
     rows[n] = carve_rows(item_rows, p.head_dim, scratch);
-    start_rows<T>(p, items[n], &rows[n]);
-    for (int64_t i = item_rows * rows[n].stride; i < padded_rows * rows[n].stride; ++i) rows[n].q[i] = rows[n].o[i] = 0.0f;
+    start_rows<T, true>(p, items[n], round_up(item_rows, kRows), &rows[n]);
   }
-  float* const scores = scratch;  // (padded rows, kDirectKeys)
+  float* const scores = scratch;  // (rows in whole blocks, kDirectKeys)
 
-  const T* k_rows[2][kDirectKeys];
-  const T* v_rows[2][kDirectKeys];
-  const int64_t kv_end = first_item.kv_end;
-  int64_t num_keys = clamp(kv_end - first_item.kv_begin, 0, kDirectKeys);
+  KeyRows<T> tiles[2];
+  int64_t num_keys = clamp(head0.kv_end - head0.kv_begin, 0, kDirectKeys);
   int now = 0;
-  if (num_keys > 0) locate_keys(p, first_item, first_item.kv_begin, num_keys, kBlockKeys, k_rows[now], v_rows[now]);
-  for (int64_t first = first_item.kv_begin; first < kv_end; first += kDirectKeys, now ^= 1) {
-    const int64_t num_next = clamp(kv_end - first - kDirectKeys, 0, kDirectKeys);
-    if (num_next > 0) {
-      locate_keys(p, first_item, first + kDirectKeys, num_next, kBlockKeys, k_rows[now ^ 1], v_rows[now ^ 1]);
+  if (num_keys > 0) locate_keys(p, head0, head0.kv_begin, num_keys, kBlockKeys, tiles[now].k, tiles[now].v);
+  for (int64_t first = head0.kv_begin; first < head0.kv_end; first += kDirectKeys, now ^= 1) {
+    KeyRows<T>& next = tiles[now ^ 1];
+    const int64_t num_next = clamp(head0.kv_end - first - kDirectKeys, 0, kDirectKeys);
+    if (num_next > 0) locate_keys(p, head0, first + kDirectKeys, num_next, kBlockKeys, next.k, next.v);
+    for (int64_t n = 0; n < num_items - 1; ++n) {
+      attend_direct_tile<T, kRows>(p, rows[n], first, num_keys, tiles[now], n, tiles[now], n + 1, num_keys, scores);
     }
-    for (int64_t n = 0; n < num_items; ++n) {
-      const int64_t head = items[n].kv_head - first_item.kv_head;
-      const bool is_last = n + 1 == num_items;
-      attend_direct_tile<T, kRows>(p, rows[n], first, num_keys, k_rows[now], head * p.k_head_stride, v_rows[now],
-                                   head * p.v_head_stride, k_rows[is_last ? now ^ 1 : now],
-                                   is_last ? 0 : (head + 1) * p.k_head_stride, is_last ? num_next : num_keys, scores);
-    }
+    attend_direct_tile<T, kRows>(p, rows[num_items - 1], first, num_keys, tiles[now], num_items - 1, next, 0, num_next,
+                                 scores);
     num_keys = num_next;
   }
-  for (int64_t n = 0; n < num_items; ++n) finish_rows<T>(p, items[n], rows[n]);
+  for (int64_t n = 0; n < num_items; ++n) {
+    restore_order<T>(rows[n], p.head_dim);
+    finish_rows<T>(p, items[n], rows[n]);
+  }
 }
 
 // ---- packed: many rows, K and V as float32 in L2 --------------------------------------------------------------------
@@ -467,16 +559,21 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
   float* const scores = scratch + rows_floats(rows.num_rows, p.head_dim);             // (rows, tile)
   float* const k_packed = scores + round_up(rows.num_rows, kLineFloats) * tile;       // (tile / cols, head_dim, cols)
   float* const v_packed = k_packed + rows.stride * tile;                              // (stride / cols, tile, cols)
-  start_rows<T>(p, item, &rows);
+  start_rows<T, false>(p, item, rows.num_rows, &rows);
 
-  const T* k_rows[kPackedKeys];
-  const T* v_rows[kPackedKeys];
-  for (int64_t first = item.kv_begin; first < item.kv_end; first += tile) {
-    const int64_t num_keys = clamp(item.kv_end - first, 0, tile);
+  const T* k_rows[2][kPackedKeys];
+  const T* v_rows[2][kPackedKeys];
+  int now = 0;
+  int64_t num_keys = clamp(item.kv_end - item.kv_begin, 0, tile);
+  if (num_keys > 0) locate_keys(p, item, item.kv_begin, num_keys, kTileCols, k_rows[now], v_rows[now]);
+  for (int64_t first = item.kv_begin; first < item.kv_end; first += tile, now ^= 1) {
     const int64_t padded_keys = round_up(num_keys, kTileCols);
-    locate_keys(p, item, first, num_keys, kTileCols, k_rows, v_rows);
-    pack_keys(k_rows, padded_keys / kTileCols, p.head_dim, k_packed);
-    pack_values(v_rows, padded_keys, p.head_dim, tile, v_packed);
+    pack_keys(k_rows[now], padded_keys / kTileCols, p.head_dim, k_packed);
+    pack_values(v_rows[now], padded_keys, p.head_dim, tile, v_packed);
+    const T** const next_k = k_rows[now ^ 1];
+    const T** const next_v = v_rows[now ^ 1];
+    const int64_t num_next = clamp(item.kv_end - first - tile, 0, tile);
+    if (num_next > 0) locate_keys(p, item, first + tile, num_next, kTileCols, next_k, next_v);
 
     // S = Q K^T. A panel of K (8 KiB at head_dim 128, AVX2) stays in L1 while all rows pass by.
     for (int64_t j = 0; j < padded_keys; j += kTileCols) {
@@ -494,12 +591,17 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
       const int n = tile_rows(rows.num_rows - r);
       const KeySpan span = key_span(rows, r, n, first, num_keys);
       for (const int64_t end = r + n; r < end; ++r) {
+        // The next tile's K and V come into L2 meanwhile, a few rows at a time: all at once would fill the load queues.
+        for (int64_t i = r * num_next / rows.num_rows; i < (r + 1) * num_next / rows.num_rows; ++i) {
+          prefetch_row(next_k[i], p.head_dim);
+          prefetch_row(next_v[i], p.head_dim);
+        }
         if (span.begin == span.end) continue;
         float* row = scores + r * tile + span.begin;
         const int64_t width = span.end - span.begin;
         if (p.soft_cap > 0) cap_scores(row, width, p.soft_cap);
         const int64_t lo = rows.lo[r] - first - span.begin, hi = rows.hi[r] - first - span.begin;
-        if (lo > 0 || hi < width) mask_scores(row, width, lo, hi);
+        if (lo > 0 || hi < width) mask_scores(row, 1, width, lo, hi);
         softmax_step(row, width, rows.m + r, rows.l + r, rows.o + r * rows.stride, rows.stride);
       }
     }
@@ -518,6 +620,7 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
         r += n;
       }
     }
+    num_keys = num_next;
   }
   finish_rows<T>(p, item, rows);
 }

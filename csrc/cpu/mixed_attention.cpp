@@ -233,7 +233,7 @@ void run_items(void* context) {
     const int32_t i = region.next_item.fetch_add(1, std::memory_order_relaxed);
     if (i >= region.plan.header->num_items) return;
     const WorkItem& item = region.plan.items[i];
-    region.kernels.attend(region.p, item, scratch);
+    region.kernels.attend(region.p, &item, 1, scratch);
     region.num_done.fetch_add(1, std::memory_order_relaxed);
     if (item.merge_idx < 0) continue;
     const Merge& merge = region.plan.merges[item.merge_idx];

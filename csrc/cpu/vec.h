@@ -87,11 +87,18 @@ MIXATTN_INLINE void transpose8(const T* const* rows, int64_t offset, float* dst,
   }
 }
 
-// out[i] = sum of the lanes of x[i].
+// out[i] = sum of the lanes of x[i]. (hadd would be as many micro-operations on Intel and more on AMD.)
 MIXATTN_INLINE void sum_each8(const __m256 (&x)[8], float* out) {
-  const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
-  const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
-  store8(out, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+  __m256 pairs[4], quads[2];  // pairs: halves of 2 sums in turns; quads: 4 sums of the low lanes, 4 of the high ones
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = _mm256_add_ps(_mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+  }
+  for (int i = 0; i < 2; ++i) {
+    quads[i] = _mm256_add_ps(_mm256_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0x44),
+                             _mm256_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0xee));
+  }
+  store8(out, _mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
+                            _mm256_permute2f128_ps(quads[0], quads[1], 0x31)));
 }
 
 MIXATTN_INLINE float max_lanes8(__m256 x) {
@@ -134,6 +141,16 @@ template <typename T>
 MIXATTN_INLINE void store(T* p, Vec x) {
   store8(p, low_half(x));
   store8(p + 8, high_half(x));
+}
+MIXATTN_INLINE void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
+  const __m512i both = _mm512_loadu_si512(p);
+  *even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  *odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+MIXATTN_INLINE void interleave(Vec even, Vec odd, Vec* first, Vec* second) {
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  *first = _mm512_permutex2var_ps(even, low, odd);
+  *second = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd);
 }
 // The 8 elements that a head_dim that is no multiple of 16 leaves over; lanes 8..15 are 0.
 template <typename T>
@@ -193,6 +210,16 @@ MIXATTN_INLINE Vec load(const T* p) {
 template <typename T>
 MIXATTN_INLINE void store(T* p, Vec x) {
   store8(p, x);
+}
+MIXATTN_INLINE void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  *even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+  *odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}
+MIXATTN_INLINE void interleave(Vec even, Vec odd, Vec* first, Vec* second) {
+  const Vec low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  *first = _mm256_permute2f128_ps(low, high, 0x20);
+  *second = _mm256_permute2f128_ps(low, high, 0x31);
 }
 // A head_dim is a multiple of 8: no half vector is ever left over. Declared for the text that all ISAs share.
 template <typename T>
@@ -297,6 +324,17 @@ MIXATTN_INLINE void store(T* p, Vec x) {
   for (int i = 0; i < kLanes; ++i) from_float(x[i], p + i);
 }
 MIXATTN_INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof(x)); }
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "load_even_odd takes the lower address for the lower half");
+MIXATTN_INLINE void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
+  IntVec both;
+  memcpy(&both, p, sizeof(both));
+  *even = (Vec)(both << 16);
+  *odd = (Vec)(both & static_cast<int32_t>(0xffff0000));
+}
+MIXATTN_INLINE void interleave(Vec even, Vec odd, Vec* first, Vec* second) {
+  *first = Vec{even[0], odd[0], even[1], odd[1]};
+  *second = Vec{even[2], odd[2], even[3], odd[3]};
+}
 template <typename T>
 Vec load_half(const T* p);  // declared only, as for AVX2
 template <typename T>
@@ -337,6 +375,19 @@ MIXATTN_INLINE void sum_each(const Vec (&x)[8], float* out) {
 #endif
 
 // ---- functions over any Vec -----------------------------------------------------------------------------------------
+
+// 2 kLanes elements as two vectors, in whatever order costs least, the same at every call for one T: sums over elements
+// do not care. bfloat16 takes even and odd elements apart, one operation per vector where widening takes two.
+template <typename T>
+MIXATTN_INLINE void load_pair(const T* p, Vec* a, Vec* b) {
+  *a = load(p);
+  *b = load(p + kLanes);
+}
+MIXATTN_INLINE void load_pair(const BFloat16* p, Vec* a, Vec* b) { load_even_odd(p, a, b); }
+
+// The two vectors that load_pair of this type made, or what was computed from them, in the order of memory.
+MIXATTN_INLINE void restore_pair(const BFloat16*, Vec* a, Vec* b) { interleave(*a, *b, a, b); }
+MIXATTN_INLINE void restore_pair(const void*, Vec*, Vec*) {}
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;

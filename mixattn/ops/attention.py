@@ -235,7 +235,8 @@ def _run_cpu(
 
 
 def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, out: Tensor, lse: Tensor | None) -> None:
-    from mixattn.triton_kernels.mixed_attention import PLAN_BLOCK_ROWS, mixed_attention
+    from mixattn.triton_kernels.mixed_attention import mixed_attention
+    from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS
 
     assert call.plan is not None
     check_block_rows(call.plan, header, PLAN_BLOCK_ROWS)

@@ -55,7 +55,7 @@ def test_push_multi_byte_text_comes_whole_characters_at_a_time(text: str) -> Non
 
 
 @given(st.lists(st.integers(0, 257), max_size=40))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_push_any_tokens_add_up_to_the_decoded_whole(token_ids: list[int]) -> None:
     pieces, detokenizer = run(token_ids)
     assert "".join(pieces) == TOKENIZER.decode(token_ids, skip_special_tokens=True) == detokenizer.text
@@ -132,7 +132,7 @@ def test_matcher_include_lets_the_stop_string_out_with_the_last_piece() -> None:
 @given(
     st.text("ab", max_size=24), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3), st.randoms()
 )
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 def test_matcher_any_cuts_give_the_same_text_and_match(text: str, stop: list[str], rng: random.Random) -> None:
     """By definition: the text before the stop string that ends first (the longest of those)."""
     ends = [(end, end - len(s), s) for s in stop for end in range(len(text) + 1) if text[:end].endswith(s)]

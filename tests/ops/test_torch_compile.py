@@ -190,8 +190,9 @@ def test_dispatch_mode_sees_the_ops_and_plain_calls_give_the_same_bits(inputs: A
 
 
 def test_fake_tensors_give_shapes_without_running_the_kernel(inputs: AttentionInputs) -> None:
+    real = layer_arguments(inputs)
     with FakeTensorMode() as mode:
-        arguments = {name: mode.from_tensor(tensor) for name, tensor in layer_arguments(inputs).items()}
+        arguments = {name: mode.from_tensor(tensor) for name, tensor in real.items()}
         out, lse = layer(**arguments, plan=None)
     assert out.shape == inputs.q.shape and lse.shape == inputs.q.shape[:2] and lse.dtype == torch.float32
 

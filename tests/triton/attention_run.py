@@ -1,0 +1,107 @@
+"""One launch of the Triton attention kernel on a named case, with everything that it must not read poisoned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixattn.ops.plan import Hardware, WorkPlan, plan
+from mixattn.triton_kernels.mixed_attention import mixed_attention
+from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS
+from tests.cases import AttentionCase, AttentionInputs, make_inputs
+
+GARBAGE_WORD = 0x7F7F7F7F
+"""Fills the plan past its items and merges: as an index it is out of every bound."""
+
+
+def hardware(num_workers: int, split_tokens: int) -> Hardware:
+    """Workers that take nothing per item, so that the plan splits whatever balances them."""
+    return Hardware(
+        name="test",
+        num_workers=num_workers,
+        flops_per_s=1e12,
+        bytes_per_s=1e11,
+        item_overhead_s=0.0,
+        block_rows=PLAN_BLOCK_ROWS,
+        split_tokens=split_tokens,
+        items_per_worker=1,
+    )
+
+
+@dataclass
+class AttentionRun:
+    """The inputs, plan, workspace and results of a case; ``launch`` may be called again on the same workspace."""
+
+    case: AttentionCase
+    inputs: AttentionInputs
+    work_plan: WorkPlan
+    plan_words: Tensor
+    out: Tensor
+    lse: Tensor
+    partial_out: Tensor
+    partial_lse: Tensor
+    tickets: Tensor
+
+    def launch(self, *, num_programs: int | None = None, wants_lse: bool = True) -> None:
+        """Poisons results and partials, and runs the plan."""
+        for tensor in (self.out, self.lse, self.partial_out, self.partial_lse):
+            tensor.fill_(torch.nan)
+        inputs, options = self.inputs, self.case.options
+        if options["softmax_scale"] is None:
+            options["softmax_scale"] = self.case.head_dim**-0.5
+        mixed_attention(
+            inputs.q,
+            inputs.k_cache,
+            inputs.v_cache,
+            inputs.cu_seqlens_q,
+            inputs.seq_lens,
+            inputs.block_table,
+            self.plan_words,
+            self.out,
+            self.lse if wants_lse else None,
+            self.partial_out,
+            self.partial_lse,
+            self.tickets,
+            **options,
+            num_programs=num_programs,
+        )
+
+
+def prepare(
+    case: AttentionCase,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    split_tokens: int = 64,
+    inputs: AttentionInputs | None = None,
+) -> AttentionRun:
+    """A run of the case, not yet launched. Cases that name no workers get a plan for 4."""
+    inputs = make_inputs(case, dtype) if inputs is None else inputs
+    work_plan = plan(
+        inputs.cu_seqlens_q,
+        inputs.seq_lens,
+        **case.plan_options,
+        kv_element_bytes=inputs.q.element_size(),
+        hardware=hardware(case.num_workers or 4, split_tokens),
+    )
+    words = torch.full((len(work_plan.buffer),), GARBAGE_WORD, dtype=torch.int32)
+    items_begin = len(work_plan.buffer) - 8 * (work_plan.capacity_items + work_plan.spec.max_merges())
+    merges_begin = items_begin + 8 * work_plan.capacity_items
+    for begin, end in (
+        (0, items_begin + 8 * work_plan.num_items),
+        (merges_begin, merges_begin + 8 * work_plan.num_merges),
+    ):
+        words[begin:end] = torch.from_numpy(work_plan.buffer[begin:end])
+    return AttentionRun(
+        case=case,
+        inputs=inputs.to(device),
+        work_plan=work_plan,
+        plan_words=words.to(device),
+        out=torch.empty(inputs.q.shape, dtype=dtype, device=device),
+        lse=torch.empty(inputs.q.shape[:2], dtype=torch.float32, device=device),
+        partial_out=torch.empty(work_plan.num_partial_rows, case.head_dim, device=device),
+        partial_lse=torch.empty(work_plan.num_partial_rows, device=device),
+        tickets=torch.zeros(1 + work_plan.num_merges, dtype=torch.int32, device=device),
+    )

@@ -1,0 +1,59 @@
+"""The tile choice: within the hardware's limits everywhere, and what it is meant to be where it matters."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+
+from mixattn.ops.plan import A100, H100, Hardware
+from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS, SHARED_BYTES, TileChoice, choose_tiles, shared_bytes
+
+HEAD_DIMS = range(8, 257, 8)
+
+
+@pytest.mark.parametrize("capability", [*SHARED_BYTES, (11, 0)])
+def test_choose_tiles_every_supported_head_fits_shared_memory(capability: tuple[int, int]) -> None:
+    limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
+    for head_dim, element_bytes in itertools.product(HEAD_DIMS, (2, 4)):
+        tiles = choose_tiles(head_dim, element_bytes, capability)
+        assert tiles.block_d >= max(head_dim, 16) and tiles.block_d & (tiles.block_d - 1) == 0
+        assert tiles.block_d < 2 * max(head_dim, 9)
+        assert all(rows <= most for rows, most in zip(tiles.block_m, PLAN_BLOCK_ROWS, strict=True))
+        assert tiles.block_n >= 16 and tiles.block_n & (tiles.block_n - 1) == 0
+        assert shared_bytes(tiles, element_bytes, capability) <= limit
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_choose_tiles_head_dim_128_bfloat16_keeps_two_tiles_in_flight(capability: tuple[int, int]) -> None:
+    assert choose_tiles(128, 2, capability) == TileChoice(
+        block_m=PLAN_BLOCK_ROWS, block_d=128, block_n=64, num_stages=5, num_warps=8
+    )
+
+
+@pytest.mark.parametrize("hardware", [H100, A100], ids=lambda hardware: hardware.name)
+def test_choose_tiles_fit_the_plans_of_the_gpu(hardware: Hardware) -> None:
+    assert hardware.block_rows == PLAN_BLOCK_ROWS
+    for capability, head_dim in itertools.product(SHARED_BYTES, HEAD_DIMS):
+        # Otherwise the first tile of a split would not start where an unsplit walk has a tile start.
+        assert hardware.split_tokens % choose_tiles(head_dim, 2, capability).block_n == 0
+
+
+def test_choose_tiles_before_ampere_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"compute capability 7\.5 is not supported; the nearest is 8\.0"):
+        choose_tiles(128, 2, (7, 5))
+
+
+def test_choose_tiles_head_past_shared_memory_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"head_dim 4096 with 2-byte .* 99 KiB .* 8\.6; the nearest"):
+        choose_tiles(4096, 2, (8, 6))
+
+
+def test_choose_tiles_needs_neither_torch_nor_triton() -> None:
+    script = (
+        "import sys; sys.modules['torch'] = sys.modules['triton'] = None\n"
+        "from mixattn.triton_kernels.tiles import choose_tiles; choose_tiles(128, 2, (9, 0))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
