@@ -6,7 +6,8 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PYTHON ?= python3
 MODEL  ?= smollm2
-PYTEST ?= $(PY) -m pytest
+# One thread per test process and a process per core: two OpenMP pools on one core would wait for each other.
+PYTEST ?= OMP_NUM_THREADS=1 MIXATTN_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-slow lint format bench build env clean

@@ -122,6 +122,8 @@ def attend_tile(
     # Table entries past the last page may be anything: neither they nor pages through them are read.
     table_entry = block_table_row + page_idx
     page = tl.load(table_entry, mask=is_key, other=0) if IS_EDGE else tl.load(table_entry)
+    page = page.to(tl.int64)  # caches of more than 2^31 elements are common
+    slot = slot.to(tl.int64)
 
     k_offsets = page * stride_k_page + slot * stride_k_token
     k_rows = k_head + k_offsets[:, None]
