@@ -1,19 +1,25 @@
 # mixed_attention.py: paged attention over prefill chunks and decode rows in one launch.
 # Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys j that row i may see
-# Method  persistent programs draw the items of a plan (ops/plan.py) from a counter; online softmax over KV tiles, without
-#         masks where all rows see all keys; items of split rows leave float32 partials, and the last of them to finish
-#         merges them in split order
-# Grid    one program of 8 warps per SM, whatever the batch; rows per tile by the item's kind, keys per tile and pipeline
-#         depth by tiles.py, chosen from what compilers report below: no speed has been measured
-# Shapes  q, out [total_q, num_q_heads, head_dim], caches [num_pages, page_size, num_kv_heads, head_dim] bf16, fp16, fp32
-# Memory  per item 2 keys head_dim element_bytes read, and 2 rows head_dim element_bytes for q and out; a split item
-#         4 rows (head_dim + 1) bytes written and read again; shared memory as tiles.shared_bytes
-# Static  head_dim 128, bf16, causal, pages of 16, Triton 3.9 (compiler output, tests/triton/ahead_of_time.py):
-#         sm_90  STATIC90
-#         sm_80  STATIC80
+# Method  persistent programs draw the items of a plan (ops/plan.py) from a counter; online softmax over KV tiles, with
+#         masks only in tiles that some row does not see whole; items of split rows leave float32 partials, and the last
+#         of them to finish merges them in split order
+# Grid    one program of 8 warps per SM, whatever the batch; rows per tile by the item's kind; keys per tile and depth
+#         of the pipeline by tiles.py, chosen by the compilers' output below: no speed has been measured
+# Shapes  q, out [total_q, num_q_heads, head_dim], k_cache, v_cache [num_pages, page_size, num_kv_heads, head_dim] in
+#         bf16, fp16 or fp32; lse [total_q, num_q_heads] fp32; partials [num_partial_rows, head_dim] fp32
+# Memory  an item reads 2 keys head_dim element_bytes, and reads and writes rows head_dim element_bytes; one of split
+#         rows writes and reads again 4 rows (head_dim + 1) bytes instead; shared memory as tiles.shared_bytes
+# Static  compiler output, Triton 3.9, bf16, causal, pages of a power of two (tests/triton/ahead_of_time.py):
+#         head_dim 128    registers  spills  shared bytes  warp instructions per MMA-MFLOP in the loop without masks,
+#                                                          large (128 rows) / medium (64) / small (16) kind
+#         sm_90 (wgmma)   252        0       132,096       834 / 1,040 / 4,028
+#         sm_80 (mma)     255        0        98,816       1,114 / 2,216 / 3,952
+#         head_dim 64 and 96, window, soft cap, any page size: no spills; 256: none on sm_90, 112 bytes on sm_80.
+#         Small items wait for memory: at 3.35 TB/s over 132 SMs a tile of 64 keys takes 1.3 us to arrive and 0.3 us to
+#         issue. fp32 is three tf32 products; it spills (208 bytes at 128 on sm_90) and is not tuned.
 # Limits  head_dim up to 256, any page_size, group and strides, the last dimension contiguous; sm_80+; Triton 3.5+
 # Twins   csrc/cpu/mixed_attention-inl.h; truth ops/reference.py
-# Source  online softmax and tiling: arXiv:2307.08691, section 3; split keys: arXiv:2311.01282, section 3
+# Source  online softmax over tiles: arXiv:2307.08691, section 3; split keys: arXiv:2311.01282, section 3
 """Attention of one step's prefill chunks and decode rows, split keys merged, in one launch; ``attention`` on GPUs."""
 
 from __future__ import annotations
@@ -102,7 +108,7 @@ def attend_tile(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_PAGE_SHIFT: tl.constexpr,
-    HAS_KV_STRIDES: tl.constexpr,
+    HAS_SAME_STRIDES: tl.constexpr,
     IS_EDGE: tl.constexpr,
 ):
     """(accumulator, row_max, row_sum) after the keys [tile_begin, tile_begin + BLOCK_N).
@@ -143,7 +149,7 @@ def attend_tile(
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     # V of what is no key of the item is 0, not what memory holds there: 0 * NaN would be NaN.
     v_offsets = k_offsets
-    if not HAS_KV_STRIDES:
+    if not HAS_SAME_STRIDES:
         v_offsets = page * stride_v_page + slot * stride_v_token
     v_rows = v_head + v_offsets[:, None]
     v = load_rows(v_rows + dim[None, :], is_key, HEAD_DIM, IS_EDGE)  # (BLOCK_N, BLOCK_D)
@@ -192,7 +198,7 @@ def attend_item(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_PAGE_SHIFT: tl.constexpr,
-    HAS_KV_STRIDES: tl.constexpr,
+    HAS_SAME_STRIDES: tl.constexpr,
 ):
     """Attention of one item's rows over its keys, to out and lse, or to its rows of the partials."""
     seq_idx = tl.load(item + ITEM_SEQ_IDX)
@@ -256,7 +262,7 @@ def attend_item(
                 query, accumulator, row_max, row_sum, row_kv_begin, row_kv_end, walk_begin + tile * BLOCK_N, kv_begin,
                 kv_end, block_table_row, k_head, v_head, stride_k_page, stride_k_token, stride_v_page, stride_v_token,
                 page_size, page_shift, score_scale, score_cap, HEAD_DIM, BLOCK_N, HAS_WINDOW, HAS_SOFT_CAP,
-                HAS_PAGE_SHIFT, HAS_KV_STRIDES, IS_EDGE=phase != 1,
+                HAS_PAGE_SHIFT, HAS_SAME_STRIDES, IS_EDGE=phase != 1,
             )  # fmt: skip
 
     result, lse_log2 = finish_rows(accumulator, row_max, row_sum)
@@ -372,7 +378,7 @@ def mixed_attention_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_PAGE_SHIFT: tl.constexpr,
-    HAS_KV_STRIDES: tl.constexpr,
+    HAS_SAME_STRIDES: tl.constexpr,
 ):
     """Draws items of the plan until none is left; BLOCK_M holds the rows of each tile kind."""
     num_items = tl.load(plan_words + HEADER_NUM_ITEMS)
@@ -394,7 +400,7 @@ def mixed_attention_kernel(
                         stride_k_head, stride_v_page, stride_v_token, stride_v_head, stride_block_table,
                         stride_out_token, stride_out_head, stride_lse_token, group_size, page_size, page_shift,
                         window_left, score_scale, score_cap, HEAD_DIM, BLOCK_D, BLOCK_M[kind], BLOCK_N, NUM_STAGES,
-                        IS_CAUSAL, HAS_WINDOW, HAS_SOFT_CAP, HAS_PAGE_SHIFT, HAS_KV_STRIDES,
+                        IS_CAUSAL, HAS_WINDOW, HAS_SOFT_CAP, HAS_PAGE_SHIFT, HAS_SAME_STRIDES,
                     )  # fmt: skip
         merge_idx = tl.load(item + ITEM_MERGE_IDX)
         if merge_idx >= 0:
@@ -503,7 +509,7 @@ def mixed_attention(
             HAS_WINDOW=window_left is not None,
             HAS_SOFT_CAP=soft_cap is not None,
             HAS_PAGE_SHIFT=has_page_shift,
-            HAS_KV_STRIDES=k_cache.stride() == v_cache.stride(),
+            HAS_SAME_STRIDES=k_cache.stride() == v_cache.stride(),
             num_warps=tiles.num_warps,
             enable_fp_fusion=True,
         )

@@ -65,7 +65,8 @@ def shared_bytes(tiles: TileChoice, element_bytes: int, capability: tuple[int, i
         num_kv_tiles += 4  # wgmma and tcgen05 read from shared memory: K and V in use, each split into two tf32
     row_bytes = tiles.block_d * element_bytes
     page_id_bytes = 4 * tiles.block_n * tiles.num_stages
-    walk = (tiles.block_m[0] + num_kv_tiles * tiles.block_n) * row_bytes + page_id_bytes
+    barrier_bytes = KIB  # tcgen05's and alignment; fewer elsewhere
+    walk = (tiles.block_m[0] + num_kv_tiles * tiles.block_n) * row_bytes + page_id_bytes + barrier_bytes
     float32_result = tiles.block_m[0] * tiles.block_d * 4  # after the walk, on its way to coalesced stores
     return max(walk, float32_result)
 

@@ -26,7 +26,8 @@ namespace {
 
 constexpr int kTileVecs = 2;
 constexpr int kTileCols = kTileVecs * kLanes;  // of a register tile, whose rows are vec.h's kTileRows
-constexpr int kDirectKeys = 64;  // keys of a direct tile: what is prefetched ahead, 128 KiB of K and V at most
+constexpr int kDirectKeys = 64;  // keys of a direct tile: enough that softmax's fixed part is small
+constexpr int kAheadKeys = 16;   // rows of K or V that are prefetched ahead of what is read
 // Keys per pass over O, direct; not many, because an 8-way L1 can hold only 8 rows that lie 4 KiB apart.
 constexpr int kBlockKeys = kLanes > 8 ? kLanes : 8;
 constexpr int kPackedKeys = 128;  // keys of a packed tile, see key_tile
@@ -182,7 +183,7 @@ void locate_keys(const AttentionParams& p, const WorkItem& item, int64_t first, 
 template <typename T>
 MIXATTN_INLINE void prefetch_row(const T* row, int64_t head_dim) {
   const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t b = 0; b < head_dim * static_cast<int64_t>(sizeof(T)); b += 64) prefetch_l2(bytes + b);
+  for (int64_t b = 0; b < head_dim * static_cast<int64_t>(sizeof(T)); b += 64) prefetch(bytes + b);
 }
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
@@ -232,22 +233,23 @@ template <typename T, int kRows>
 MIXATTN_INLINE void score_block(const float* q, int64_t q_stride, const T* const* k, int64_t offset, int64_t head_dim,
                                 float* scores) {
   constexpr int kKeys = 8 / kRows;
-  for (int j = 0; j < kBlockKeys; j += kKeys) {
+  // Summed up across lanes in the end, all at once: after every 8 the sums would wait for the last FMA each time.
+  Vec sums[kBlockKeys * kRows / 8][8];
+  for (int n = 0; n < kBlockKeys / kKeys; ++n) {
     const T* keys[kKeys];
-    for (int i = 0; i < kKeys; ++i) keys[i] = k[j + i] + offset;
+    for (int i = 0; i < kKeys; ++i) keys[i] = k[n * kKeys + i] + offset;
     Vec acc[8];  // (kKeys, kRows)
     for (int i = 0; i < 8; ++i) acc[i] = zero();
     int64_t d = 0;
     for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) {
-      Vec a[kKeys], b[kKeys];
-      for (int i = 0; i < kKeys; ++i) load_pair(keys[i] + d, &a[i], &b[i]);
-      for (int r = 0; r < kRows; ++r) {
-        const Vec query = load(q + r * q_stride + d);
-        for (int i = 0; i < kKeys; ++i) acc[i * kRows + r] = fmadd(query, a[i], acc[i * kRows + r]);
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const Vec query = load(q + r * q_stride + d + kLanes);
-        for (int i = 0; i < kKeys; ++i) acc[i * kRows + r] = fmadd(query, b[i], acc[i * kRows + r]);
+      Vec key[kKeys][2];
+      for (int i = 0; i < kKeys; ++i) load_pair(keys[i] + d, &key[i][0], &key[i][1]);
+      for (int half = 0; half < 2; ++half) {
+        for (int r = 0; r < kRows; ++r) {
+          Vec query = load(q + r * q_stride + d + half * kLanes);
+          keep_in_register(&query);
+          for (int i = 0; i < kKeys; ++i) acc[i * kRows + r] = fmadd(query, key[i][half], acc[i * kRows + r]);
+        }
       }
     }
     for (; d + kLanes <= head_dim; d += kLanes) {
@@ -262,8 +264,9 @@ MIXATTN_INLINE void score_block(const float* q, int64_t q_stride, const T* const
         for (int r = 0; r < kRows; ++r) acc[i * kRows + r] = fmadd(load(q + r * q_stride + d), key, acc[i * kRows + r]);
       }
     }
-    sum_each(acc, scores + j * kRows);
+    for (int i = 0; i < 8; ++i) sums[n][i] = acc[i];
   }
+  for (int n = 0; n < kBlockKeys / kKeys; ++n) sum_each(sums[n], scores + n * 8);
 }
 
 // One step of online softmax for the rows [first_row, first_row + kRows): as softmax_step, for scores key by key.
@@ -380,19 +383,34 @@ struct KeyRows {
   const T* v[kDirectKeys];
 };
 
-// One tile of keys of one item. kRows rows share each load of K and V; further rows find them in L1. While K is read V is
-// on its way, and while V is read the K rows that come next.
+// Prefetches the block of rows at `block` of what is read one after another: the tile's K, its V, then the next K.
+template <typename T>
+MIXATTN_INLINE void prefetch_block(const AttentionParams& p, int64_t block, int64_t padded_keys, const KeyRows<T>& keys,
+                                   int64_t head, const KeyRows<T>& next, int64_t next_head, int64_t num_next) {
+  const T* const* rows = keys.k + block;
+  int64_t offset = head * p.k_head_stride;
+  if (block >= 2 * padded_keys) {
+    block -= 2 * padded_keys;
+    if (block >= num_next) return;
+    rows = next.k + block;
+    offset = next_head * p.k_head_stride;
+  } else if (block >= padded_keys) {
+    rows = keys.v + block - padded_keys;
+    offset = head * p.v_head_stride;
+  }
+  for (int i = 0; i < kBlockKeys; ++i) prefetch_row(rows[i] + offset, p.head_dim);
+}
+
+// One tile of keys of one item. kRows rows share each load of K and V; further rows find them in L1.
 template <typename T, int kRows>
 void attend_direct_tile(const AttentionParams& p, const Rows& rows, int64_t first, int64_t num_keys,
                         const KeyRows<T>& keys, int64_t head, const KeyRows<T>& next, int64_t next_head,
                         int64_t num_next, float* scores) {
-  const int64_t k_offset = head * p.k_head_stride, v_offset = head * p.v_head_stride;
-  const int64_t next_k_offset = next_head * p.k_head_stride;
   const int64_t padded_keys = round_up(num_keys, kBlockKeys);
   for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
-    for (int i = 0; i < kBlockKeys; ++i) prefetch_row(keys.v[j + i] + v_offset, p.head_dim);
+    prefetch_block(p, j + kAheadKeys, padded_keys, keys, head, next, next_head, num_next);
     for (int64_t r = 0; r < rows.num_rows; r += kRows) {
-      score_block<T, kRows>(rows.q + r * rows.stride, rows.stride, keys.k + j, k_offset, p.head_dim,
+      score_block<T, kRows>(rows.q + r * rows.stride, rows.stride, keys.k + j, head * p.k_head_stride, p.head_dim,
                             scores + r * kDirectKeys + j * kRows);
     }
   }
@@ -406,9 +424,9 @@ void attend_direct_tile(const AttentionParams& p, const Rows& rows, int64_t firs
     softmax_block<kRows>(block, padded_keys, rows, r);
   }
   for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
-    for (int64_t i = j; i < clamp(num_next, j, j + kBlockKeys); ++i) prefetch_row(next.k[i] + next_k_offset, p.head_dim);
+    prefetch_block(p, padded_keys + j + kAheadKeys, padded_keys, keys, head, next, next_head, num_next);
     for (int64_t r = 0; r < rows.num_rows; r += kRows) {
-      value_block<T, kRows>(scores + r * kDirectKeys + j * kRows, keys.v + j, v_offset, p.head_dim,
+      value_block<T, kRows>(scores + r * kDirectKeys + j * kRows, keys.v + j, head * p.v_head_stride, p.head_dim,
                             rows.o + r * rows.stride, rows.stride);
     }
   }

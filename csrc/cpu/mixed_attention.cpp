@@ -1,7 +1,7 @@
 // mixed_attention.cpp: paged attention over prefill chunks and decode rows in one parallel region, by a plan.
 // Method  Everything that the plan and the index arrays hold is checked. Then threads draw work items from a counter, in
-//         the plan's order (dearest first); whoever finishes the last split of a group merges the group, in split order,
-//         so that the result does not depend on who was when.
+//         the plan's order (dearest first), decodes of neighbouring kv heads together; whoever finishes the last split of
+//         a group merges the group, in split order, so that the result does not depend on who was when.
 // Shapes  as AttentionParams
 // Twins   triton_kernels/mixed_attention.py
 // Source  longest processing time first, Graham 1969 (doi 10.1137/0117039); split-KV, arXiv:2311.01282
@@ -216,32 +216,73 @@ void* thread_scratch(int64_t bytes) {
   return scratch.get();
 }
 
+// Items [begin, end) of the plan that one thread works on side by side (kernels.h).
+struct Bundle {
+  int32_t begin;
+  int32_t end;
+};
+
+bool differs_in_head_only(const WorkItem& a, const WorkItem& b) {
+  return a.seq_idx == b.seq_idx && a.kv_head + 1 == b.kv_head && a.row_begin == b.row_begin &&
+         a.rows_and_kind == b.rows_and_kind && a.kv_begin == b.kv_begin && a.kv_end == b.kv_end;
+}
+
+// Few-row items of neighbouring kv heads, which the planner puts next to each other, go together: their keys lie next to
+// each other in memory. But no bundle holds more than 1 / (2 num_threads) of all such work, so that every thread has
+// some.
+void make_bundles(const PlanView& plan, int64_t num_threads, std::vector<Bundle>* bundles) {
+  int64_t direct_keys = 0;
+  for (int32_t i = 0; i < plan.header->num_items; ++i) {
+    const WorkItem& item = plan.items[i];
+    if (num_rows(item) <= kDirectRows) direct_keys += item.kv_end - item.kv_begin;
+  }
+  bundles->clear();
+  for (int32_t i = 0; i < plan.header->num_items;) {
+    const WorkItem& first = plan.items[i];
+    const int64_t item_keys = first.kv_end - first.kv_begin;
+    const int64_t share = item_keys > 0 ? direct_keys / (2 * num_threads * item_keys) : kMaxBundle;
+    const int64_t most = num_rows(first) <= kDirectRows ? std::clamp<int64_t>(share, 1, kMaxBundle) : 1;
+    int32_t end = i + 1;
+    while (end < plan.header->num_items && end - i < most &&
+           differs_in_head_only(plan.items[end - 1], plan.items[end])) {
+      ++end;
+    }
+    bundles->push_back({i, end});
+    i = end;
+  }
+}
+
 struct Region {
   const IsaKernels& kernels;
   const AttentionParams& p;
   const PlanView& plan;
+  const std::vector<Bundle>& bundles;
   int64_t scratch_bytes;
-  std::atomic<int32_t> next_item{0};
-  std::atomic<int32_t> num_done{0};
+  std::atomic<int64_t> next_bundle{0};
+  std::atomic<int64_t> num_done{0};
 };
 
-void run_items(void* context) {
+void run_bundles(void* context) {
   Region& region = *static_cast<Region*>(context);
+  const int64_t num_bundles = static_cast<int64_t>(region.bundles.size());
   void* const scratch = thread_scratch(region.scratch_bytes);
   if (scratch == nullptr) return;  // the other threads do its share; without any, num_done tells
   for (;;) {
-    const int32_t i = region.next_item.fetch_add(1, std::memory_order_relaxed);
-    if (i >= region.plan.header->num_items) return;
-    const WorkItem& item = region.plan.items[i];
-    region.kernels.attend(region.p, &item, 1, scratch);
+    const int64_t n = region.next_bundle.fetch_add(1, std::memory_order_relaxed);
+    if (n >= num_bundles) return;
+    const Bundle bundle = region.bundles[n];
+    region.kernels.attend(region.p, region.plan.items + bundle.begin, bundle.end - bundle.begin, scratch);
     region.num_done.fetch_add(1, std::memory_order_relaxed);
-    if (item.merge_idx < 0) continue;
-    const Merge& merge = region.plan.merges[item.merge_idx];
-    // Releases this item's partial rows to whoever comes last, and acquires everybody's if that is us.
-    int32_t* const ticket = region.p.tickets + item.merge_idx;
-    if (__atomic_add_fetch(ticket, 1, __ATOMIC_ACQ_REL) == merge.num_splits) {
-      region.kernels.merge_splits(region.p, merge);
-      __atomic_store_n(ticket, 0, __ATOMIC_RELAXED);  // for the next call, which the end of the region orders
+    for (int32_t i = bundle.begin; i < bundle.end; ++i) {
+      const int32_t merge_idx = region.plan.items[i].merge_idx;
+      if (merge_idx < 0) continue;
+      const Merge& merge = region.plan.merges[merge_idx];
+      // Releases this item's partial rows to whoever comes last, and acquires everybody's if that is us.
+      int32_t* const ticket = region.p.tickets + merge_idx;
+      if (__atomic_add_fetch(ticket, 1, __ATOMIC_ACQ_REL) == merge.num_splits) {
+        region.kernels.merge_splits(region.p, merge);
+        __atomic_store_n(ticket, 0, __ATOMIC_RELAXED);  // for the next call, which the end of the region orders
+      }
     }
   }
 }
@@ -257,9 +298,12 @@ void mixed_attention(const IsaKernels& kernels, const AttentionParams& p, int64_
   const int64_t max_rows = check_work(p, plan, &keys_read);
   check_pages(p, keys_read);
   if (plan.header->num_items == 0) return;
-  Region region{kernels, p, plan, kernels.attend_scratch_bytes(max_rows, p.head_dim)};
-  parallel_region(std::min<int64_t>(num_threads, plan.header->num_items), run_items, &region);
-  if (region.num_done != plan.header->num_items) throw std::bad_alloc();
+  static thread_local std::vector<Bundle> bundles;
+  make_bundles(plan, num_threads, &bundles);
+  const int64_t num_bundles = static_cast<int64_t>(bundles.size());
+  Region region{kernels, p, plan, bundles, kernels.attend_scratch_bytes(max_rows, p.head_dim)};
+  parallel_region(std::min(num_threads, num_bundles), run_bundles, &region);
+  if (region.num_done != num_bundles) throw std::bad_alloc();
 }
 
 }  // namespace cpu

@@ -33,8 +33,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-MIXATTN_INLINE void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
-MIXATTN_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+MIXATTN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 #if defined(MIXATTN_ISA_AVX2) || defined(MIXATTN_ISA_AVX512)
 
@@ -142,6 +141,11 @@ MIXATTN_INLINE void store(T* p, Vec x) {
   store8(p, low_half(x));
   store8(p + 8, high_half(x));
 }
+#if defined(MIXATTN_SIMDE)
+MIXATTN_INLINE void keep_in_register(Vec*) {}
+#else
+MIXATTN_INLINE void keep_in_register(Vec* x) { __asm__("" : "+v"(*x)); }
+#endif
 MIXATTN_INLINE void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
   const __m512i both = _mm512_loadu_si512(p);
   *even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
@@ -211,6 +215,8 @@ template <typename T>
 MIXATTN_INLINE void store(T* p, Vec x) {
   store8(p, x);
 }
+// The compiler would rather load an operand twice, once inside each FMA, than hold it; the load ports are what runs out.
+MIXATTN_INLINE void keep_in_register(Vec* x) { __asm__("" : "+x"(*x)); }
 MIXATTN_INLINE void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   *even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
@@ -324,6 +330,7 @@ MIXATTN_INLINE void store(T* p, Vec x) {
   for (int i = 0; i < kLanes; ++i) from_float(x[i], p + i);
 }
 MIXATTN_INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof(x)); }
+MIXATTN_INLINE void keep_in_register(Vec*) {}
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "load_even_odd takes the lower address for the lower half");
 MIXATTN_INLINE void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
   IntVec both;

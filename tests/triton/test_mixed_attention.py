@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import mmap
 
 import numpy as np
@@ -108,6 +110,34 @@ def test_mixed_attention_any_strides_give_the_same_bits(has_same_strides: bool, 
     run.launch()
     assert torch.equal(run.out, expected[0])
     assert torch.equal(run.lse, expected[1])
+
+
+def before_guard_page(table: Tensor) -> Tensor:
+    """A copy of the int32 table whose last entry is the last word of a mapping: reading one more is a crash."""
+    num_bytes = table.numel() * table.element_size()
+    num_pages = -(-num_bytes // mmap.PAGESIZE)
+    mapping = mmap.mmap(-1, (num_pages + 1) * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    libc = ctypes.CDLL(None, use_errno=True)
+    guard = ctypes.c_void_p(address + num_pages * mmap.PAGESIZE)
+    assert libc.mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    offset = num_pages * mmap.PAGESIZE - num_bytes
+    copy = torch.from_numpy(np.frombuffer(mapping, np.int32, table.numel(), offset)).view(table.shape)
+    return copy.copy_(table)
+
+
+def test_mixed_attention_block_table_is_not_read_past_the_last_page(device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("needs the interpreter: a GPU's memory has no guard pages")
+    case = AttentionCase("guarded-table", (1, 5), (3, 20), num_q_heads=2, num_kv_heads=1, head_dim=16, page_size=1)
+    inputs = make_inputs(case, torch.float16)
+    run = prepare(case, torch.float16, device, inputs=inputs)
+    max_pages = max(case.kv_lens)
+    run.inputs = dataclasses.replace(
+        run.inputs, block_table=before_guard_page(inputs.block_table[:, :max_pages].contiguous())
+    )
+    run.launch()
+    check(run, inputs)
 
 
 def far_apart(cache: Tensor, page_stride: int) -> Tensor:
