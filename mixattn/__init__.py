@@ -22,7 +22,17 @@ _LAZY = {
     "SamplingParams": "mixattn.types",
 }
 
-__all__ = ["LLM", "Hardware", "SamplingParams", "WorkPlan", "append_kv", "attention", "backends", "merge_states", "plan"]
+__all__ = [
+    "LLM",
+    "Hardware",
+    "SamplingParams",
+    "WorkPlan",
+    "append_kv",
+    "attention",
+    "backends",
+    "merge_states",
+    "plan",
+]
 
 if TYPE_CHECKING:
     from mixattn.engine.llm import LLM

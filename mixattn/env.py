@@ -79,8 +79,8 @@ def _cpu_cgroups(root: Path) -> list[Path]:
     """The folders of the cgroup that rations this process's CPU time, and of all its parents."""
     groups = []
     for line in _read(root / "proc/self/cgroup").splitlines():
-        # "0::/path" for v2, "4:cpu,cpuacct:/path" for v1. In a container the path can be the host's, which is not there;
-        # the mount point itself, a parent of all, is then the container's group.
+        # "0::/path" for v2, "4:cpu,cpuacct:/path" for v1. In a container the path can be the host's, which is not
+        # there; the mount point itself, a parent of all, is then the container's group.
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if not controllers:

@@ -38,11 +38,11 @@ const IsaKernels& kernels_for(const std::optional<std::string>& isa) {
   return isa ? mixattn::cpu::kernels_named(*isa) : mixattn::cpu::best_kernels();
 }
 
-void attention(const std::string& dtype, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr_t out, uintptr_t lse,
-               uintptr_t cu_seqlens_q, uintptr_t seq_lens, uintptr_t block_table, uintptr_t plan, uintptr_t partial_out,
-               uintptr_t partial_lse, uintptr_t tickets, int64_t total_q, int64_t num_seqs, int64_t num_q_heads,
-               int64_t num_kv_heads, int64_t head_dim, int64_t num_pages, int64_t page_size, int64_t max_pages,
-               int64_t plan_words, int64_t num_partial_rows, int64_t num_tickets, Strides2 q_strides,
+void attention(const std::string& dtype, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr_t out,
+               uintptr_t lse, uintptr_t cu_seqlens_q, uintptr_t seq_lens, uintptr_t block_table, uintptr_t plan,
+               uintptr_t partial_out, uintptr_t partial_lse, uintptr_t tickets, int64_t total_q, int64_t num_seqs,
+               int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_pages, int64_t page_size,
+               int64_t max_pages, int64_t plan_words, int64_t num_partial_rows, int64_t num_tickets, Strides2 q_strides,
                Strides2 out_strides, Strides3 k_strides, Strides3 v_strides, int64_t lse_stride,
                int64_t block_table_stride, double softmax_scale, bool causal, int64_t window_left, double soft_cap,
                int64_t num_threads, const std::optional<std::string>& isa) {

@@ -15,12 +15,12 @@ constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kHeadDimMultiple = 8;
 
 struct AttentionParams {
-  DType dtype;            // of q, k_cache, v_cache and out
-  const void* q;          // [total_q, num_q_heads, head_dim]
-  const void* k_cache;    // [num_pages, page_size, num_kv_heads, head_dim]
-  const void* v_cache;    // the same
-  void* out;              // [total_q, num_q_heads, head_dim]
-  float* lse;             // [total_q, num_q_heads], natural log; nullptr: not wanted
+  DType dtype;                  // of q, k_cache, v_cache and out
+  const void* q;                // [total_q, num_q_heads, head_dim]
+  const void* k_cache;          // [num_pages, page_size, num_kv_heads, head_dim]
+  const void* v_cache;          // the same
+  void* out;                    // [total_q, num_q_heads, head_dim]
+  float* lse;                   // [total_q, num_q_heads], natural log; nullptr: not wanted
   const int32_t* cu_seqlens_q;  // [num_seqs + 1]
   const int32_t* seq_lens;      // [num_seqs]
   const int32_t* block_table;   // [num_seqs, max_pages]
@@ -37,7 +37,7 @@ struct AttentionParams {
   int64_t lse_token_stride, block_table_stride;
 
   float softmax_scale;
-  float soft_cap;  // 0: off
+  float soft_cap;       // 0: off
   int64_t window_left;  // -1: no window
   bool causal;
 

@@ -1,5 +1,5 @@
-// kernels.h: what every ISA's file offers, and the shapes of the work it is given. Plain data and function pointers only:
-// this is included where AVX instructions are made, and must not make any that another file could end up running.
+// kernels.h: what every ISA's file offers, and the shapes of the work it is given. Plain data and function pointers
+// only: this is included where AVX instructions are made, and must not make any that another file could end up running.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ struct IsaKernels {
   void (*merge_states)(const MergeStatesParams& p, int64_t begin, int64_t end);
 
   // Loops at the machine's limits. Both return a value that depends on all that was computed.
-  float (*fma_loop)(int64_t rounds);                         // rounds * fma_flops_per_round flops
+  float (*fma_loop)(int64_t rounds);                          // rounds * fma_flops_per_round flops
   float (*read_loop)(const float* data, int64_t num_floats);  // num_floats is a multiple of 256
   int64_t fma_flops_per_round;
 };

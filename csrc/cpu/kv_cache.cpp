@@ -59,8 +59,7 @@ void append_kv(const IsaKernels& kernels, const AppendKvParams& p, int64_t num_t
   check(p);
   const int64_t num_heads = 2 * p.num_kv_heads + (p.q == nullptr ? 0 : p.num_q_heads);
   const int64_t grain = std::max<int64_t>(1, kGrainElements / (num_heads * p.head_dim));
-  parallel_for(num_threads, p.num_tokens, grain,
-               [&](int64_t begin, int64_t end) { kernels.append_kv(p, begin, end); });
+  parallel_for(num_threads, p.num_tokens, grain, [&](int64_t begin, int64_t end) { kernels.append_kv(p, begin, end); });
 }
 
 }  // namespace cpu

@@ -79,8 +79,8 @@ void merge_states_typed(const MergeStatesParams& p, int64_t begin, int64_t end) 
     for (int64_t head = 0; head < p.num_heads; ++head) {
       const T* outs = static_cast<const T*>(p.outs) + token * p.outs_token_stride + head * p.outs_head_stride;
       const int64_t row = token * p.num_heads + head;
-      p.lse[row] = merge_row(outs, p.outs_state_stride, p.lses + token * p.lses_token_stride + head, p.lses_state_stride,
-                             p.num_states, p.head_dim, static_cast<T*>(p.out) + row * p.head_dim);
+      p.lse[row] = merge_row(outs, p.outs_state_stride, p.lses + token * p.lses_token_stride + head,
+                             p.lses_state_stride, p.num_states, p.head_dim, static_cast<T*>(p.out) + row * p.head_dim);
     }
   }
 }

@@ -2,10 +2,11 @@
 // Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys row i may see; with soft_cap c the scores s
 //         become c tanh(s / c) first
 // Method  Online softmax over tiles of keys, in base 2, all arithmetic in float32.
-//         Few rows (a decode's query heads of one kv head): direct. One pass over K and V where they lie in their pages;
-//         every vector of them that is loaded serves several rows. Bound by memory; the next rows are prefetched.
-//         Many rows (a prefill chunk): packed. A tile of K is transposed and one of V copied, both as float32, into
-//         scratch that stays in L2; S = Q K^T and O += P V are register-tiled matrix products. Bound by FMA.
+//         Few rows (a decode's query heads of one kv head): direct. One pass over K and V where they lie in their
+//         pages; every vector of them that is loaded serves several rows. Bound by memory; the next rows are
+//         prefetched. Many rows (a prefill chunk): packed. A tile of K is transposed and one of V copied, both as
+//         float32, into scratch that stays in L2; S = Q K^T and O += P V are register-tiled matrix products. Bound by
+//         FMA.
 // Grid    one item per call; cpu/mixed_attention.cpp draws items for its threads and has splits merged
 // Shapes  as AttentionParams; q, k_cache, v_cache, out float32, bfloat16 or float16
 // Memory  reads 2 keys head_dim elements once per item. Scratch in bytes, packed: 4 (rows (2 head_dim + key_tile) +
@@ -26,19 +27,26 @@ namespace {
 
 constexpr int kTileVecs = 2;
 constexpr int kTileCols = kTileVecs * kLanes;  // of a register tile, whose rows are vec.h's kTileRows
-constexpr int kDirectKeys = 64;  // keys of a direct tile: enough that softmax's fixed part is small
-constexpr int kAheadKeys = 16;   // rows of K or V that are prefetched ahead of what is read
+constexpr int kDirectKeys = 64;                // keys of a direct tile: enough that softmax's fixed part is small
+constexpr int kAheadKeys = 16;                 // rows of K or V that are prefetched ahead of what is read
 // Keys per pass over O, direct; not many, because an 8-way L1 can hold only 8 rows that lie 4 KiB apart.
 constexpr int kBlockKeys = kLanes > 8 ? kLanes : 8;
 constexpr int kPackedKeys = 128;  // keys of a packed tile, see key_tile
 constexpr int kLineFloats = 16;   // arrays in scratch start at cache lines
 
 // Keys of a packed tile: with 128 rows of head_dim 128 (256), Q, O, S, K and V come to 320 (416) KiB and stay in 512
-// KiB of L2, the least among server cores since 2017. O is loaded and stored once per tile: 3 % of the work at 128 keys.
-MIXATTN_INLINE int key_tile(int64_t head_dim) { return head_dim <= 128 ? kPackedKeys : kPackedKeys / 2; }
+// KiB of L2, the least among server cores since 2017. O is loaded and stored once per tile: 3 % of the work at 128
+// keys.
+MIXATTN_INLINE int key_tile(int64_t head_dim) {
+  return head_dim <= 128 ? kPackedKeys : kPackedKeys / 2;
+}
 
-MIXATTN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-MIXATTN_INLINE int64_t round_down(int64_t n, int64_t multiple) { return n / multiple * multiple; }
+MIXATTN_INLINE int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+MIXATTN_INLINE int64_t round_down(int64_t n, int64_t multiple) {
+  return n / multiple * multiple;
+}
 MIXATTN_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : (value > high ? high : value);
 }
@@ -86,8 +94,8 @@ MIXATTN_INLINE TokenHead token_head(const AttentionParams& p, int64_t seq_idx, i
   return {p.cu_seqlens_q[seq_idx] + packed_row / group_size, kv_head * group_size + packed_row % group_size};
 }
 
-// Fills the rows' q and visible keys and clears the rest; the rows from num_rows to padded_rows get q 0. kIsPaired: q is
-// in the order of load_pair, and so will o be.
+// Fills the rows' q and visible keys and clears the rest; the rows from num_rows to padded_rows get q 0. kIsPaired: q
+// is in the order of load_pair, and so will o be.
 template <typename T, bool kIsPaired>
 void start_rows(const AttentionParams& p, const WorkItem& item, int64_t padded_rows, Rows* rows) {
   // Base 2: 2^(s log2(e)) = e^s. With soft_cap the factor behind tanh comes later (cap_scores).
@@ -156,8 +164,8 @@ void finish_rows(const AttentionParams& p, const WorkItem& item, const Rows& row
 
 // ---- an item's keys -------------------------------------------------------------------------------------------------
 
-// Where the K and V rows of the keys [first, first + num_keys) lie. Up to the next multiple of `multiple` the last row is
-// repeated: it is there and may be read; its scores are masked.
+// Where the K and V rows of the keys [first, first + num_keys) lie. Up to the next multiple of `multiple` the last row
+// is repeated: it is there and may be read; its scores are masked.
 template <typename T>
 void locate_keys(const AttentionParams& p, const WorkItem& item, int64_t first, int64_t num_keys, int64_t multiple,
                  const T** k, const T** v) {
@@ -383,82 +391,81 @@ struct KeyRows {
   const T* v[kDirectKeys];
 };
 
-// Prefetches the block of rows at `block` of what is read one after another: the tile's K, its V, then the next K.
+// Prefetches the kBlockKeys rows of one head that come kBlockKeys after `key` when K is read before V and V before the
+// next tile's K.
 template <typename T>
-MIXATTN_INLINE void prefetch_block(const AttentionParams& p, int64_t block, int64_t padded_keys, const KeyRows<T>& keys,
-                                   int64_t head, const KeyRows<T>& next, int64_t next_head, int64_t num_next) {
-  const T* const* rows = keys.k + block;
-  int64_t offset = head * p.k_head_stride;
-  if (block >= 2 * padded_keys) {
-    block -= 2 * padded_keys;
-    if (block >= num_next) return;
-    rows = next.k + block;
-    offset = next_head * p.k_head_stride;
-  } else if (block >= padded_keys) {
-    rows = keys.v + block - padded_keys;
-    offset = head * p.v_head_stride;
-  }
-  for (int i = 0; i < kBlockKeys; ++i) prefetch_row(rows[i] + offset, p.head_dim);
+MIXATTN_INLINE void prefetch_k(const AttentionParams& p, const KeyRows<T>& keys, int64_t key, int64_t head) {
+  for (int i = 0; i < kBlockKeys; ++i) prefetch_row(keys.k[key + i] + head * p.k_head_stride, p.head_dim);
+}
+template <typename T>
+MIXATTN_INLINE void prefetch_v(const AttentionParams& p, const KeyRows<T>& keys, int64_t key, int64_t head) {
+  for (int i = 0; i < kBlockKeys; ++i) prefetch_row(keys.v[key + i] + head * p.v_head_stride, p.head_dim);
 }
 
-// One tile of keys of one item. kRows rows share each load of K and V; further rows find them in L1.
-template <typename T, int kRows>
-void attend_direct_tile(const AttentionParams& p, const Rows& rows, int64_t first, int64_t num_keys,
-                        const KeyRows<T>& keys, int64_t head, const KeyRows<T>& next, int64_t next_head,
-                        int64_t num_next, float* scores) {
-  const int64_t padded_keys = round_up(num_keys, kBlockKeys);
-  for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
-    prefetch_block(p, j + kAheadKeys, padded_keys, keys, head, next, next_head, num_next);
-    for (int64_t r = 0; r < rows.num_rows; r += kRows) {
-      score_block<T, kRows>(rows.q + r * rows.stride, rows.stride, keys.k + j, head * p.k_head_stride, p.head_dim,
-                            scores + r * kDirectKeys + j * kRows);
-    }
-  }
-  for (int64_t r = 0; r < rows.num_rows; r += kRows) {
-    float* block = scores + r * kDirectKeys;
-    if (p.soft_cap > 0) cap_scores(block, padded_keys * kRows, p.soft_cap);
-    for (int64_t i = r; i < clamp(rows.num_rows, r, r + kRows); ++i) {
-      const int64_t lo = rows.lo[i] - first, hi = clamp(rows.hi[i] - first, 0, num_keys);
-      if (lo > 0 || hi < padded_keys) mask_scores(block + i - r, kRows, padded_keys, lo, hi);
-    }
-    softmax_block<kRows>(block, padded_keys, rows, r);
-  }
-  for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
-    prefetch_block(p, padded_keys + j + kAheadKeys, padded_keys, keys, head, next, next_head, num_next);
-    for (int64_t r = 0; r < rows.num_rows; r += kRows) {
-      value_block<T, kRows>(scores + r * kDirectKeys + j * kRows, keys.v + j, head * p.v_head_stride, p.head_dim,
-                            rows.o + r * rows.stride, rows.stride);
-    }
-  }
-}
-
-// Items that differ in their kv head only, side by side: tile by tile of keys, and in a tile head by head, because the
+// Items that differ in their kv head only, side by side: block by block of keys, and in a block head by head, because the
 // heads of a token lie next to each other. One head after the other would walk over memory in small pieces, each in
-// another page of the system, once per head: that halves the bandwidth (README.md).
+// another page of the system, once per head: that halves the bandwidth (README.md). kRows rows share each load of K and
+// V; further rows find them in L1.
 template <typename T, int kRows>
 void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_items, float* scratch) {
   const WorkItem& head0 = items[0];
   const int64_t item_rows = num_rows(head0);
+  const int64_t padded_rows = round_up(item_rows, kRows);
   Rows rows[kMaxBundle];
   for (int64_t n = 0; n < num_items; ++n, scratch += rows_floats(item_rows, p.head_dim)) {
     rows[n] = carve_rows(item_rows, p.head_dim, scratch);
-    start_rows<T, true>(p, items[n], round_up(item_rows, kRows), &rows[n]);
+    start_rows<T, true>(p, items[n], padded_rows, &rows[n]);
   }
-  float* const scores = scratch;  // (rows in whole blocks, kDirectKeys)
+  float* const scores = scratch;  // (num_items, padded_rows, kDirectKeys)
 
   KeyRows<T> tiles[2];
   int64_t num_keys = clamp(head0.kv_end - head0.kv_begin, 0, kDirectKeys);
   int now = 0;
   if (num_keys > 0) locate_keys(p, head0, head0.kv_begin, num_keys, kBlockKeys, tiles[now].k, tiles[now].v);
   for (int64_t first = head0.kv_begin; first < head0.kv_end; first += kDirectKeys, now ^= 1) {
-    KeyRows<T>& next = tiles[now ^ 1];
+    const KeyRows<T>& keys = tiles[now];
+    const int64_t padded_keys = round_up(num_keys, kBlockKeys);
     const int64_t num_next = clamp(head0.kv_end - first - kDirectKeys, 0, kDirectKeys);
+    KeyRows<T>& next = tiles[now ^ 1];
     if (num_next > 0) locate_keys(p, head0, first + kDirectKeys, num_next, kBlockKeys, next.k, next.v);
-    for (int64_t n = 0; n < num_items - 1; ++n) {
-      attend_direct_tile<T, kRows>(p, rows[n], first, num_keys, tiles[now], n, tiles[now], n + 1, num_keys, scores);
+
+    for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
+      for (int64_t n = 0; n < num_items; ++n) {
+        if (j + kBlockKeys < padded_keys) {
+          prefetch_k(p, keys, j + kBlockKeys, n);
+        } else {
+          prefetch_v(p, keys, 0, n);
+        }
+        for (int64_t r = 0; r < padded_rows; r += kRows) {
+          score_block<T, kRows>(rows[n].q + r * rows[n].stride, rows[n].stride, keys.k + j, n * p.k_head_stride,
+                                p.head_dim, scores + (n * padded_rows + r) * kDirectKeys + j * kRows);
+        }
+      }
     }
-    attend_direct_tile<T, kRows>(p, rows[num_items - 1], first, num_keys, tiles[now], num_items - 1, next, 0, num_next,
-                                 scores);
+    for (int64_t n = 0; n < num_items; ++n) {
+      for (int64_t r = 0; r < padded_rows; r += kRows) {
+        float* block = scores + (n * padded_rows + r) * kDirectKeys;
+        if (p.soft_cap > 0) cap_scores(block, padded_keys * kRows, p.soft_cap);
+        for (int64_t i = r; i < clamp(item_rows, r, r + kRows); ++i) {
+          const int64_t lo = rows[n].lo[i] - first, hi = clamp(rows[n].hi[i] - first, 0, num_keys);
+          if (lo > 0 || hi < padded_keys) mask_scores(block + i - r, kRows, padded_keys, lo, hi);
+        }
+        softmax_block<kRows>(block, padded_keys, rows[n], r);
+      }
+    }
+    for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
+      for (int64_t n = 0; n < num_items; ++n) {
+        if (j + kBlockKeys < padded_keys) {
+          prefetch_v(p, keys, j + kBlockKeys, n);
+        } else if (num_next > 0) {
+          prefetch_k(p, next, 0, n);
+        }
+        for (int64_t r = 0; r < padded_rows; r += kRows) {
+          value_block<T, kRows>(scores + (n * padded_rows + r) * kDirectKeys + j * kRows, keys.v + j,
+                                n * p.v_head_stride, p.head_dim, rows[n].o + r * rows[n].stride, rows[n].stride);
+        }
+      }
+    }
     num_keys = num_next;
   }
   for (int64_t n = 0; n < num_items; ++n) {
@@ -545,9 +552,9 @@ TileFunction tile_function(int num_rows) {
     case 6:
       return multiply_tile<6, kVecs, kIsAdded>;
     case 7:
-      return multiply_tile<kTileRows < 7 ? 1 : 7, kVecs, kIsAdded>;
+      return multiply_tile < kTileRows < 7 ? 1 : 7, kVecs, kIsAdded > ;
     default:
-      return multiply_tile<kTileRows < 8 ? 1 : 8, kVecs, kIsAdded>;
+      return multiply_tile < kTileRows < 8 ? 1 : 8, kVecs, kIsAdded > ;
   }
 }
 
@@ -574,9 +581,9 @@ template <typename T>
 void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratch) {
   Rows rows = carve_rows(num_rows(item), p.head_dim, scratch);
   const int tile = key_tile(p.head_dim);
-  float* const scores = scratch + rows_floats(rows.num_rows, p.head_dim);             // (rows, tile)
-  float* const k_packed = scores + round_up(rows.num_rows, kLineFloats) * tile;       // (tile / cols, head_dim, cols)
-  float* const v_packed = k_packed + rows.stride * tile;                              // (stride / cols, tile, cols)
+  float* const scores = scratch + rows_floats(rows.num_rows, p.head_dim);        // (rows, tile)
+  float* const k_packed = scores + round_up(rows.num_rows, kLineFloats) * tile;  // (tile / cols, head_dim, cols)
+  float* const v_packed = k_packed + rows.stride * tile;                         // (stride / cols, tile, cols)
   start_rows<T, false>(p, item, rows.num_rows, &rows);
 
   const T* k_rows[2][kPackedKeys];
@@ -599,8 +606,8 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
         const int n = tile_rows(rows.num_rows - r);
         const KeySpan span = key_span(rows, r, n, first, num_keys);
         if (span.begin <= j && j < span.end) {
-          tile_function<kTileVecs, false>(n)(rows.q + r * rows.stride, rows.stride, k_packed + j * p.head_dim, p.head_dim,
-                                             scores + r * tile + j, tile);
+          tile_function<kTileVecs, false>(n)(rows.q + r * rows.stride, rows.stride, k_packed + j * p.head_dim,
+                                             p.head_dim, scores + r * tile + j, tile);
         }
         r += n;
       }
@@ -632,8 +639,8 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
         const KeySpan span = key_span(rows, r, n, first, num_keys);
         if (span.begin < span.end) {
           const TileFunction multiply = is_whole ? tile_function<kTileVecs, true>(n) : tile_function<1, true>(n);
-          multiply(scores + r * tile + span.begin, tile, v_packed + d * tile + span.begin * width, span.end - span.begin,
-                   rows.o + r * rows.stride + d, rows.stride);
+          multiply(scores + r * tile + span.begin, tile, v_packed + d * tile + span.begin * width,
+                   span.end - span.begin, rows.o + r * rows.stride + d, rows.stride);
         }
         r += n;
       }
@@ -647,7 +654,7 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
 
 int64_t attend_scratch_bytes(int64_t max_rows, int64_t head_dim) {
   const int64_t rows = round_up(max_rows, kLineFloats);
-  const int64_t direct = kMaxBundle * rows_floats(kDirectRows, head_dim) + kDirectRows * kDirectKeys;
+  const int64_t direct = kMaxBundle * (rows_floats(kDirectRows, head_dim) + kDirectRows * kDirectKeys);
   const int64_t packed =
       rows_floats(rows, head_dim) + rows * key_tile(head_dim) + 2 * round_up(head_dim, kLanes) * key_tile(head_dim);
   return static_cast<int64_t>(sizeof(float)) * (max_rows <= kDirectRows || direct > packed ? direct : packed);

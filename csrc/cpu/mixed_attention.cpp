@@ -1,7 +1,8 @@
 // mixed_attention.cpp: paged attention over prefill chunks and decode rows in one parallel region, by a plan.
-// Method  Everything that the plan and the index arrays hold is checked. Then threads draw work items from a counter, in
-//         the plan's order (dearest first), decodes of neighbouring kv heads together; whoever finishes the last split of
-//         a group merges the group, in split order, so that the result does not depend on who was when.
+// Method  Everything that the plan and the index arrays hold is checked. Then threads draw work items from a counter,
+// in
+//         the plan's order (dearest first), decodes of neighbouring kv heads together; whoever finishes the last split
+//         of a group merges the group, in split order, so that the result does not depend on who was when.
 // Shapes  as AttentionParams
 // Twins   triton_kernels/mixed_attention.py
 // Source  longest processing time first, Graham 1969 (doi 10.1137/0117039); split-KV, arXiv:2311.01282
@@ -134,7 +135,6 @@ void check_rows(const AttentionParams& p, int64_t seq_idx, int64_t kv_head, int6
   }
 }
 
-
 // Checks that the items and merges cover what this batch's rows see, and returns the keys that are read.
 int64_t check_work(const AttentionParams& p, const PlanView& plan, std::vector<Range>* keys_read) {
   const int32_t num_merges = plan.header->num_merges, num_partial_rows = plan.header->num_partial_rows;
@@ -227,8 +227,8 @@ bool differs_in_head_only(const WorkItem& a, const WorkItem& b) {
          a.rows_and_kind == b.rows_and_kind && a.kv_begin == b.kv_begin && a.kv_end == b.kv_end;
 }
 
-// Few-row items of neighbouring kv heads, which the planner puts next to each other, go together: their keys lie next to
-// each other in memory. But no bundle holds more than 1 / (2 num_threads) of all such work, so that every thread has
+// Few-row items of neighbouring kv heads, which the planner puts next to each other, go together: their keys lie next
+// to each other in memory. But no bundle holds more than 1 / (2 num_threads) of all such work, so that every thread has
 // some.
 void make_bundles(const PlanView& plan, int64_t num_threads, std::vector<Bundle>* bundles) {
   int64_t direct_keys = 0;

@@ -1,5 +1,6 @@
 // parallel.h: parallel regions on the OpenMP pool that the process already has (torch's), found at run time.
-// Method  GOMP_parallel, the entry point that GCC's "#pragma omp parallel" compiles to; libgomp, LLVM's libomp and Intel's
+// Method  GOMP_parallel, the entry point that GCC's "#pragma omp parallel" compiles to; libgomp, LLVM's libomp and
+// Intel's
 //         libiomp5 all export it. Two runtimes would mean two pools whose idle threads spin against each other.
 // Source  GCC libgomp ABI, https://gcc.gnu.org/onlinedocs/libgomp/Implementing-PARALLEL-construct.html
 #pragma once

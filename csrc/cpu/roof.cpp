@@ -50,9 +50,8 @@ Roofs measure_roofs(const IsaKernels& kernels, int64_t num_threads) {
   }
   const int64_t rounds_per_draw = kFmaFlops / kFmaDraws / kernels.fma_flops_per_round;
   const int64_t num_draws = num_threads * kFmaDraws;
-  const double seconds = best_seconds(num_threads, num_draws, 1, [&](int64_t, int64_t) {
-    return kernels.fma_loop(rounds_per_draw);
-  });
+  const double seconds =
+      best_seconds(num_threads, num_draws, 1, [&](int64_t, int64_t) { return kernels.fma_loop(rounds_per_draw); });
   const double flops = static_cast<double>(num_draws) * rounds_per_draw * kernels.fma_flops_per_round;
   roofs.fma_gflop_s = flops / seconds * 1e-9;
   return roofs;

@@ -1,5 +1,5 @@
-// simde_avx512.h: AVX-512 intrinsics for CPUs without, by SIMDe (https://github.com/simd-everywhere/simde, MIT), and the
-// few that its version 0.7 lacks. Only in builds with MIXATTN_BUILD_SIMDE=1: slow, for tests of the AVX-512 path.
+// simde_avx512.h: AVX-512 intrinsics for CPUs without, by SIMDe (https://github.com/simd-everywhere/simde, MIT), and
+// the few that its version 0.7 lacks. Only in builds with MIXATTN_BUILD_SIMDE=1: slow, for tests of the AVX-512 path.
 #pragma once
 
 #define SIMDE_ENABLE_NATIVE_ALIASES

@@ -1,5 +1,6 @@
 // vec.h: one float32 vector per ISA, and the few operations that the CPU kernels are written in.
-// Method  A file compiled for one ISA defines MIXATTN_ISA_AVX512, MIXATTN_ISA_AVX2 or MIXATTN_ISA_SCALAR and includes this.
+// Method  A file compiled for one ISA defines MIXATTN_ISA_AVX512, MIXATTN_ISA_AVX2 or MIXATTN_ISA_SCALAR and includes
+// this.
 //         SCALAR is the compiler's own 4-lane vector: SSE2 on x86-64, NEON on aarch64, plain code elsewhere.
 //         AVX-512 under MIXATTN_SIMDE runs on any x86-64 through SIMDe, slowly: for tests of that path.
 // Hazard  Everything here, and everything that includes it, is internal to its file (anonymous namespace, no std
@@ -33,13 +34,17 @@ struct Float16 {
   uint16_t bits;
 };
 
-MIXATTN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+MIXATTN_INLINE void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, 3);
+}
 
 #if defined(MIXATTN_ISA_AVX2) || defined(MIXATTN_ISA_AVX512)
 
 // ---- 8 lanes: AVX2 itself, and half a vector of AVX-512 -------------------------------------------------------------
 
-MIXATTN_INLINE __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+MIXATTN_INLINE __m256 load8(const float* p) {
+  return _mm256_loadu_ps(p);
+}
 MIXATTN_INLINE __m256 load8(const BFloat16* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -48,7 +53,9 @@ MIXATTN_INLINE __m256 load8(const Float16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
-MIXATTN_INLINE void store8(float* p, __m256 x) { _mm256_storeu_ps(p, x); }
+MIXATTN_INLINE void store8(float* p, __m256 x) {
+  _mm256_storeu_ps(p, x);
+}
 MIXATTN_INLINE void store8(BFloat16* p, __m256 x) {
   // Round to nearest even: add 0x7fff, one more if the kept part is odd. A NaN must not round to infinity: it is kept
   // quiet by its top mantissa bit instead.
@@ -123,9 +130,15 @@ constexpr int kLanes = 16;
 // FMAs, and 8 divides the planner's row tiles.
 constexpr int kTileRows = 8;
 
-MIXATTN_INLINE Vec zero() { return _mm512_setzero_ps(); }
-MIXATTN_INLINE Vec broadcast(float x) { return _mm512_set1_ps(x); }
-MIXATTN_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+MIXATTN_INLINE Vec zero() {
+  return _mm512_setzero_ps();
+}
+MIXATTN_INLINE Vec broadcast(float x) {
+  return _mm512_set1_ps(x);
+}
+MIXATTN_INLINE Vec load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
 MIXATTN_INLINE Vec load(const BFloat16* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -133,9 +146,15 @@ MIXATTN_INLINE Vec load(const BFloat16* p) {
 MIXATTN_INLINE Vec load(const Float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-MIXATTN_INLINE __m256 low_half(Vec x) { return _mm512_castps512_ps256(x); }
-MIXATTN_INLINE __m256 high_half(Vec x) { return _mm512_extractf32x8_ps(x, 1); }
-MIXATTN_INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+MIXATTN_INLINE __m256 low_half(Vec x) {
+  return _mm512_castps512_ps256(x);
+}
+MIXATTN_INLINE __m256 high_half(Vec x) {
+  return _mm512_extractf32x8_ps(x, 1);
+}
+MIXATTN_INLINE void store(float* p, Vec x) {
+  _mm512_storeu_ps(p, x);
+}
 template <typename T>
 MIXATTN_INLINE void store(T* p, Vec x) {
   store8(p, low_half(x));
@@ -144,7 +163,9 @@ MIXATTN_INLINE void store(T* p, Vec x) {
 #if defined(MIXATTN_SIMDE)
 MIXATTN_INLINE void keep_in_register(Vec*) {}
 #else
-MIXATTN_INLINE void keep_in_register(Vec* x) { __asm__("" : "+v"(*x)); }
+MIXATTN_INLINE void keep_in_register(Vec* x) {
+  __asm__("" : "+v"(*x));
+}
 #endif
 MIXATTN_INLINE void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
   const __m512i both = _mm512_loadu_si512(p);
@@ -166,12 +187,24 @@ MIXATTN_INLINE void store_half(T* p, Vec x) {
   store8(p, low_half(x));
 }
 
-MIXATTN_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
-MIXATTN_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
-MIXATTN_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
-MIXATTN_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
-MIXATTN_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-MIXATTN_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+MIXATTN_INLINE Vec add(Vec a, Vec b) {
+  return _mm512_add_ps(a, b);
+}
+MIXATTN_INLINE Vec sub(Vec a, Vec b) {
+  return _mm512_sub_ps(a, b);
+}
+MIXATTN_INLINE Vec mul(Vec a, Vec b) {
+  return _mm512_mul_ps(a, b);
+}
+MIXATTN_INLINE Vec div(Vec a, Vec b) {
+  return _mm512_div_ps(a, b);
+}
+MIXATTN_INLINE Vec max(Vec a, Vec b) {
+  return _mm512_max_ps(a, b);
+}
+MIXATTN_INLINE Vec fmadd(Vec a, Vec b, Vec c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
 MIXATTN_INLINE Vec abs(Vec x) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
 }
@@ -183,12 +216,17 @@ MIXATTN_INLINE Vec select_less(Vec x, Vec bound, Vec then, Vec otherwise) {
   return _mm512_mask_mov_ps(otherwise, _mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ), then);
 }
 MIXATTN_INLINE Vec add_to_exponent(Vec x, Vec n) {
-  return _mm512_castsi512_ps(
-      _mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
 }
-MIXATTN_INLINE float first_lane(Vec x) { return _mm_cvtss_f32(_mm256_castps256_ps128(low_half(x))); }
-MIXATTN_INLINE float max_lanes(Vec x) { return max_lanes8(_mm256_max_ps(low_half(x), high_half(x))); }
-MIXATTN_INLINE float sum_lanes(Vec x) { return sum_lanes8(_mm256_add_ps(low_half(x), high_half(x))); }
+MIXATTN_INLINE float first_lane(Vec x) {
+  return _mm_cvtss_f32(_mm256_castps256_ps128(low_half(x)));
+}
+MIXATTN_INLINE float max_lanes(Vec x) {
+  return max_lanes8(_mm256_max_ps(low_half(x), high_half(x)));
+}
+MIXATTN_INLINE float sum_lanes(Vec x) {
+  return sum_lanes8(_mm256_add_ps(low_half(x), high_half(x)));
+}
 MIXATTN_INLINE void sum_each(const Vec (&x)[8], float* out) {
   __m256 halves[8];
   for (int i = 0; i < 8; ++i) halves[i] = _mm256_add_ps(low_half(x[i]), high_half(x[i]));
@@ -205,8 +243,12 @@ constexpr int kLanes = 8;
 // FMAs, 4 cycles of the load ports against 6 of the FMA ports. (4 x 16 needs its 8 accumulators to be in time always.)
 constexpr int kTileRows = 6;
 
-MIXATTN_INLINE Vec zero() { return _mm256_setzero_ps(); }
-MIXATTN_INLINE Vec broadcast(float x) { return _mm256_set1_ps(x); }
+MIXATTN_INLINE Vec zero() {
+  return _mm256_setzero_ps();
+}
+MIXATTN_INLINE Vec broadcast(float x) {
+  return _mm256_set1_ps(x);
+}
 template <typename T>
 MIXATTN_INLINE Vec load(const T* p) {
   return load8(p);
@@ -215,8 +257,11 @@ template <typename T>
 MIXATTN_INLINE void store(T* p, Vec x) {
   store8(p, x);
 }
-// The compiler would rather load an operand twice, once inside each FMA, than hold it; the load ports are what runs out.
-MIXATTN_INLINE void keep_in_register(Vec* x) { __asm__("" : "+x"(*x)); }
+// The compiler would rather load an operand twice, once inside each FMA, than hold it; the load ports are what runs
+// out.
+MIXATTN_INLINE void keep_in_register(Vec* x) {
+  __asm__("" : "+x"(*x));
+}
 MIXATTN_INLINE void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   *even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
@@ -233,13 +278,27 @@ Vec load_half(const T* p);
 template <typename T>
 void store_half(T* p, Vec x);
 
-MIXATTN_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
-MIXATTN_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
-MIXATTN_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
-MIXATTN_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
-MIXATTN_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-MIXATTN_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-MIXATTN_INLINE Vec abs(Vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+MIXATTN_INLINE Vec add(Vec a, Vec b) {
+  return _mm256_add_ps(a, b);
+}
+MIXATTN_INLINE Vec sub(Vec a, Vec b) {
+  return _mm256_sub_ps(a, b);
+}
+MIXATTN_INLINE Vec mul(Vec a, Vec b) {
+  return _mm256_mul_ps(a, b);
+}
+MIXATTN_INLINE Vec div(Vec a, Vec b) {
+  return _mm256_div_ps(a, b);
+}
+MIXATTN_INLINE Vec max(Vec a, Vec b) {
+  return _mm256_max_ps(a, b);
+}
+MIXATTN_INLINE Vec fmadd(Vec a, Vec b, Vec c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+MIXATTN_INLINE Vec abs(Vec x) {
+  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+}
 MIXATTN_INLINE Vec copy_sign(Vec magnitude, Vec sign) {  // magnitude >= 0
   return _mm256_or_ps(magnitude, _mm256_and_ps(_mm256_set1_ps(-0.0f), sign));
 }
@@ -247,13 +306,20 @@ MIXATTN_INLINE Vec select_less(Vec x, Vec bound, Vec then, Vec otherwise) {
   return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(x, bound, _CMP_LT_OQ));
 }
 MIXATTN_INLINE Vec add_to_exponent(Vec x, Vec n) {
-  return _mm256_castsi256_ps(
-      _mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
 }
-MIXATTN_INLINE float first_lane(Vec x) { return _mm_cvtss_f32(_mm256_castps256_ps128(x)); }
-MIXATTN_INLINE float max_lanes(Vec x) { return max_lanes8(x); }
-MIXATTN_INLINE float sum_lanes(Vec x) { return sum_lanes8(x); }
-MIXATTN_INLINE void sum_each(const Vec (&x)[8], float* out) { sum_each8(x, out); }
+MIXATTN_INLINE float first_lane(Vec x) {
+  return _mm_cvtss_f32(_mm256_castps256_ps128(x));
+}
+MIXATTN_INLINE float max_lanes(Vec x) {
+  return max_lanes8(x);
+}
+MIXATTN_INLINE float sum_lanes(Vec x) {
+  return sum_lanes8(x);
+}
+MIXATTN_INLINE void sum_each(const Vec (&x)[8], float* out) {
+  sum_each8(x, out);
+}
 
 #elif defined(MIXATTN_ISA_SCALAR)
 
@@ -264,7 +330,9 @@ typedef int32_t IntVec __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
 constexpr int kTileRows = 6;  // as for AVX2: x86-64 has 16 registers; aarch64 has more than it needs
 
-MIXATTN_INLINE float to_float(float x) { return x; }
+MIXATTN_INLINE float to_float(float x) {
+  return x;
+}
 MIXATTN_INLINE float to_float(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float result;
@@ -285,7 +353,9 @@ MIXATTN_INLINE float to_float(Float16 x) {
   memcpy(&result, &bits, sizeof(result));
   return result;
 }
-MIXATTN_INLINE void from_float(float x, float* p) { *p = x; }
+MIXATTN_INLINE void from_float(float x, float* p) {
+  *p = x;
+}
 MIXATTN_INLINE void from_float(float x, BFloat16* p) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof(bits));
@@ -314,8 +384,12 @@ MIXATTN_INLINE void from_float(float x, Float16* p) {
   p->bits = static_cast<uint16_t>(sign | half);
 }
 
-MIXATTN_INLINE Vec zero() { return Vec{0, 0, 0, 0}; }
-MIXATTN_INLINE Vec broadcast(float x) { return Vec{x, x, x, x}; }
+MIXATTN_INLINE Vec zero() {
+  return Vec{0, 0, 0, 0};
+}
+MIXATTN_INLINE Vec broadcast(float x) {
+  return Vec{x, x, x, x};
+}
 template <typename T>
 MIXATTN_INLINE Vec load(const T* p) {
   return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
@@ -329,7 +403,9 @@ template <typename T>
 MIXATTN_INLINE void store(T* p, Vec x) {
   for (int i = 0; i < kLanes; ++i) from_float(x[i], p + i);
 }
-MIXATTN_INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof(x)); }
+MIXATTN_INLINE void store(float* p, Vec x) {
+  memcpy(p, &x, sizeof(x));
+}
 MIXATTN_INLINE void keep_in_register(Vec*) {}
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "load_even_odd takes the lower address for the lower half");
 MIXATTN_INLINE void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
@@ -354,25 +430,47 @@ MIXATTN_INLINE void transpose8(const T* const* rows, int64_t offset, float* dst,
   }
 }
 
-MIXATTN_INLINE Vec add(Vec a, Vec b) { return a + b; }
-MIXATTN_INLINE Vec sub(Vec a, Vec b) { return a - b; }
-MIXATTN_INLINE Vec mul(Vec a, Vec b) { return a * b; }
-MIXATTN_INLINE Vec div(Vec a, Vec b) { return a / b; }
-MIXATTN_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
-MIXATTN_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return a * b + c; }
-MIXATTN_INLINE Vec abs(Vec x) { return (Vec)((IntVec)x & 0x7fffffff); }
+MIXATTN_INLINE Vec add(Vec a, Vec b) {
+  return a + b;
+}
+MIXATTN_INLINE Vec sub(Vec a, Vec b) {
+  return a - b;
+}
+MIXATTN_INLINE Vec mul(Vec a, Vec b) {
+  return a * b;
+}
+MIXATTN_INLINE Vec div(Vec a, Vec b) {
+  return a / b;
+}
+MIXATTN_INLINE Vec max(Vec a, Vec b) {
+  return a > b ? a : b;
+}
+MIXATTN_INLINE Vec fmadd(Vec a, Vec b, Vec c) {
+  return a * b + c;
+}
+MIXATTN_INLINE Vec abs(Vec x) {
+  return (Vec)((IntVec)x & 0x7fffffff);
+}
 MIXATTN_INLINE Vec copy_sign(Vec magnitude, Vec sign) {  // magnitude >= 0
   return (Vec)((IntVec)magnitude | ((IntVec)sign & INT32_MIN));
 }
-MIXATTN_INLINE Vec select_less(Vec x, Vec bound, Vec then, Vec otherwise) { return x < bound ? then : otherwise; }
-MIXATTN_INLINE Vec add_to_exponent(Vec x, Vec n) { return (Vec)((IntVec)x + ((IntVec)n << 23)); }
-MIXATTN_INLINE float first_lane(Vec x) { return x[0]; }
+MIXATTN_INLINE Vec select_less(Vec x, Vec bound, Vec then, Vec otherwise) {
+  return x < bound ? then : otherwise;
+}
+MIXATTN_INLINE Vec add_to_exponent(Vec x, Vec n) {
+  return (Vec)((IntVec)x + ((IntVec)n << 23));
+}
+MIXATTN_INLINE float first_lane(Vec x) {
+  return x[0];
+}
 MIXATTN_INLINE float max_lanes(Vec x) {
   const float a = x[0] > x[1] ? x[0] : x[1];
   const float b = x[2] > x[3] ? x[2] : x[3];
   return a > b ? a : b;
 }
-MIXATTN_INLINE float sum_lanes(Vec x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+MIXATTN_INLINE float sum_lanes(Vec x) {
+  return (x[0] + x[1]) + (x[2] + x[3]);
+}
 MIXATTN_INLINE void sum_each(const Vec (&x)[8], float* out) {
   for (int i = 0; i < 8; ++i) out[i] = sum_lanes(x[i]);
 }
@@ -390,10 +488,14 @@ MIXATTN_INLINE void load_pair(const T* p, Vec* a, Vec* b) {
   *a = load(p);
   *b = load(p + kLanes);
 }
-MIXATTN_INLINE void load_pair(const BFloat16* p, Vec* a, Vec* b) { load_even_odd(p, a, b); }
+MIXATTN_INLINE void load_pair(const BFloat16* p, Vec* a, Vec* b) {
+  load_even_odd(p, a, b);
+}
 
 // The two vectors that load_pair of this type made, or what was computed from them, in the order of memory.
-MIXATTN_INLINE void restore_pair(const BFloat16*, Vec* a, Vec* b) { interleave(*a, *b, a, b); }
+MIXATTN_INLINE void restore_pair(const BFloat16*, Vec* a, Vec* b) {
+  interleave(*a, *b, a, b);
+}
 MIXATTN_INLINE void restore_pair(const void*, Vec*, Vec*) {}
 
 constexpr float kLog2E = 1.44269504088896341f;
