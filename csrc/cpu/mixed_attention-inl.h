@@ -402,8 +402,8 @@ MIXATTN_INLINE void prefetch_v(const AttentionParams& p, const KeyRows<T>& keys,
   for (int i = 0; i < kBlockKeys; ++i) prefetch_row(keys.v[key + i] + head * p.v_head_stride, p.head_dim);
 }
 
-// Items that differ in their kv head only, side by side: block by block of keys, and in a block head by head, because the
-// heads of a token lie next to each other. One head after the other would walk over memory in small pieces, each in
+// Items that differ in their kv head only, side by side: block by block of keys, and in a block head by head, because
+// the heads of a token lie next to each other. One head after the other would walk over memory in small pieces, each in
 // another page of the system, once per head: that halves the bandwidth (README.md). kRows rows share each load of K and
 // V; further rows find them in L1.
 template <typename T, int kRows>
