@@ -13,7 +13,7 @@ namespace cpu {
 // here packing a tile of K and V costs more than the matrix product gains (README.md).
 constexpr int kDirectRows = 16;
 // Such items that differ in their kv head only can be worked on side by side, up to this many.
-constexpr int kMaxBundle = 16;
+constexpr int kMaxBundle = 32;
 
 struct IsaKernels {
   const char* name;

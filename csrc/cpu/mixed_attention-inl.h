@@ -28,7 +28,6 @@ namespace {
 constexpr int kTileVecs = 2;
 constexpr int kTileCols = kTileVecs * kLanes;  // of a register tile, whose rows are vec.h's kTileRows
 constexpr int kDirectKeys = 64;                // keys of a direct tile: enough that softmax's fixed part is small
-constexpr int kAheadKeys = 16;                 // rows of K or V that are prefetched ahead of what is read
 // Keys per pass over O, direct; not many, because an 8-way L1 can hold only 8 rows that lie 4 KiB apart.
 constexpr int kBlockKeys = kLanes > 8 ? kLanes : 8;
 constexpr int kPackedKeys = 128;  // keys of a packed tile, see key_tile
@@ -384,22 +383,16 @@ MIXATTN_INLINE void restore_order(const Rows& rows, int64_t head_dim) {
   }
 }
 
-// Where a tile's K and V rows are: of the first head of a bundle, and how far from there the head at hand is.
+// Where the K and V rows of a tile's keys are, of the first head of a bundle; head n is n strides further.
 template <typename T>
 struct KeyRows {
   const T* k[kDirectKeys];
   const T* v[kDirectKeys];
 };
 
-// Prefetches the kBlockKeys rows of one head that come kBlockKeys after `key` when K is read before V and V before the
-// next tile's K.
 template <typename T>
-MIXATTN_INLINE void prefetch_k(const AttentionParams& p, const KeyRows<T>& keys, int64_t key, int64_t head) {
-  for (int i = 0; i < kBlockKeys; ++i) prefetch_row(keys.k[key + i] + head * p.k_head_stride, p.head_dim);
-}
-template <typename T>
-MIXATTN_INLINE void prefetch_v(const AttentionParams& p, const KeyRows<T>& keys, int64_t key, int64_t head) {
-  for (int i = 0; i < kBlockKeys; ++i) prefetch_row(keys.v[key + i] + head * p.v_head_stride, p.head_dim);
+MIXATTN_INLINE void prefetch_block(const T* const* rows, int64_t offset, int64_t head_dim) {
+  for (int i = 0; i < kBlockKeys; ++i) prefetch_row(rows[i] + offset, head_dim);
 }
 
 // Items that differ in their kv head only, side by side: block by block of keys, and in a block head by head, because
@@ -431,10 +424,11 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
 
     for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
       for (int64_t n = 0; n < num_items; ++n) {
+        // Always this head's block that comes next: K is read before V, and V before the next tile's K.
         if (j + kBlockKeys < padded_keys) {
-          prefetch_k(p, keys, j + kBlockKeys, n);
+          prefetch_block(keys.k + j + kBlockKeys, n * p.k_head_stride, p.head_dim);
         } else {
-          prefetch_v(p, keys, 0, n);
+          prefetch_block(keys.v, n * p.v_head_stride, p.head_dim);
         }
         for (int64_t r = 0; r < padded_rows; r += kRows) {
           score_block<T, kRows>(rows[n].q + r * rows[n].stride, rows[n].stride, keys.k + j, n * p.k_head_stride,
@@ -456,9 +450,9 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
     for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
       for (int64_t n = 0; n < num_items; ++n) {
         if (j + kBlockKeys < padded_keys) {
-          prefetch_v(p, keys, j + kBlockKeys, n);
+          prefetch_block(keys.v + j + kBlockKeys, n * p.v_head_stride, p.head_dim);
         } else if (num_next > 0) {
-          prefetch_k(p, next, 0, n);
+          prefetch_block(next.k, n * p.k_head_stride, p.head_dim);
         }
         for (int64_t r = 0; r < padded_rows; r += kRows) {
           value_block<T, kRows>(scores + (n * padded_rows + r) * kDirectKeys + j * kRows, keys.v + j,
@@ -577,75 +571,112 @@ MIXATTN_INLINE KeySpan key_span(const Rows& rows, int64_t r, int n, int64_t firs
   return {round_down(begin, kTileCols), round_up(end, kTileCols)};
 }
 
+// One tile of keys, as attend_packed works on it.
+template <typename T>
+struct PackedTile {
+  int64_t first;     // absolute position of its first key
+  int64_t num_keys;  // at most key_tile
+  int64_t key_tile;
+  const T* k[kPackedKeys];  // where its rows are
+  const T* v[kPackedKeys];
+};
+
+// Calls visit(r, n, span) for the rows [r, r + n) of each register tile and the keys of this tile that they see.
+template <typename Visit>
+MIXATTN_INLINE void for_each_row_tile(const Rows& rows, int64_t first, int64_t num_keys, const Visit& visit) {
+  for (int64_t r = 0; r < rows.num_rows;) {
+    const int n = tile_rows(rows.num_rows - r);
+    visit(r, n, key_span(rows, r, n, first, num_keys));
+    r += n;
+  }
+}
+
+// Prefetches the share of count rows that is due between steps `step` and `end` of num_steps: K or V come into L2 a few
+// rows at a time while register tiles are computed. All at once they would fill the load queues.
+template <typename T>
+MIXATTN_INLINE void prefetch_share(const T* const* source, int64_t count, int64_t step, int64_t end, int64_t num_steps,
+                                   int64_t head_dim) {
+  for (int64_t i = count * step / num_steps; i < count * end / num_steps; ++i) prefetch_row(source[i], head_dim);
+}
+
+// S = Q K^T. A panel of K (8 KiB at head_dim 128, AVX2) stays in L1 while all rows pass by. V of the tile is on its way.
+template <typename T>
+void score_tile(const Rows& rows, const PackedTile<T>& tile, const float* k_packed, int64_t head_dim, float* scores) {
+  const int64_t num_panels = round_up(tile.num_keys, kTileCols) / kTileCols;
+  for (int64_t panel = 0; panel < num_panels; ++panel) {
+    const int64_t j = panel * kTileCols;
+    for_each_row_tile(rows, tile.first, tile.num_keys, [&](int64_t r, int n, KeySpan span) {
+      const int64_t step = panel * rows.num_rows + r;
+      prefetch_share(tile.v, tile.num_keys, step, step + n, num_panels * rows.num_rows, head_dim);
+      if (j < span.begin || j >= span.end) return;
+      tile_function<kTileVecs, false>(n)(rows.q + r * rows.stride, rows.stride, k_packed + j * head_dim, head_dim,
+                                         scores + r * tile.key_tile + j, tile.key_tile);
+    });
+  }
+}
+
+template <typename T>
+void softmax_tile(const AttentionParams& p, const Rows& rows, const PackedTile<T>& tile, float* scores) {
+  for_each_row_tile(rows, tile.first, tile.num_keys, [&](int64_t begin, int n, KeySpan span) {
+    if (span.begin == span.end) return;
+    const int64_t width = span.end - span.begin;
+    for (int64_t r = begin; r < begin + n; ++r) {
+      float* row = scores + r * tile.key_tile + span.begin;
+      if (p.soft_cap > 0) cap_scores(row, width, p.soft_cap);
+      const int64_t lo = rows.lo[r] - tile.first - span.begin, hi = rows.hi[r] - tile.first - span.begin;
+      if (lo > 0 || hi < width) mask_scores(row, 1, width, lo, hi);
+      softmax_step(row, width, rows.m + r, rows.l + r, rows.o + r * rows.stride, rows.stride);
+    }
+  });
+}
+
+// O += P V. A panel of V (8 KiB at 128 keys, AVX2) stays in L1 while all rows pass by. The next tile's K is on its way.
+template <typename T>
+void value_tile(const Rows& rows, const PackedTile<T>& tile, const PackedTile<T>& next, const float* v_packed,
+                int64_t head_dim, const float* scores) {
+  for (int64_t d = 0; d < rows.stride; d += kTileCols) {
+    const bool is_whole = d + kTileCols <= rows.stride;
+    const int64_t width = is_whole ? kTileCols : kLanes;
+    for_each_row_tile(rows, tile.first, tile.num_keys, [&](int64_t r, int n, KeySpan span) {
+      const int64_t step = d / kTileCols * rows.num_rows + r;
+      const int64_t num_steps = round_up(rows.stride, kTileCols) / kTileCols * rows.num_rows;
+      prefetch_share(next.k, next.num_keys, step, step + n, num_steps, head_dim);
+      if (span.begin == span.end) return;
+      const TileFunction multiply = is_whole ? tile_function<kTileVecs, true>(n) : tile_function<1, true>(n);
+      multiply(scores + r * tile.key_tile + span.begin, tile.key_tile,
+               v_packed + d * tile.key_tile + span.begin * width, span.end - span.begin, rows.o + r * rows.stride + d,
+               rows.stride);
+    });
+  }
+}
+
 template <typename T>
 void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratch) {
   Rows rows = carve_rows(num_rows(item), p.head_dim, scratch);
-  const int tile = key_tile(p.head_dim);
-  float* const scores = scratch + rows_floats(rows.num_rows, p.head_dim);        // (rows, tile)
-  float* const k_packed = scores + round_up(rows.num_rows, kLineFloats) * tile;  // (tile / cols, head_dim, cols)
-  float* const v_packed = k_packed + rows.stride * tile;                         // (stride / cols, tile, cols)
+  const int64_t tile_keys = key_tile(p.head_dim);
+  float* const scores = scratch + rows_floats(rows.num_rows, p.head_dim);           // (rows, tile_keys)
+  float* const packed = scores + round_up(rows.num_rows, kLineFloats) * tile_keys;  // K, and when S is done V
   start_rows<T, false>(p, item, rows.num_rows, &rows);
 
-  const T* k_rows[2][kPackedKeys];
-  const T* v_rows[2][kPackedKeys];
+  PackedTile<T> tiles[2];
+  const auto locate_tile = [&](int64_t first, PackedTile<T>* tile) {
+    tile->first = first;
+    tile->num_keys = clamp(item.kv_end - first, 0, tile_keys);
+    tile->key_tile = tile_keys;
+    if (tile->num_keys > 0) locate_keys(p, item, first, tile->num_keys, kTileCols, tile->k, tile->v);
+  };
   int now = 0;
-  int64_t num_keys = clamp(item.kv_end - item.kv_begin, 0, tile);
-  if (num_keys > 0) locate_keys(p, item, item.kv_begin, num_keys, kTileCols, k_rows[now], v_rows[now]);
-  for (int64_t first = item.kv_begin; first < item.kv_end; first += tile, now ^= 1) {
-    const int64_t padded_keys = round_up(num_keys, kTileCols);
-    pack_keys(k_rows[now], padded_keys / kTileCols, p.head_dim, k_packed);
-    pack_values(v_rows[now], padded_keys, p.head_dim, tile, v_packed);
-    const T** const next_k = k_rows[now ^ 1];
-    const T** const next_v = v_rows[now ^ 1];
-    const int64_t num_next = clamp(item.kv_end - first - tile, 0, tile);
-    if (num_next > 0) locate_keys(p, item, first + tile, num_next, kTileCols, next_k, next_v);
-
-    // S = Q K^T. A panel of K (8 KiB at head_dim 128, AVX2) stays in L1 while all rows pass by.
-    for (int64_t j = 0; j < padded_keys; j += kTileCols) {
-      for (int64_t r = 0; r < rows.num_rows;) {
-        const int n = tile_rows(rows.num_rows - r);
-        const KeySpan span = key_span(rows, r, n, first, num_keys);
-        if (span.begin <= j && j < span.end) {
-          tile_function<kTileVecs, false>(n)(rows.q + r * rows.stride, rows.stride, k_packed + j * p.head_dim,
-                                             p.head_dim, scores + r * tile + j, tile);
-        }
-        r += n;
-      }
-    }
-    for (int64_t r = 0; r < rows.num_rows;) {
-      const int n = tile_rows(rows.num_rows - r);
-      const KeySpan span = key_span(rows, r, n, first, num_keys);
-      for (const int64_t end = r + n; r < end; ++r) {
-        // The next tile's K and V come into L2 meanwhile, a few rows at a time: all at once would fill the load queues.
-        for (int64_t i = r * num_next / rows.num_rows; i < (r + 1) * num_next / rows.num_rows; ++i) {
-          prefetch_row(next_k[i], p.head_dim);
-          prefetch_row(next_v[i], p.head_dim);
-        }
-        if (span.begin == span.end) continue;
-        float* row = scores + r * tile + span.begin;
-        const int64_t width = span.end - span.begin;
-        if (p.soft_cap > 0) cap_scores(row, width, p.soft_cap);
-        const int64_t lo = rows.lo[r] - first - span.begin, hi = rows.hi[r] - first - span.begin;
-        if (lo > 0 || hi < width) mask_scores(row, 1, width, lo, hi);
-        softmax_step(row, width, rows.m + r, rows.l + r, rows.o + r * rows.stride, rows.stride);
-      }
-    }
-    // O += P V. A panel of V (8 KiB at 128 keys, AVX2) stays in L1 while all rows pass by.
-    for (int64_t d = 0; d < rows.stride; d += kTileCols) {
-      const bool is_whole = d + kTileCols <= rows.stride;
-      const int64_t width = is_whole ? kTileCols : kLanes;
-      for (int64_t r = 0; r < rows.num_rows;) {
-        const int n = tile_rows(rows.num_rows - r);
-        const KeySpan span = key_span(rows, r, n, first, num_keys);
-        if (span.begin < span.end) {
-          const TileFunction multiply = is_whole ? tile_function<kTileVecs, true>(n) : tile_function<1, true>(n);
-          multiply(scores + r * tile + span.begin, tile, v_packed + d * tile + span.begin * width,
-                   span.end - span.begin, rows.o + r * rows.stride + d, rows.stride);
-        }
-        r += n;
-      }
-    }
-    num_keys = num_next;
+  locate_tile(item.kv_begin, &tiles[now]);
+  for (; tiles[now].num_keys > 0; now ^= 1) {
+    const PackedTile<T>& tile = tiles[now];
+    PackedTile<T>& next = tiles[now ^ 1];
+    locate_tile(tile.first + tile_keys, &next);
+    const int64_t padded_keys = round_up(tile.num_keys, kTileCols);
+    pack_keys(tile.k, padded_keys / kTileCols, p.head_dim, packed);
+    score_tile(rows, tile, packed, p.head_dim, scores);
+    softmax_tile(p, rows, tile, scores);
+    pack_values(tile.v, padded_keys, p.head_dim, tile_keys, packed);
+    value_tile(rows, tile, next, packed, p.head_dim, scores);
   }
   finish_rows<T>(p, item, rows);
 }
@@ -656,7 +687,7 @@ int64_t attend_scratch_bytes(int64_t max_rows, int64_t head_dim) {
   const int64_t rows = round_up(max_rows, kLineFloats);
   const int64_t direct = kMaxBundle * (rows_floats(kDirectRows, head_dim) + kDirectRows * kDirectKeys);
   const int64_t packed =
-      rows_floats(rows, head_dim) + rows * key_tile(head_dim) + 2 * round_up(head_dim, kLanes) * key_tile(head_dim);
+      rows_floats(rows, head_dim) + rows * key_tile(head_dim) + round_up(head_dim, kLanes) * key_tile(head_dim);
   return static_cast<int64_t>(sizeof(float)) * (max_rows <= kDirectRows || direct > packed ? direct : packed);
 }
 
