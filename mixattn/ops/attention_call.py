@@ -24,6 +24,7 @@ from mixattn.ops.checks import (
     check_positive_finite,
     check_same_float_dtype,
     layout_of,
+    optional_layout,
 )
 from mixattn.ops.library import DTYPE_NAMES
 
@@ -38,11 +39,22 @@ class AttentionCall(NamedTuple):
     seq_lens: Tensor
     block_table: Tensor
     plan: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    tree_mask: Tensor | None
     softmax_scale: float | None
     causal: bool
     window_left: int | None
     soft_cap: float | None
     backend: str | None
+
+
+BACKENDS_WITH = {
+    "alibi_slopes": ("reference",),
+    "sinks": ("reference",),
+    "tree_mask": ("reference",),
+}
+"""The arguments that not every backend has, and the backends that have them."""
 
 
 class AttentionLayout(NamedTuple):
@@ -55,6 +67,9 @@ class AttentionLayout(NamedTuple):
     seq_lens: Layout
     block_table: Layout
     plan: Layout | None
+    alibi_slopes: Layout | None
+    sinks: Layout | None
+    tree_mask: Layout | None
     out: Layout | None
     lse: Layout | None
     softmax_scale: float | None
@@ -93,9 +108,12 @@ def attention_layout(call: AttentionCall, out: Tensor | None, lse: Tensor | None
         layout_of(call.cu_seqlens_q),
         layout_of(call.seq_lens),
         layout_of(call.block_table),
-        None if call.plan is None else layout_of(call.plan),
-        None if out is None else layout_of(out),
-        None if lse is None else layout_of(lse),
+        optional_layout(call.plan),
+        optional_layout(call.alibi_slopes),
+        optional_layout(call.sinks),
+        optional_layout(call.tree_mask),
+        optional_layout(out),
+        optional_layout(lse),
         call.softmax_scale,
         call.causal,
         call.window_left,
@@ -141,6 +159,7 @@ def check_attention(layout: AttentionLayout) -> None:
         check_positive_finite("soft_cap", layout.soft_cap)
     if layout.window_left is not None and layout.window_left < 0:
         raise ValueError(f"window_left must be >= 0 or None, got {layout.window_left}")
+    _check_score_options(layout, dims)
     plan = layout.plan
     if plan is not None and (
         len(plan.shape) != 1 or plan.dtype != torch.int32 or plan.device.type != "cpu" or plan.strides != (1,)
@@ -161,6 +180,32 @@ def check_attention(layout: AttentionLayout) -> None:
         check_device("lse", layout.lse, "q", q)
         check_last_contiguous("lse", layout.lse)
         check_no_overlap("lse", layout.lse)
+
+
+def _check_score_options(layout: AttentionLayout, dims: Dims) -> None:
+    """The tensors that change scores and masks."""
+    is_per_seq = layout.alibi_slopes is not None and len(layout.alibi_slopes.shape) == 2
+    for name, tensor, names, dtype in (
+        ("alibi_slopes", layout.alibi_slopes, (*["num_seqs"] * is_per_seq, "num_q_heads"), torch.float32),
+        ("sinks", layout.sinks, ("num_q_heads",), torch.float32),
+        ("tree_mask", layout.tree_mask, ("total_q",), torch.int64),
+    ):
+        if tensor is not None:
+            dims.check(name, tensor, names)
+            check_dtype(name, tensor, dtype)
+            check_device(name, tensor, "q", layout.q)
+            check_last_contiguous(name, tensor)
+    if layout.tree_mask is not None and not layout.causal:
+        raise ValueError("causal must be True with tree_mask, got False")
+
+
+def check_features(call: AttentionCall, backend: str) -> None:
+    """Raises NotImplementedError if the call has an argument that this backend does not have yet."""
+    for name, having in BACKENDS_WITH.items():
+        if getattr(call, name) is not None and backend not in having:
+            raise NotImplementedError(
+                f"{name} is not supported by backend {backend!r}; backends that have it: {', '.join(having)}"
+            )
 
 
 @functools.lru_cache(maxsize=256)

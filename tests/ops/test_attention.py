@@ -14,7 +14,7 @@ from torch import Tensor
 import mixattn
 from mixattn import _C, env
 from mixattn.ops.plan import Hardware, WorkPlan, cpu_hardware
-from tests.cases import CASES, AttentionCase, AttentionInputs, assert_attention_close, make_inputs
+from tests.cases import CASES, SCORE_CASES, AttentionCase, AttentionInputs, assert_attention_close, make_inputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = ["scalar", "avx2", "avx512"]
@@ -54,8 +54,8 @@ def run(case: AttentionCase, inputs: AttentionInputs, backend: str = "cpu") -> t
     """out and lse of the case; what was in ``out`` before is NaN."""
     out = torch.full_like(inputs.q, torch.nan)
     result, lse = mixattn.attention(
-        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **case.options,
-        plan=make_plan(case, inputs), out=out, return_lse=True, backend=backend,
+        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **inputs.score_tensors,
+        **case.options, plan=make_plan(case, inputs), out=out, return_lse=True, backend=backend,
     )  # fmt: skip
     assert result is out
     return out, lse
@@ -70,7 +70,7 @@ def test_attention_of_named_case_is_within_twice_eager(case: AttentionCase, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES + SCORE_CASES, ids=lambda case: case.id)
 def test_reference_backend_of_named_case_is_within_twice_eager(case: AttentionCase, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
     out, lse = run(case, inputs, backend="reference")
