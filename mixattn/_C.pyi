@@ -59,6 +59,9 @@ def attention(
     seq_lens: int,
     block_table: int,
     plan: int,
+    alibi_slopes: int,  # [num_seqs, num_q_heads] float32; 0: off
+    sinks: int,  # [num_q_heads] float32; 0: off
+    tree_mask: int,  # [total_q] int64; 0: off
     partial_out: int,  # [num_partial_rows, head_dim] float32
     partial_lse: int,  # [num_partial_rows] float32
     tickets: int,  # [num_tickets] int32, zero before the first call and after every call
@@ -79,6 +82,7 @@ def attention(
     v_strides: tuple[int, int, int],  # page, token, head
     lse_stride: int,  # token
     block_table_stride: int,  # sequence
+    alibi_seq_stride: int,  # sequence; 0: one set of slopes for all
     softmax_scale: float,
     causal: bool,
     window_left: int,  # -1: no window

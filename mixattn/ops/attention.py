@@ -242,11 +242,14 @@ def _run_cpu(
         k_cache=call.k_cache.data_ptr(),
         v_cache=call.v_cache.data_ptr(),
         out=out.data_ptr(),
-        lse=0 if lse is None else lse.data_ptr(),
+        lse=_address(lse),
         cu_seqlens_q=call.cu_seqlens_q.data_ptr(),
         seq_lens=call.seq_lens.data_ptr(),
         block_table=call.block_table.data_ptr(),
         plan=call.plan.data_ptr(),
+        alibi_slopes=_address(call.alibi_slopes),
+        sinks=_address(call.sinks),
+        tree_mask=_address(call.tree_mask),
         plan_words=call.plan.shape[0],
         partial_out=partial_out.data_ptr(),
         partial_lse=partial_out.data_ptr() + partial_lse_bytes,
@@ -256,6 +259,10 @@ def _run_cpu(
         num_threads=env.num_threads(),
         isa=env.cpu_isa(),
     )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, out: Tensor, lse: Tensor | None) -> None:

@@ -50,9 +50,9 @@ class AttentionCall(NamedTuple):
 
 
 BACKENDS_WITH = {
-    "alibi_slopes": ("reference",),
-    "sinks": ("reference",),
-    "tree_mask": ("reference",),
+    "alibi_slopes": ("cpu", "reference"),
+    "sinks": ("cpu", "reference"),
+    "tree_mask": ("cpu", "reference"),
 }
 """The arguments that not every backend has, and the backends that have them."""
 
@@ -215,7 +215,7 @@ def native_sizes(layout: AttentionLayout) -> Mapping[str, Any]:
     Remembered, because the layers of a step share a layout and the checks take longer than a small kernel.
     """
     check_attention(layout)
-    q, k_cache, v_cache = layout.q, layout.k_cache, layout.v_cache
+    q, k_cache, v_cache, alibi = layout.q, layout.k_cache, layout.v_cache, layout.alibi_slopes
     assert layout.out is not None
     return MappingProxyType(
         {
@@ -234,6 +234,7 @@ def native_sizes(layout: AttentionLayout) -> Mapping[str, Any]:
             "v_strides": v_cache.strides[:3],
             "lse_stride": 0 if layout.lse is None else layout.lse.strides[0],
             "block_table_stride": layout.block_table.strides[0],
+            "alibi_seq_stride": 0 if alibi is None or len(alibi.shape) == 1 else alibi.strides[0],
             "softmax_scale": q.shape[2] ** -0.5 if layout.softmax_scale is None else layout.softmax_scale,
             "causal": layout.causal,
             "window_left": -1 if layout.window_left is None else layout.window_left,

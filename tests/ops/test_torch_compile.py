@@ -50,8 +50,9 @@ def test_attention_op_passes_opcheck(inputs: AttentionInputs, has_plan: bool) ->
     )
 
 
-def test_attention_op_with_score_tensors_passes_opcheck(inputs: AttentionInputs) -> None:
-    arguments = (*tensors_of(inputs), None, *SCORE_TENSORS, *OPTIONS, "reference")
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_attention_op_with_score_tensors_passes_opcheck(inputs: AttentionInputs, backend: str) -> None:
+    arguments = (*tensors_of(inputs), None, *SCORE_TENSORS, *OPTIONS, backend)
     torch.library.opcheck(torch.ops.mixattn.attention.default, arguments)
 
 
@@ -228,7 +229,7 @@ def test_compiled_attention_with_score_tensors_equals_eager(inputs: AttentionInp
     def call(scale: Tensor) -> Tensor:
         return mixattn.attention(
             *tensors_of(inputs)[:3], **inputs.index_tensors, alibi_slopes=alibi_slopes * scale, sinks=sinks * scale,
-            tree_mask=words, backend="reference",
+            tree_mask=words,
         )  # fmt: skip
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
