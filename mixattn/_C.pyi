@@ -23,6 +23,7 @@ class PlanSpec:
         block_rows: Sequence[int],
         row_granule: int,
         split_tokens: int,
+        fixed_split_tokens: int,  # 0: no invariant plan
         items_per_worker: int,
         max_splits: int,
         fs_per_kiloflop: int,
@@ -87,6 +88,7 @@ def attention(
     causal: bool,
     window_left: int,  # -1: no window
     soft_cap: float,  # 0: off
+    invariant: bool,
     num_threads: int,
     isa: str | None = None,
 ) -> None: ...

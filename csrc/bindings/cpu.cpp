@@ -46,7 +46,8 @@ void attention(const std::string& dtype, uintptr_t q, uintptr_t k_cache, uintptr
                int64_t plan_words, int64_t num_partial_rows, int64_t num_tickets, Strides2 q_strides,
                Strides2 out_strides, Strides3 k_strides, Strides3 v_strides, int64_t lse_stride,
                int64_t block_table_stride, int64_t alibi_seq_stride, double softmax_scale, bool causal,
-               int64_t window_left, double soft_cap, int64_t num_threads, const std::optional<std::string>& isa) {
+               int64_t window_left, double soft_cap, bool invariant, int64_t num_threads,
+               const std::optional<std::string>& isa) {
   mixattn::AttentionParams p;
   p.dtype = dtype_named(dtype);
   p.q = at<const void>(q);
@@ -92,6 +93,7 @@ void attention(const std::string& dtype, uintptr_t q, uintptr_t k_cache, uintptr
   p.soft_cap = static_cast<float>(soft_cap);
   p.window_left = window_left;
   p.causal = causal;
+  p.invariant = invariant;
   const IsaKernels& kernels = kernels_for(isa);
   const py::gil_scoped_release unlocked;
   mixattn::cpu::mixed_attention(kernels, p, num_threads);
@@ -212,7 +214,7 @@ void bind_cpu(py::module_& m) {
         arg("max_pages"), arg("plan_words"), arg("num_partial_rows"), arg("num_tickets"), arg("q_strides"),
         arg("out_strides"), arg("k_strides"), arg("v_strides"), arg("lse_stride"), arg("block_table_stride"),
         arg("alibi_seq_stride"), arg("softmax_scale"), arg("causal"), arg("window_left"), arg("soft_cap"),
-        arg("num_threads"), arg("isa") = py::none(),
+        arg("invariant"), arg("num_threads"), arg("isa") = py::none(),
         "Paged attention of a batch by its plan (params.h). ValueError before anything is written.");
   m.def("append_kv", &append_kv, py::kw_only(), arg("dtype"), arg("k"), arg("v"), arg("k_cache"), arg("v_cache"),
         arg("slot_mapping"), arg("q"), arg("q_out"), arg("positions"), arg("rope_cos_sin"), arg("num_tokens"),

@@ -44,6 +44,7 @@ struct AttentionParams {
   float soft_cap;       // 0: off
   int64_t window_left;  // -1: no window
   bool causal;
+  bool invariant;  // a row's bits depend on its own q and keys alone; the plan is an invariant one
 
   int64_t group_size() const { return num_q_heads / num_kv_heads; }
 };

@@ -9,8 +9,11 @@
 //         float32, into scratch that stays in L2; S = Q K^T and O += P V are register-tiled matrix products. Bound by
 //         FMA.
 //         A key that a tree mask hides has score -inf; one hidden from all rows of an item is not read at all, because
-//         0 * NaN would be NaN. The sink enters where a row's sum is complete: in the item that has all its keys, or in
-//         the merge of its splits (merge-inl.h).
+//         0 * NaN would be NaN. A sink enters once, where its row's sum is complete, as one more state that is merged
+//         (merge-inl.h): in the item that has all the row's keys, or with the row's splits.
+//         Invariant: every row is packed. Tiles start at multiples of key_tile counted from the sequence's first token,
+//         and splits (plan.h) at multiples of tiles, so that what one softmax step or one merge takes in is fixed by
+//         the row's position; what other rows see and it does not adds zeros.
 // Grid    one item per call; cpu/mixed_attention.cpp draws items for its threads and has splits merged
 // Shapes  as AttentionParams; q, k_cache, v_cache, out float32, bfloat16 or float16
 // Memory  reads 2 keys head_dim elements once per item. Scratch in bytes, packed: 4 (rows (2 head_dim + key_tile + 8) +
@@ -23,6 +26,7 @@
 #include <math.h>
 
 #include "cpu/kernels.h"
+#include "cpu/merge-inl.h"
 #include "cpu/vec.h"
 
 namespace mixattn {
@@ -37,6 +41,8 @@ constexpr int kBlockKeys = kLanes > 8 ? kLanes : 8;
 constexpr int kPackedKeys = 128;   // keys of a packed tile, see key_tile
 constexpr int kLineFloats = 16;    // arrays in scratch start at cache lines
 constexpr int kTreeMaskBits = 64;  // of a tree_mask word
+
+static_assert(kInvariantMultiple % kPackedKeys == 0, "no tile passes the end of an invariant plan's split");
 
 // Keys of a packed tile: with 128 rows of head_dim 128 (256), Q, O, S, K and V come to 320 (416) KiB and stay in 512
 // KiB of L2, the least among server cores since 2017. O is loaded and stored once per tile: 3 % of the work at 128
@@ -203,26 +209,23 @@ template <typename T>
 void finish_rows(const AttentionParams& p, const WorkItem& item, const Rows& rows) {
   for (int64_t r = 0; r < rows.num_rows; ++r) {
     const TokenHead at = token_head(p, item.seq_idx, item.kv_head, item.row_begin + r);
-    const bool is_split = item.merge_idx >= 0;
-    float m = rows.m[r], l = rows.l[r], weight = 1.0f;  // weight: of what the row has summed up so far
-    if (p.sinks != nullptr && !is_split && p.sinks[at.head] != -INFINITY) {
-      const float sink = p.sinks[at.head] * kLog2E;
-      const float largest = m > sink ? m : sink;
-      weight = __builtin_exp2f(m - largest);  // from -inf: 0, and o and l are 0
-      l = l * weight + __builtin_exp2f(sink - largest);
-      m = largest;
-    }
-    // l is 0 for a row without keys and sink (out 0, lse -inf), and NaN where q, k or v is: that must come out.
-    const float inverse = l == 0.0f ? 0.0f : weight / l;
-    const float lse = l == 0.0f ? -INFINITY : (m + __builtin_log2f(l)) * kLn2;
-    const float* o = rows.o + r * rows.stride;
-    if (is_split) {
+    // l is 0 for a row without keys (out 0, lse -inf), and NaN where q, k or v is: that must come out.
+    const float l = rows.l[r];
+    const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
+    float lse = l == 0.0f ? -INFINITY : (rows.m[r] + __builtin_log2f(l)) * kLn2;
+    float* o = rows.o + r * rows.stride;
+    if (item.merge_idx >= 0) {
       store_scaled(p.partial_out + (item.partial_row + r) * p.head_dim, o, inverse, p.head_dim);
       p.partial_lse[item.partial_row + r] = lse;
       continue;
     }
     T* out = static_cast<T*>(p.out) + at.token * p.out_token_stride + at.head * p.out_head_stride;
-    store_scaled(out, o, inverse, p.head_dim);
+    if (p.sinks != nullptr) {  // by the formula of a split row's: the bits do not tell whether a row was split
+      store_scaled(o, o, inverse, p.head_dim);
+      lse = merge_row(o, 0, &lse, 0, 1, p.sinks[at.head], p.head_dim, out);
+    } else {
+      store_scaled(out, o, inverse, p.head_dim);
+    }
     if (p.lse != nullptr) p.lse[at.token * p.lse_token_stride + at.head] = lse;
   }
 }
@@ -248,14 +251,21 @@ void locate_keys(const AttentionParams& p, const WorkItem& item, int64_t first, 
   }
 }
 
-// As locate_keys, and up to the next multiple of `multiple` the last row is repeated: it is there and may be read; its
-// scores are masked. Likewise for a key that no row of the item sees, which may hold NaN, another one is read.
+// As locate_keys, but read is only what is there and what some row of the item sees; other keys, which may hold NaN or
+// lie nowhere, get the rows of one that is, and their scores are masked: keys before the item's first one, hidden ones,
+// and those up to the next multiple of `multiple`.
 template <typename T>
 void locate_tile(const AttentionParams& p, const WorkItem& item, const Rows& rows, int64_t first, int64_t num_keys,
                  int64_t multiple, const T** k, const T** v) {
-  locate_keys(p, item, first, num_keys, k, v);
-  for (int64_t key = rows.hidden_begin > first ? rows.hidden_begin : first; key < first + num_keys; ++key) {
+  const int64_t num_before = clamp(item.kv_begin - first, 0, num_keys);
+  const int64_t begin = first + num_before;
+  locate_keys(p, item, begin, num_keys - num_before, k + num_before, v + num_before);
+  for (int64_t key = rows.hidden_begin > begin ? rows.hidden_begin : begin; key < first + num_keys; ++key) {
     if (!is_seen_by_any(rows, key)) locate_keys(p, item, rows.seen_key, 1, k + (key - first), v + (key - first));
+  }
+  for (int64_t i = 0; i < num_before; ++i) {
+    k[i] = k[num_before];
+    v[i] = v[num_before];
   }
   for (int64_t i = num_keys; i < round_up(num_keys, multiple); ++i) {
     k[i] = k[num_keys - 1];
@@ -776,7 +786,8 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
     if (tile->num_keys > 0) locate_tile(p, item, rows, first, tile->num_keys, kTileCols, tile->k, tile->v);
   };
   int now = 0;
-  start_tile(item.kv_begin, &tiles[now]);
+  const bool is_aligned = p.invariant && item.kv_begin < rows.kv_end;
+  start_tile(is_aligned ? round_down(item.kv_begin, tile_keys) : item.kv_begin, &tiles[now]);
   for (; tiles[now].num_keys > 0; now ^= 1) {
     const PackedTile<T>& tile = tiles[now];
     PackedTile<T>& next = tiles[now ^ 1];
@@ -798,13 +809,13 @@ int64_t attend_scratch_bytes(int64_t max_rows, int64_t head_dim) {
   const int64_t direct = kMaxBundle * (rows_floats(kDirectRows, head_dim) + kDirectRows * kDirectKeys);
   const int64_t packed =
       rows_floats(rows, head_dim) + rows * key_tile(head_dim) + round_up(head_dim, kLanes) * key_tile(head_dim);
-  return static_cast<int64_t>(sizeof(float)) * (max_rows <= kDirectRows || direct > packed ? direct : packed);
+  return static_cast<int64_t>(sizeof(float)) * (direct > packed ? direct : packed);
 }
 
 template <typename T>
 void attend_typed(const AttentionParams& p, const WorkItem* items, int64_t num_items, float* scratch) {
   const int32_t rows = num_rows(items[0]);
-  if (rows > kDirectRows) {
+  if (rows > kDirectRows || p.invariant) {
     for (int64_t n = 0; n < num_items; ++n) attend_packed<T>(p, items[n], scratch);
   } else if (rows == 1) {
     attend_direct<T, 1>(p, items, num_items, scratch);

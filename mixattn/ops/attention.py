@@ -49,6 +49,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    invariant: bool = False,
     plan: WorkPlan | Tensor | None = None,
     out: Tensor | None = None,
     return_lse: Literal[False] = False,
@@ -72,6 +73,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    invariant: bool = False,
     plan: WorkPlan | Tensor | None = None,
     out: Tensor | None = None,
     return_lse: Literal[True],
@@ -94,6 +96,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    invariant: bool = False,
     plan: WorkPlan | Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
@@ -125,6 +128,9 @@ def attention(
             own (bit 0 is itself). Keys before the slice's first row, and keys 64 or more before the row, are seen
             whatever the bits, so that -1 is plain causal and chunks go beside the trees of speculative verification.
             ``mixattn.tree_mask`` makes a tree's words. Needs ``causal``. None for off.
+        invariant: whether a row's bits are to depend on its own q and keys alone: not on the rest of the batch, the
+            chunks its prompt came in, the page size, the block table, or the number of threads. Slower
+            (docs/decisions/0005-invariant-attention.md).
         plan: from ``mixattn.plan`` for these very lengths and options, made once per step and shared by its layers
             (its ``buffer`` as a CPU tensor will do too); None makes one.
         out: written and returned; as q in shape, dtype and device. None allocates.
@@ -149,7 +155,7 @@ def attention(
         if optional is not None:
             check_tensor(name, optional)
     tensors = (q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, words, alibi_slopes, sinks, tree_mask)
-    inputs = (*tensors, softmax_scale, causal, window_left, soft_cap, backend)
+    inputs = (*tensors, softmax_scale, causal, window_left, soft_cap, invariant, backend)
     if out is None and return_lse:
         new_out, new_lse = torch.ops.mixattn.attention(*inputs)
         return new_out, new_lse
@@ -178,6 +184,7 @@ def _default_plan(call: AttentionCall) -> Tensor:
         kv_element_bytes=q.element_size(),
         causal=call.causal,
         window_left=call.window_left,
+        invariant=call.invariant,
         hardware=hardware,
     )
     return torch.from_numpy(work_plan.buffer)
@@ -330,7 +337,8 @@ def _attention_out_fake(*arguments: Any) -> None:
 _INPUTS = (
     "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seq_lens, Tensor block_table, Tensor? plan, "
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask, "
-    "float? softmax_scale, bool causal, int? window_left, float? soft_cap, str? backend"
+    "float? softmax_scale, bool causal, int? window_left, float? soft_cap, bool invariant, "
+    "str? backend"
 )
 register_op(f"attention({_INPUTS}) -> (Tensor out, Tensor lse)", _attention, _attention_fake)
 register_op(f"attention_out({_INPUTS}, Tensor(a!) out, Tensor(b!)? lse) -> ()", _attention_out, _attention_out_fake)

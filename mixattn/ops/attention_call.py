@@ -46,6 +46,7 @@ class AttentionCall(NamedTuple):
     causal: bool
     window_left: int | None
     soft_cap: float | None
+    invariant: bool
     backend: str | None
 
 
@@ -53,6 +54,7 @@ BACKENDS_WITH = {
     "alibi_slopes": ("cpu", "reference"),
     "sinks": ("cpu", "reference"),
     "tree_mask": ("cpu", "reference"),
+    "invariant": ("cpu",),
 }
 """The arguments that not every backend has, and the backends that have them."""
 
@@ -76,6 +78,7 @@ class AttentionLayout(NamedTuple):
     causal: bool
     window_left: int | None
     soft_cap: float | None
+    invariant: bool
 
 
 class PlanHeader(NamedTuple):
@@ -95,8 +98,8 @@ class PlanHeader(NamedTuple):
     causal: int
     window_left: int
     num_workers: int
-    reserved0: int
-    reserved1: int
+    fixed_split_tokens: int
+    reserved: int
 
 
 def attention_layout(call: AttentionCall, out: Tensor | None, lse: Tensor | None) -> AttentionLayout:
@@ -118,6 +121,7 @@ def attention_layout(call: AttentionCall, out: Tensor | None, lse: Tensor | None
         call.causal,
         call.window_left,
         call.soft_cap,
+        call.invariant,
     )
 
 
@@ -202,7 +206,8 @@ def _check_score_options(layout: AttentionLayout, dims: Dims) -> None:
 def check_features(call: AttentionCall, backend: str) -> None:
     """Raises NotImplementedError if the call has an argument that this backend does not have yet."""
     for name, having in BACKENDS_WITH.items():
-        if getattr(call, name) is not None and backend not in having:
+        value = getattr(call, name)
+        if value is not None and value is not False and backend not in having:
             raise NotImplementedError(
                 f"{name} is not supported by backend {backend!r}; backends that have it: {', '.join(having)}"
             )
@@ -239,6 +244,7 @@ def native_sizes(layout: AttentionLayout) -> Mapping[str, Any]:
             "causal": layout.causal,
             "window_left": -1 if layout.window_left is None else layout.window_left,
             "soft_cap": 0.0 if layout.soft_cap is None else layout.soft_cap,
+            "invariant": layout.invariant,
         }
     )
 
@@ -261,12 +267,14 @@ def check_plan(plan: Tensor, call: AttentionCall) -> PlanHeader:
         *header[8:11],
         bool(header.causal),
         None if header.window_left < 0 else header.window_left,
+        header.fixed_split_tokens > 0,
     )
     num_seqs, num_kv_heads = call.seq_lens.shape[0], call.k_cache.shape[2]
     total_q, num_q_heads, head_dim = call.q.shape
-    called_with = (num_seqs, total_q, num_q_heads, num_kv_heads, head_dim, call.causal, call.window_left)
+    shape = (num_seqs, total_q, num_q_heads, num_kv_heads, head_dim)
+    called_with = (*shape, call.causal, call.window_left, call.invariant)
     if made_for != called_with:
-        names = ("num_seqs", "total_q", "num_q_heads", "num_kv_heads", "head_dim", "causal", "window_left")
+        names = ("num_seqs", "total_q", "num_q_heads", "num_kv_heads", "head_dim", "causal", "window_left", "invariant")
         differing = [
             f"{name} {made}, this call has {called}"
             for name, made, called in zip(names, made_for, called_with, strict=True)
