@@ -599,7 +599,8 @@ MIXATTN_INLINE void prefetch_share(const T* const* source, int64_t count, int64_
   for (int64_t i = count * step / num_steps; i < count * end / num_steps; ++i) prefetch_row(source[i], head_dim);
 }
 
-// S = Q K^T. A panel of K (8 KiB at head_dim 128, AVX2) stays in L1 while all rows pass by. V of the tile is on its way.
+// S = Q K^T. A panel of K (8 KiB at head_dim 128, AVX2) stays in L1 while all rows pass by. V of the tile is on its
+// way.
 template <typename T>
 void score_tile(const Rows& rows, const PackedTile<T>& tile, const float* k_packed, int64_t head_dim, float* scores) {
   const int64_t num_panels = round_up(tile.num_keys, kTileCols) / kTileCols;
