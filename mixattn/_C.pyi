@@ -24,6 +24,7 @@ class PlanSpec:
         row_granule: int,
         split_tokens: int,
         items_per_worker: int,
+        heads_per_bundle: int,
         max_splits: int,
         fs_per_kiloflop: int,
         fs_per_kilobyte: int,

@@ -44,14 +44,14 @@ def ranges(items: npt.NDArray[np.void]) -> list[tuple[int, int]]:
 def test_plan_long_decode_is_split_over_the_workers() -> None:
     made = plan_slices((1, 16_000))
     assert made.num_merges == SHAPE["num_kv_heads"]
-    assert made.num_items == CPU.num_workers * CPU.items_per_worker
+    assert made.num_items == CPU.num_workers * CPU.items_per_worker * SHAPE["num_kv_heads"]
     assert made.cost.imbalance < 1.05
     assert made.num_partial_rows == made.num_items * GROUP_SIZE
 
 
 def test_plan_short_decodes_are_not_split() -> None:
-    made = plan_slices(*[(1, 200 + i) for i in range(16)])
-    assert made.num_items == 16 * SHAPE["num_kv_heads"]
+    made = plan_slices(*[(1, 200 + i) for i in range(32)])
+    assert made.num_items == 32 * SHAPE["num_kv_heads"]
     assert made.num_merges == made.num_partial_rows == 0
     assert (made.items()["merge_idx"] == -1).all()
 
