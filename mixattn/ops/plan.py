@@ -66,8 +66,8 @@ class Hardware:
         row_granule: a tile computes its rows rounded up to a multiple of this; None: all of its kind's ``block_rows``.
         split_tokens: splits start and end at multiples of this token position.
         items_per_worker: work is split until the dearest item is about 1 / items_per_worker of a worker's share.
-        heads_per_bundle: kv heads whose small items, of the same rows and keys, a worker takes together: where the heads
-            of a key lie side by side in memory, work is balanced by splitting keys rather than heads.
+        heads_per_bundle: kv heads whose small items, of the same rows and keys, a worker takes together: where the
+            heads of a key lie side by side in memory, work is balanced by splitting keys rather than heads.
         max_splits: pieces that the keys of one row tile are split into at most.
     Raises:
         ValueError: naming the field and its bound.
