@@ -23,6 +23,7 @@ class PlanSpec:
         block_rows: Sequence[int],
         row_granule: int,
         split_tokens: int,
+        fixed_split_tokens: int,  # 0: no invariant plan
         items_per_worker: int,
         heads_per_bundle: int,
         max_splits: int,
@@ -60,6 +61,9 @@ def attention(
     seq_lens: int,
     block_table: int,
     plan: int,
+    alibi_slopes: int,  # [num_seqs, num_q_heads] float32; 0: off
+    sinks: int,  # [num_q_heads] float32; 0: off
+    tree_mask: int,  # [total_q] int64; 0: off
     partial_out: int,  # [num_partial_rows, head_dim] float32
     partial_lse: int,  # [num_partial_rows] float32
     tickets: int,  # [num_tickets] int32, zero before the first call and after every call
@@ -80,10 +84,12 @@ def attention(
     v_strides: tuple[int, int, int],  # page, token, head
     lse_stride: int,  # token
     block_table_stride: int,  # sequence
+    alibi_seq_stride: int,  # sequence; 0: one set of slopes for all
     softmax_scale: float,
     causal: bool,
     window_left: int,  # -1: no window
     soft_cap: float,  # 0: off
+    invariant: bool,
     num_threads: int,
     isa: str | None = None,
 ) -> None: ...

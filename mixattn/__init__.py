@@ -14,6 +14,7 @@ _LAZY = {
     "attention": "mixattn.ops.attention",
     "append_kv": "mixattn.ops.kv_cache",
     "merge_states": "mixattn.ops.merge",
+    "tree_mask": "mixattn.ops.tree_mask",
     "plan": "mixattn.ops.plan",
     "WorkPlan": "mixattn.ops.plan",
     "Hardware": "mixattn.ops.plan",
@@ -32,6 +33,7 @@ __all__ = [
     "backends",
     "merge_states",
     "plan",
+    "tree_mask",
 ]
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from mixattn.ops.kv_cache import append_kv
     from mixattn.ops.merge import merge_states
     from mixattn.ops.plan import Hardware, WorkPlan, plan
+    from mixattn.ops.tree_mask import tree_mask
     from mixattn.types import SamplingParams
 
 

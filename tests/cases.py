@@ -7,12 +7,13 @@ pages are handed out in shuffled order, and block-table entries past a sequence'
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mixattn.ops.reference import attention_reference, visible_keys
+from mixattn.ops.tree_mask import tree_mask
 
 UNUSED_BLOCK_ID = 2**31 - 1
 """Fills the block table past a sequence's last page; to read it is an error that shows."""
@@ -34,6 +35,9 @@ class AttentionCase:
     Args:
         num_workers: workers of the plan; None leaves the plan to the machine. Many workers force splits.
         logit_std: standard deviation of the scaled scores; 1 is smooth, 8 is nearly one-hot.
+        alibi: whether there are ALiBi slopes, and whether one set for all sequences or one for each.
+        has_sinks: whether each query head has a sink.
+        tree_mask: the word of every row.
     """
 
     id: str
@@ -49,6 +53,9 @@ class AttentionCase:
     softmax_scale: float | None = None
     num_workers: int | None = None
     logit_std: float = 1.0
+    alibi: Literal["per-head", "per-seq"] | None = None
+    has_sinks: bool = False
+    tree_mask: tuple[int, ...] | None = None
 
     @property
     def total_q(self) -> int:
@@ -86,14 +93,24 @@ class AttentionInputs:
     cu_seqlens_q: Tensor
     seq_lens: Tensor
     block_table: Tensor
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    tree_mask: Tensor | None = None
 
     @property
     def index_tensors(self) -> dict[str, Tensor]:
-        """The keyword arguments of ``attention`` that are tensors."""
+        """The keyword arguments of ``attention`` that are tensors and must be given."""
         return {"cu_seqlens_q": self.cu_seqlens_q, "seq_lens": self.seq_lens, "block_table": self.block_table}
 
+    @property
+    def score_tensors(self) -> dict[str, Tensor]:
+        """The keyword arguments of ``attention`` that are tensors and that this case has."""
+        named = {"alibi_slopes": self.alibi_slopes, "sinks": self.sinks, "tree_mask": self.tree_mask}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
     def to(self, device: torch.device | str) -> AttentionInputs:
-        return AttentionInputs(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        tensors = (getattr(self, name) for name in self.__dataclass_fields__)
+        return AttentionInputs(*(None if tensor is None else tensor.to(device) for tensor in tensors))
 
 
 def make_inputs(case: AttentionCase, dtype: torch.dtype, *, seed: int = 0) -> AttentionInputs:
@@ -108,12 +125,19 @@ def make_inputs(case: AttentionCase, dtype: torch.dtype, *, seed: int = 0) -> At
     num_pages = sum(pages_per_seq) + num_unread_pages
     page_ids = torch.randperm(num_pages, generator=generator, dtype=torch.int32)
     block_table = torch.full((len(case.kv_lens), max([*pages_per_seq, 1]) + 1), UNUSED_BLOCK_ID, dtype=torch.int32)
+    words = None if case.tree_mask is None else torch.tensor(case.tree_mask, dtype=torch.int64)
     cache_shape = (num_pages, case.page_size, case.num_kv_heads, case.head_dim)
     k_cache, v_cache = torch.full(cache_shape, torch.nan), torch.full(cache_shape, torch.nan)
+    row = 0
     for seq_idx, (q_len, kv_len, num_used) in enumerate(zip(case.q_lens, case.kv_lens, pages_per_seq, strict=True)):
         pages, page_ids = page_ids[:num_used], page_ids[num_used:]
         block_table[seq_idx, :num_used] = pages
-        is_seen = visible_keys(q_len, kv_len, causal=case.causal, window_left=case.window_left).any(dim=0)
+        slice_words = None if words is None else words[row : row + q_len]
+        mask = visible_keys(
+            q_len, kv_len, causal=case.causal, window_left=case.window_left, tree_mask=slice_words
+        )  # fmt: skip
+        is_seen = mask.any(dim=0)
+        row += q_len
         for cache in (k_cache, v_cache):
             rows = normal(num_used * case.page_size, case.num_kv_heads, case.head_dim)
             rows[kv_len:] = torch.nan
@@ -129,7 +153,20 @@ def make_inputs(case: AttentionCase, dtype: torch.dtype, *, seed: int = 0) -> At
         cu_seqlens_q=cu_seqlens_q,
         seq_lens=torch.tensor(case.kv_lens, dtype=torch.int32),
         block_table=block_table,
+        alibi_slopes=_alibi_slopes(case),
+        sinks=normal(case.num_q_heads) if case.has_sinks else None,
+        tree_mask=words,
     )
+
+
+def _alibi_slopes(case: AttentionCase) -> Tensor | None:
+    """The slopes of ALiBi's authors, 2^(-8 h / num_q_heads) for head h from 1; each sequence's half the last one's."""
+    if case.alibi is None:
+        return None
+    slopes = 2.0 ** (-8.0 * torch.arange(1, case.num_q_heads + 1) / case.num_q_heads)
+    if case.alibi == "per-head":
+        return slopes
+    return 0.5 ** torch.arange(len(case.kv_lens))[:, None] * slopes
 
 
 def assert_attention_close(case: AttentionCase, inputs: AttentionInputs, out: Tensor, lse: Tensor | None) -> None:
@@ -138,7 +175,7 @@ def assert_attention_close(case: AttentionCase, inputs: AttentionInputs, out: Te
     A row is one query token of one head; its error is the largest over head_dim, against float64.
     """
     arguments = (inputs.q, inputs.k_cache, inputs.v_cache)
-    options = {**inputs.index_tensors, **case.options}
+    options = {**inputs.index_tensors, **inputs.score_tensors, **case.options}
     true_out, true_lse = attention_reference(*arguments, **options, compute_dtype=torch.float64)
     eager_out, _ = attention_reference(*arguments, **options, compute_dtype=out.dtype)
     largest_v = inputs.v_cache.nan_to_num().abs().max().double() if inputs.v_cache.numel() else torch.tensor(0.0)
@@ -149,8 +186,9 @@ def assert_attention_close(case: AttentionCase, inputs: AttentionInputs, out: Te
         f"{case.id} {out.dtype}: {int((~(error <= allowed)).sum())} of {error.numel()} rows off, the worst "
         f"{float((error / allowed).nan_to_num(torch.inf).max()):.3g} times what is allowed"
     )
+    # A row without keys may yet have a sink, and then a finite lse.
+    assert bool((out[(true_out == 0).all(dim=-1)] == 0).all()), f"{case.id}: a row without keys is not 0"
     is_empty = true_lse == -torch.inf
-    assert bool((out[is_empty] == 0).all()), f"{case.id}: a row without keys is not 0"
     if lse is None:
         return
     assert lse.dtype == torch.float32
@@ -214,4 +252,67 @@ CASES = [
     AttentionCase("non-causal-window", (1, 20), (50, 60), causal=False, window_left=10),
     AttentionCase("scale-and-peaked-scores", (1, 40), (300, 90), softmax_scale=0.3, logit_std=8.0),
 ]
-assert len({case.id for case in CASES}) == len(CASES)
+
+
+def causal_words(num_rows: int) -> tuple[int, ...]:
+    """The tree_mask words of rows that see all before them."""
+    return (-1,) * num_rows
+
+
+def tree_words(*parents: int | None) -> tuple[int, ...]:
+    """The tree_mask words of one slice."""
+    return tuple(tree_mask(parents).tolist())
+
+
+# Two branches of two, a root's lonely child, and a second root.
+SMALL_TREE = tree_words(None, 0, 0, 1, 2, 0, None)
+# 64 rows, the most: a binary tree. Row 63 sees row 0, with the word's last bit.
+BINARY_TREE = tree_words(None, *((row - 1) // 2 for row in range(1, 64)))
+# Every third row hides its own key, so that nobody sees it, and the rows between see the context and themselves.
+HIDDEN_KEYS = tuple(0 if row % 3 == 0 else 1 for row in range(20))
+
+SCORE_CASES = [
+    # ALiBi.
+    AttentionCase("alibi-q1-gqa8", (1, 1), (300, 17), num_q_heads=8, num_kv_heads=1, alibi="per-head"),
+    AttentionCase("alibi-mha-page7", (1, 5, 40), (33, 90, 70), num_q_heads=2, page_size=7, alibi="per-head"),
+    AttentionCase("alibi-per-seq-chunk-beside-decodes", (1, 70, 1), (129, 150, 40), alibi="per-seq", num_q_heads=6),
+    AttentionCase("alibi-non-causal", (1, 20, 30), (50, 60, 7), causal=False, alibi="per-head"),
+    AttentionCase(
+        "alibi-soft-cap-window-splits", (1, 30), (400, 300), soft_cap=2.0, window_left=150, num_workers=64,
+        alibi="per-seq",
+    ),
+    # Sinks.
+    AttentionCase("sinks-q1-gqa3", (1, 1), (300, 17), num_q_heads=6, has_sinks=True),
+    AttentionCase("sinks-chunk-beside-decodes", (1, 70, 1, 3), (129, 150, 40, 1), page_size=1, has_sinks=True),
+    AttentionCase("sinks-rows-without-keys", (3, 20, 40, 1), (0, 6, 25, 500), num_workers=64, has_sinks=True),
+    AttentionCase("sinks-soft-cap-window-splits", (1, 30), (400, 300), soft_cap=2.0, window_left=150, num_workers=64,
+                  has_sinks=True),
+    # Trees.
+    AttentionCase("tree-gqa1", (7,), (40,), num_q_heads=2, tree_mask=SMALL_TREE),
+    AttentionCase("tree-gqa3-page1", (7, 7), (7, 130), num_q_heads=6, page_size=1, tree_mask=SMALL_TREE * 2),
+    AttentionCase("tree-gqa8-page7-head-dim-128", (7,), (201,), num_q_heads=8, num_kv_heads=1, head_dim=128,
+                  page_size=7, tree_mask=SMALL_TREE),
+    AttentionCase("tree-of-64-rows", (64, 64), (64, 150), tree_mask=BINARY_TREE * 2),
+    AttentionCase("tree-beside-chunk-and-decodes", (1, 7, 90, 1), (60, 30, 150, 1), num_q_heads=8,
+                  tree_mask=(*causal_words(1), *SMALL_TREE, *causal_words(91))),
+    AttentionCase("tree-window", (7, 64), (100, 90), window_left=20, tree_mask=(*SMALL_TREE, *BINARY_TREE)),
+    AttentionCase("tree-splits", (7, 64), (500, 120), num_workers=64, tree_mask=(*SMALL_TREE, *BINARY_TREE)),
+    # A chunk longer than a word: keys 64 and more before a row are seen whatever its word.
+    AttentionCase("tree-words-0-in-long-chunk", (150, 100), (150, 180), num_q_heads=2, tree_mask=(0,) * 250),
+    AttentionCase("tree-keys-that-no-row-sees", (20, 20), (20, 90), tree_mask=HIDDEN_KEYS * 2),
+    AttentionCase("tree-rows-that-see-nothing", (5, 40, 3), (5, 40, 33), tree_mask=(0,) * 48),
+    AttentionCase("tree-q20-kv6-longer-than-keys", (20,), (6,), tree_mask=HIDDEN_KEYS),
+    # All together.
+    AttentionCase("scores-q1-head-dim-256", (1, 1), (130, 20), head_dim=256, alibi="per-head", has_sinks=True),
+    AttentionCase(
+        "scores-tree-beside-chunk-and-decodes", (1, 7, 70, 0, 1), (60, 30, 150, 9, 1), num_q_heads=6, head_dim=128,
+        window_left=40, soft_cap=5.0, logit_std=4.0, alibi="per-seq", has_sinks=True,
+        tree_mask=(*causal_words(1), *SMALL_TREE, *causal_words(71)),
+    ),
+    AttentionCase(
+        "scores-splits", (1, 64, 30, 20), (700, 400, 90, 12), num_q_heads=8, page_size=7, num_workers=64,
+        alibi="per-head", has_sinks=True, tree_mask=(-1, *BINARY_TREE, *causal_words(30), *HIDDEN_KEYS),
+    ),
+]  # fmt: skip
+"""ALiBi, sinks and tree masks: the cases of the backends that have them (``attention_call.BACKENDS_WITH``)."""
+assert len({case.id for case in CASES + SCORE_CASES}) == len(CASES + SCORE_CASES)

@@ -40,12 +40,14 @@ const IsaKernels& kernels_for(const std::optional<std::string>& isa) {
 
 void attention(const std::string& dtype, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr_t out,
                uintptr_t lse, uintptr_t cu_seqlens_q, uintptr_t seq_lens, uintptr_t block_table, uintptr_t plan,
-               uintptr_t partial_out, uintptr_t partial_lse, uintptr_t tickets, int64_t total_q, int64_t num_seqs,
-               int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_pages, int64_t page_size,
-               int64_t max_pages, int64_t plan_words, int64_t num_partial_rows, int64_t num_tickets, Strides2 q_strides,
+               uintptr_t alibi_slopes, uintptr_t sinks, uintptr_t tree_mask, uintptr_t partial_out,
+               uintptr_t partial_lse, uintptr_t tickets, int64_t total_q, int64_t num_seqs, int64_t num_q_heads,
+               int64_t num_kv_heads, int64_t head_dim, int64_t num_pages, int64_t page_size, int64_t max_pages,
+               int64_t plan_words, int64_t num_partial_rows, int64_t num_tickets, Strides2 q_strides,
                Strides2 out_strides, Strides3 k_strides, Strides3 v_strides, int64_t lse_stride,
-               int64_t block_table_stride, double softmax_scale, bool causal, int64_t window_left, double soft_cap,
-               int64_t num_threads, const std::optional<std::string>& isa) {
+               int64_t block_table_stride, int64_t alibi_seq_stride, double softmax_scale, bool causal,
+               int64_t window_left, double soft_cap, bool invariant, int64_t num_threads,
+               const std::optional<std::string>& isa) {
   mixattn::AttentionParams p;
   p.dtype = dtype_named(dtype);
   p.q = at<const void>(q);
@@ -57,6 +59,9 @@ void attention(const std::string& dtype, uintptr_t q, uintptr_t k_cache, uintptr
   p.seq_lens = at<const int32_t>(seq_lens);
   p.block_table = at<const int32_t>(block_table);
   p.plan = at<const int32_t>(plan);
+  p.alibi_slopes = at<const float>(alibi_slopes);
+  p.sinks = at<const float>(sinks);
+  p.tree_mask = at<const int64_t>(tree_mask);
   p.partial_out = at<float>(partial_out);
   p.partial_lse = at<float>(partial_lse);
   p.tickets = at<int32_t>(tickets);
@@ -83,10 +88,12 @@ void attention(const std::string& dtype, uintptr_t q, uintptr_t k_cache, uintptr
   p.v_head_stride = v_strides[2];
   p.lse_token_stride = lse_stride;
   p.block_table_stride = block_table_stride;
+  p.alibi_seq_stride = alibi_seq_stride;
   p.softmax_scale = static_cast<float>(softmax_scale);
   p.soft_cap = static_cast<float>(soft_cap);
   p.window_left = window_left;
   p.causal = causal;
+  p.invariant = invariant;
   const IsaKernels& kernels = kernels_for(isa);
   const py::gil_scoped_release unlocked;
   mixattn::cpu::mixed_attention(kernels, p, num_threads);
@@ -201,12 +208,13 @@ py::dict measure_roofs(int64_t num_threads, const std::optional<std::string>& is
 void bind_cpu(py::module_& m) {
   using py::arg;
   m.def("attention", &attention, py::kw_only(), arg("dtype"), arg("q"), arg("k_cache"), arg("v_cache"), arg("out"),
-        arg("lse"), arg("cu_seqlens_q"), arg("seq_lens"), arg("block_table"), arg("plan"), arg("partial_out"),
-        arg("partial_lse"), arg("tickets"), arg("total_q"), arg("num_seqs"), arg("num_q_heads"), arg("num_kv_heads"),
-        arg("head_dim"), arg("num_pages"), arg("page_size"), arg("max_pages"), arg("plan_words"),
-        arg("num_partial_rows"), arg("num_tickets"), arg("q_strides"), arg("out_strides"), arg("k_strides"),
-        arg("v_strides"), arg("lse_stride"), arg("block_table_stride"), arg("softmax_scale"), arg("causal"),
-        arg("window_left"), arg("soft_cap"), arg("num_threads"), arg("isa") = py::none(),
+        arg("lse"), arg("cu_seqlens_q"), arg("seq_lens"), arg("block_table"), arg("plan"), arg("alibi_slopes"),
+        arg("sinks"), arg("tree_mask"), arg("partial_out"), arg("partial_lse"), arg("tickets"), arg("total_q"),
+        arg("num_seqs"), arg("num_q_heads"), arg("num_kv_heads"), arg("head_dim"), arg("num_pages"), arg("page_size"),
+        arg("max_pages"), arg("plan_words"), arg("num_partial_rows"), arg("num_tickets"), arg("q_strides"),
+        arg("out_strides"), arg("k_strides"), arg("v_strides"), arg("lse_stride"), arg("block_table_stride"),
+        arg("alibi_seq_stride"), arg("softmax_scale"), arg("causal"), arg("window_left"), arg("soft_cap"),
+        arg("invariant"), arg("num_threads"), arg("isa") = py::none(),
         "Paged attention of a batch by its plan (params.h). ValueError before anything is written.");
   m.def("append_kv", &append_kv, py::kw_only(), arg("dtype"), arg("k"), arg("v"), arg("k_cache"), arg("v_cache"),
         arg("slot_mapping"), arg("q"), arg("q_out"), arg("positions"), arg("rope_cos_sin"), arg("num_tokens"),

@@ -25,6 +25,9 @@ struct AttentionParams {
   const int32_t* seq_lens;      // [num_seqs]
   const int32_t* block_table;   // [num_seqs, max_pages]
   const int32_t* plan;          // [plan_words], work_item.h
+  const float* alibi_slopes;    // [num_seqs, num_q_heads]; nullptr: off
+  const float* sinks;           // [num_q_heads], natural log; nullptr: off
+  const int64_t* tree_mask;     // [total_q] words; bit d: whether the row sees the key d before it; nullptr: off
   float* partial_out;           // [num_partial_rows, head_dim], each row normalised by its own sum
   float* partial_lse;           // [num_partial_rows], natural log
   int32_t* tickets;             // [num_tickets], all zero between calls
@@ -35,11 +38,13 @@ struct AttentionParams {
   int64_t k_page_stride, k_token_stride, k_head_stride;
   int64_t v_page_stride, v_token_stride, v_head_stride;
   int64_t lse_token_stride, block_table_stride;
+  int64_t alibi_seq_stride;  // 0: one set of slopes for all sequences
 
   float softmax_scale;
   float soft_cap;       // 0: off
   int64_t window_left;  // -1: no window
   bool causal;
+  bool invariant;  // a row's bits depend on its own q and keys alone; the plan is an invariant one
 
   int64_t group_size() const { return num_q_heads / num_kv_heads; }
 };

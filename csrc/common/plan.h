@@ -6,6 +6,8 @@
 //         target = total cost / (num_workers * items_per_worker), and of that 1 / heads_per_bundle for tiles of the
 //         small kind, whose kv heads a worker takes together; a tile dearer than that is split along its keys into
 //         ceil(cost / target) pieces of equally many granules of split_tokens, at fixed token positions.
+//         An invariant plan (fixed_split_tokens > 0) splits every tile into granules of fixed_split_tokens instead: the
+//         keys that are summed up together are then the same for a row whatever its batch, its chunk and the workers.
 // Method  Generation order is (slice, row tile, split, kv head): the kv heads of one KV range, which share its pages,
 //         stay neighbours. Items are sorted by cost, dearest first, ties in generation order (longest processing time
 //         first). All kv heads of a piece cost the same, so pieces are sorted and heads written out in the end.
@@ -47,7 +49,8 @@ MIXATTN_HD inline int64_t balance_slots(const PlanSpec& spec) {
 //   items  = sum(n_i) <= tiles + slots - 1
 //   merges = number of n_i >= 2, each with n_i - 1 >= 1, so merges <= slots - 1
 //   partial rows = sum over n_i >= 2 of n_i * rows_i <= sum of 2 (n_i - 1) * b <= 2 b (slots - 1)
-// Merges and partial rows do not depend on the batch: their buffers can be made once.
+// Merges and partial rows do not depend on the batch: their buffers can be made once. An invariant plan has none of
+// these bounds: every tile has as many pieces as its keys have granules.
 MIXATTN_HD inline int64_t max_items(const PlanSpec& spec, int64_t total_q, int64_t num_seqs) {
   const int64_t group_size = spec.num_q_heads / spec.num_kv_heads;
   const int64_t tiles = spec.num_kv_heads * (num_seqs + total_q * group_size / spec.block_rows[kTileLarge]);
@@ -219,17 +222,20 @@ MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlen
     const KeyShare share = key_share(spec, q_len, seq_lens[s], tiles);
     for (int32_t t = 0; t < tiles; ++t) {
       const RowTile tile = row_tile(spec, q_len, seq_lens[s], t);
-      const int32_t granule = spec.split_tokens;
+      const bool is_fixed = spec.fixed_split_tokens > 0;
+      const int32_t granule = is_fixed ? spec.fixed_split_tokens : spec.split_tokens;
       const int64_t first_granule = tile.kv_begin / granule;
       const int64_t end_granule = tile.kv_end > 0 ? (tile.kv_end - 1) / granule + 1 : 0;
       const int64_t num_granules = end_granule - first_granule;
-      const int64_t most_splits = clamp(num_granules, 1, spec.max_splits);
-      const int64_t wanted =
-          ceil_div(tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share), target_fs(spec, cost, tile.kind));
+      const int64_t most_splits = clamp(num_granules, 1, is_fixed ? INT32_MAX : spec.max_splits);
+      const int64_t wanted = is_fixed ? most_splits
+                                      : ceil_div(tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share),
+                                                 target_fs(spec, cost, tile.kind));
       const int32_t splits = static_cast<int32_t>(clamp(wanted, 1, most_splits));
       const bool is_split = splits > 1;
       if (num_pieces + splits > capacity_pieces) return kPlanNoRoom;
       if (is_split && num_merges + heads > capacity_merges) return kPlanNoRoom;
+      if (is_split && num_partial_rows + heads * splits * tile.num_rows > INT32_MAX) return kPlanNoRoom;
       for (int32_t i = 0; i < splits; ++i) {
         // Granule edges are token positions of the sequence: where a piece ends does not depend on the chunking.
         const int64_t edge_begin = (first_granule + num_granules * i / splits) * granule;
@@ -283,7 +289,7 @@ MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlen
       spec.causal,
       spec.window_left,
       spec.num_workers,
-      0,
+      spec.fixed_split_tokens,
       0,
   };
   return kPlanOk;

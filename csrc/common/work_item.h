@@ -37,8 +37,8 @@ struct PlanHeader {
   int32_t causal;       // 0 or 1
   int32_t window_left;  // -1: no window
   int32_t num_workers;
-  int32_t reserved0;
-  int32_t reserved1;
+  int32_t fixed_split_tokens;  // > 0: an invariant plan (plan.h); 0: split where that balances the workers
+  int32_t reserved;
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderWords * sizeof(int32_t), "header is 16 words");
 

@@ -10,8 +10,11 @@ namespace mixattn {
 namespace cpu {
 
 // Items of at most this many rows (a decode's, a speculative verification's) are read straight from their pages: up to
-// here packing a tile of K and V costs more than the matrix product gains (README.md).
+// here packing a tile of K and V costs more than the matrix product gains (README.md). But not if the call is
+// invariant.
 constexpr int kDirectRows = 16;
+// The splits of an invariant plan start at multiples of this, the keys of the longest tile.
+constexpr int kInvariantMultiple = 128;
 // Such items that differ in their kv head only can be worked on side by side, up to this many.
 constexpr int kMaxBundle = 32;
 
@@ -23,8 +26,8 @@ struct IsaKernels {
   int64_t (*attend_scratch_bytes)(int64_t max_rows, int64_t head_dim);
 
   // A bundle of work items: writes their rows of out and lse, or their partial rows. A bundle is one item, or up to
-  // kMaxBundle items of at most kDirectRows rows that differ in kv_head (each one more than the last), merge_idx and
-  // partial_row only.
+  // kMaxBundle items of at most kDirectRows rows, of a call that is not invariant, that differ in kv_head (each one
+  // more than the last), merge_idx and partial_row only.
   void (*attend)(const AttentionParams& p, const WorkItem* items, int64_t num_items, void* scratch);
 
   // Merges the splits of one group, in their order, into out and lse. Overwrites the group's partial_lse.

@@ -1,5 +1,6 @@
 // merge-inl.h: attention over a union of disjoint key sets, from the result over each, for one ISA.
 // Math    lse = log sum_i exp(lse_i); out = sum_i exp(lse_i - lse) out_i; 0 and -inf where every lse_i is -inf
+//         The sink of a split row is one more state, of out 0: here it enters, exactly once, and in no split.
 // Method  states in ascending order, float32, relative to the largest lse_i; a state with lse_i -inf is not read
 // Shapes  merge_splits: partial_out [rows, head_dim] float32 to out's dtype; merge_states: as MergeStatesParams
 // Memory  reads every state once, writes once
@@ -16,18 +17,19 @@ namespace mixattn {
 namespace cpu {
 namespace {
 
-// One row: out[0, head_dim) and the returned lse from num_states rows outs + i * out_stride with lses[i * lse_stride].
+// One row: out[0, head_dim) and the returned lse from num_states rows outs + i * out_stride with lses[i * lse_stride],
+// and a state of out 0 with lse `sink` (-inf: none).
 template <typename Source, typename Target>
 MIXATTN_INLINE float merge_row(const Source* outs, int64_t out_stride, const float* lses, int64_t lse_stride,
-                               int64_t num_states, int64_t head_dim, Target* out) {
-  float largest = -INFINITY;
+                               int64_t num_states, float sink, int64_t head_dim, Target* out) {
+  float largest = sink;
   for (int64_t i = 0; i < num_states; ++i) {
     const float lse = lses[i * lse_stride];
     largest = lse > largest || lse != lse ? lse : largest;  // a NaN stays: it must come out
   }
   float sum[kMaxHeadDim];
   for (int64_t d = 0; d < head_dim; ++d) sum[d] = 0.0f;
-  float total = 0.0f;
+  float total = sink == -INFINITY ? 0.0f : __builtin_expf(sink - largest);
   for (int64_t i = 0; i < num_states; ++i) {
     const float lse = lses[i * lse_stride];
     if (lse == -INFINITY) continue;
@@ -56,8 +58,9 @@ void merge_splits_typed(const AttentionParams& p, const Merge& merge) {
     const int64_t head = merge.kv_head * group_size + packed_row % group_size;
     const int64_t first = merge.partial_row + r;
     T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
-    const float lse = merge_row(p.partial_out + first * p.head_dim, merge.num_rows * p.head_dim, p.partial_lse + first,
-                                merge.num_rows, merge.num_splits, p.head_dim, out);
+    const float lse =
+        merge_row(p.partial_out + first * p.head_dim, merge.num_rows * p.head_dim, p.partial_lse + first,
+                  merge.num_rows, merge.num_splits, p.sinks == nullptr ? -INFINITY : p.sinks[head], p.head_dim, out);
     if (p.lse != nullptr) p.lse[token * p.lse_token_stride + head] = lse;
   }
 }
@@ -79,8 +82,9 @@ void merge_states_typed(const MergeStatesParams& p, int64_t begin, int64_t end) 
     for (int64_t head = 0; head < p.num_heads; ++head) {
       const T* outs = static_cast<const T*>(p.outs) + token * p.outs_token_stride + head * p.outs_head_stride;
       const int64_t row = token * p.num_heads + head;
-      p.lse[row] = merge_row(outs, p.outs_state_stride, p.lses + token * p.lses_token_stride + head,
-                             p.lses_state_stride, p.num_states, p.head_dim, static_cast<T*>(p.out) + row * p.head_dim);
+      p.lse[row] =
+          merge_row(outs, p.outs_state_stride, p.lses + token * p.lses_token_stride + head, p.lses_state_stride,
+                    p.num_states, -INFINITY, p.head_dim, static_cast<T*>(p.out) + row * p.head_dim);
     }
   }
 }

@@ -1,16 +1,23 @@
 // mixed_attention-inl.h: one work item of paged attention, prefill rows or decode rows, for one ISA.
 // Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys row i may see; with soft_cap c the scores s
-//         become c tanh(s / c) first
+//         become c tanh(s / c), then lose ALiBi's slope |position of row - of key|; a sink is one more score, without a
+//         v
 // Method  Online softmax over tiles of keys, in base 2, all arithmetic in float32.
 //         Few rows (a decode's query heads of one kv head): direct. One pass over K and V where they lie in their
 //         pages; every vector of them that is loaded serves several rows. Bound by memory; the next rows are
 //         prefetched. Many rows (a prefill chunk): packed. A tile of K is transposed and one of V copied, both as
 //         float32, into scratch that stays in L2; S = Q K^T and O += P V are register-tiled matrix products. Bound by
 //         FMA.
+//         A key that a tree mask hides has score -inf; one hidden from all rows of an item is not read at all, because
+//         0 * NaN would be NaN. A sink enters once, where its row's sum is complete, as one more state that is merged
+//         (merge-inl.h): in the item that has all the row's keys, or with the row's splits.
+//         Invariant: every row is packed. Tiles start at multiples of key_tile counted from the sequence's first token,
+//         and splits (plan.h) at multiples of tiles, so that what one softmax step or one merge takes in is fixed by
+//         the row's position; what other rows see and it does not adds zeros.
 // Grid    one item per call; cpu/mixed_attention.cpp draws items for its threads and has splits merged
 // Shapes  as AttentionParams; q, k_cache, v_cache, out float32, bfloat16 or float16
-// Memory  reads 2 keys head_dim elements once per item. Scratch in bytes, packed: 4 (rows (2 head_dim + key_tile) +
-//         2 key_tile head_dim), that is 320 KiB at 128 rows and head_dim 128
+// Memory  reads 2 keys head_dim elements once per item. Scratch in bytes, packed: 4 (rows (2 head_dim + key_tile + 8) +
+//         key_tile head_dim), that is 260 KiB at 128 rows and head_dim 128
 // Limits  head_dim a multiple of 8, at most 256; any group_size, page_size and strides
 // Twins   triton_kernels/mixed_attention.py; truth ops/reference.py
 // Source  online softmax, arXiv:1805.02867; tiling, arXiv:2205.14135; register tiles, doi 10.1145/1356052.1356053
@@ -19,6 +26,7 @@
 #include <math.h>
 
 #include "cpu/kernels.h"
+#include "cpu/merge-inl.h"
 #include "cpu/vec.h"
 
 namespace mixattn {
@@ -30,8 +38,11 @@ constexpr int kTileCols = kTileVecs * kLanes;  // of a register tile, whose rows
 constexpr int kDirectKeys = 64;                // keys of a direct tile: enough that softmax's fixed part is small
 // Keys per pass over O, direct; not many, because an 8-way L1 can hold only 8 rows that lie 4 KiB apart.
 constexpr int kBlockKeys = kLanes > 8 ? kLanes : 8;
-constexpr int kPackedKeys = 128;  // keys of a packed tile, see key_tile
-constexpr int kLineFloats = 16;   // arrays in scratch start at cache lines
+constexpr int kPackedKeys = 128;   // keys of a packed tile, see key_tile
+constexpr int kLineFloats = 16;    // arrays in scratch start at cache lines
+constexpr int kTreeMaskBits = 64;  // of a tree_mask word
+
+static_assert(kInvariantMultiple % kPackedKeys == 0, "no tile passes the end of an invariant plan's split");
 
 // Keys of a packed tile: with 128 rows of head_dim 128 (256), Q, O, S, K and V come to 320 (416) KiB and stay in 512
 // KiB of L2, the least among server cores since 2017. O is loaded and stored once per tile: 3 % of the work at 128
@@ -62,10 +73,16 @@ struct Rows {
   float* l;        // (num_rows) sum of 2^(score - m)
   int32_t* lo;     // (num_rows) row r sees the keys [lo[r], hi[r]); neither ever falls as r rises
   int32_t* hi;
+  int32_t* position;  // (num_rows) of the row's token in its sequence
+  float* alibi;       // (num_rows) added per position between row and key, base 2; unset without alibi_slopes
+  uint64_t* hidden;   // (num_rows) bit d: of [lo, hi), the key d before position is not seen; unset without tree_mask
+  int64_t hidden_begin;  // the first key that is hidden from some row; INT64_MAX: none is
+  int64_t seen_key;      // some key of the item that is not hidden from every row; set if hidden_begin is
+  int64_t kv_end;        // the item's, or its kv_begin if every key is hidden from every row
 };
 
 MIXATTN_INLINE int64_t rows_floats(int64_t num_rows, int64_t head_dim) {
-  return round_up(num_rows, kLineFloats) * (2 * round_up(head_dim, kLanes) + 4);
+  return round_up(num_rows, kLineFloats) * (2 * round_up(head_dim, kLanes) + 8);
 }
 
 MIXATTN_INLINE Rows carve_rows(int64_t num_rows, int64_t head_dim, float* scratch) {
@@ -79,6 +96,9 @@ MIXATTN_INLINE Rows carve_rows(int64_t num_rows, int64_t head_dim, float* scratc
   rows.l = rows.m + padded;
   rows.lo = reinterpret_cast<int32_t*>(rows.l + padded);
   rows.hi = rows.lo + padded;
+  rows.position = rows.hi + padded;
+  rows.alibi = reinterpret_cast<float*>(rows.position + padded);
+  rows.hidden = reinterpret_cast<uint64_t*>(rows.alibi + padded);
   return rows;
 }
 
@@ -91,6 +111,39 @@ struct TokenHead {
 MIXATTN_INLINE TokenHead token_head(const AttentionParams& p, int64_t seq_idx, int64_t kv_head, int64_t packed_row) {
   const int64_t group_size = p.num_q_heads / p.num_kv_heads;
   return {p.cu_seqlens_q[seq_idx] + packed_row / group_size, kv_head * group_size + packed_row % group_size};
+}
+
+// Whether row r of an item sees this key of it.
+MIXATTN_INLINE bool is_seen(const Rows& rows, int64_t r, int64_t key) {
+  if (key < rows.lo[r] || key >= rows.hi[r]) return false;
+  const int64_t distance = rows.position[r] - key;
+  return distance >= kTreeMaskBits || (rows.hidden[r] >> distance & 1) == 0;
+}
+
+MIXATTN_INLINE bool is_seen_by_any(const Rows& rows, int64_t key) {
+  for (int64_t r = 0; r < rows.num_rows; ++r) {
+    if (is_seen(rows, r, key)) return true;
+  }
+  return false;
+}
+
+// Fills what the tree mask says of the rows, whose positions and visible keys are known.
+void start_tree(const AttentionParams& p, const WorkItem& item, int64_t slice_begin, Rows* rows) {
+  for (int64_t r = 0; r < rows->num_rows; ++r) {
+    const int64_t token = token_head(p, item.seq_idx, item.kv_head, item.row_begin + r).token;
+    // The keys that a bit is for: the slice's own, up to the row's.
+    const int64_t num_bits = clamp(rows->position[r] + 1 - clamp(slice_begin, 0, INT32_MAX), 0, kTreeMaskBits);
+    const uint64_t bits = num_bits == 0 ? 0 : ~uint64_t{0} >> (kTreeMaskBits - num_bits);
+    const uint64_t hidden = ~static_cast<uint64_t>(p.tree_mask[token]) & bits;
+    rows->hidden[r] = hidden;
+    if (hidden == 0) continue;
+    const int64_t first = rows->position[r] - (kTreeMaskBits - 1 - __builtin_clzll(hidden));
+    if (first < rows->hidden_begin) rows->hidden_begin = first;
+  }
+  if (rows->hidden_begin >= item.kv_end) return;
+  rows->seen_key = item.kv_begin;
+  while (rows->seen_key < item.kv_end && !is_seen_by_any(*rows, rows->seen_key)) ++rows->seen_key;
+  if (rows->seen_key == item.kv_end) rows->kv_end = item.kv_begin;
 }
 
 // Fills the rows' q and visible keys and clears the rest; the rows from num_rows to padded_rows get q 0. kIsPaired: q
@@ -121,7 +174,18 @@ void start_rows(const AttentionParams& p, const WorkItem& item, int64_t padded_r
     const int64_t lo = p.window_left < 0 ? item.kv_begin : clamp(position - p.window_left, item.kv_begin, hi);
     rows->lo[r] = static_cast<int32_t>(lo);
     rows->hi[r] = static_cast<int32_t>(hi);
+    rows->position[r] = static_cast<int32_t>(position);
+    if (p.alibi_slopes != nullptr) {
+      rows->alibi[r] = -kLog2E * p.alibi_slopes[item.seq_idx * p.alibi_seq_stride + at.head];
+    }
   }
+  for (int64_t r = rows->num_rows; r < padded_rows; ++r) {
+    rows->position[r] = 0;
+    rows->alibi[r] = 0.0f;
+  }
+  rows->hidden_begin = INT64_MAX;
+  rows->kv_end = item.kv_end;
+  if (p.tree_mask != nullptr) start_tree(p, item, first_position, rows);
   for (int64_t r = 0; r < padded_rows; ++r) {
     rows->m[r] = -INFINITY;
     rows->l[r] = 0.0f;
@@ -144,30 +208,34 @@ MIXATTN_INLINE void store_scaled(T* target, const float* source, float factor, i
 template <typename T>
 void finish_rows(const AttentionParams& p, const WorkItem& item, const Rows& rows) {
   for (int64_t r = 0; r < rows.num_rows; ++r) {
+    const TokenHead at = token_head(p, item.seq_idx, item.kv_head, item.row_begin + r);
     // l is 0 for a row without keys (out 0, lse -inf), and NaN where q, k or v is: that must come out.
     const float l = rows.l[r];
     const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
-    const float lse = l == 0.0f ? -INFINITY : (rows.m[r] + __builtin_log2f(l)) * kLn2;
-    const float* o = rows.o + r * rows.stride;
+    float lse = l == 0.0f ? -INFINITY : (rows.m[r] + __builtin_log2f(l)) * kLn2;
+    float* o = rows.o + r * rows.stride;
     if (item.merge_idx >= 0) {
       store_scaled(p.partial_out + (item.partial_row + r) * p.head_dim, o, inverse, p.head_dim);
       p.partial_lse[item.partial_row + r] = lse;
       continue;
     }
-    const TokenHead at = token_head(p, item.seq_idx, item.kv_head, item.row_begin + r);
     T* out = static_cast<T*>(p.out) + at.token * p.out_token_stride + at.head * p.out_head_stride;
-    store_scaled(out, o, inverse, p.head_dim);
+    if (p.sinks != nullptr) {  // by the formula of a split row's: the bits do not tell whether a row was split
+      store_scaled(o, o, inverse, p.head_dim);
+      lse = merge_row(o, 0, &lse, 0, 1, p.sinks[at.head], p.head_dim, out);
+    } else {
+      store_scaled(out, o, inverse, p.head_dim);
+    }
     if (p.lse != nullptr) p.lse[at.token * p.lse_token_stride + at.head] = lse;
   }
 }
 
 // ---- an item's keys -------------------------------------------------------------------------------------------------
 
-// Where the K and V rows of the keys [first, first + num_keys) lie. Up to the next multiple of `multiple` the last row
-// is repeated: it is there and may be read; its scores are masked.
+// Where the K and V rows of the keys [first, first + num_keys) lie.
 template <typename T>
-void locate_keys(const AttentionParams& p, const WorkItem& item, int64_t first, int64_t num_keys, int64_t multiple,
-                 const T** k, const T** v) {
+void locate_keys(const AttentionParams& p, const WorkItem& item, int64_t first, int64_t num_keys, const T** k,
+                 const T** v) {
   const int32_t* pages = p.block_table + item.seq_idx * p.block_table_stride + first / p.page_size;
   int64_t slot = first % p.page_size;
   for (int64_t i = 0; i < num_keys; ++pages, slot = 0) {
@@ -180,6 +248,24 @@ void locate_keys(const AttentionParams& p, const WorkItem& item, int64_t first, 
       k[i] = k_row;
       v[i] = v_row;
     }
+  }
+}
+
+// As locate_keys, but read is only what is there and what some row of the item sees; other keys, which may hold NaN or
+// lie nowhere, get the rows of one that is, and their scores are masked: keys before the item's first one, hidden ones,
+// and those up to the next multiple of `multiple`.
+template <typename T>
+void locate_tile(const AttentionParams& p, const WorkItem& item, const Rows& rows, int64_t first, int64_t num_keys,
+                 int64_t multiple, const T** k, const T** v) {
+  const int64_t num_before = clamp(item.kv_begin - first, 0, num_keys);
+  const int64_t begin = first + num_before;
+  locate_keys(p, item, begin, num_keys - num_before, k + num_before, v + num_before);
+  for (int64_t key = rows.hidden_begin > begin ? rows.hidden_begin : begin; key < first + num_keys; ++key) {
+    if (!is_seen_by_any(rows, key)) locate_keys(p, item, rows.seen_key, 1, k + (key - first), v + (key - first));
+  }
+  for (int64_t i = 0; i < num_before; ++i) {
+    k[i] = k[num_before];
+    v[i] = v[num_before];
   }
   for (int64_t i = num_keys; i < round_up(num_keys, multiple); ++i) {
     k[i] = k[num_keys - 1];
@@ -199,6 +285,30 @@ MIXATTN_INLINE void prefetch_row(const T* row, int64_t head_dim) {
 MIXATTN_INLINE void mask_scores(float* scores, int64_t stride, int64_t num_keys, int64_t lo, int64_t hi) {
   for (int64_t k = 0; k < clamp(lo, 0, num_keys); ++k) scores[k * stride] = -INFINITY;
   for (int64_t k = clamp(hi, 0, num_keys); k < num_keys; ++k) scores[k * stride] = -INFINITY;
+}
+
+// scores[k * stride] = -inf for the keys first + k that the tree mask hides from row r.
+MIXATTN_INLINE void hide_scores(float* scores, int64_t stride, int64_t first, int64_t num_keys, const Rows& rows,
+                                int64_t r) {
+  for (uint64_t bits = rows.hidden[r]; bits != 0; bits &= bits - 1) {
+    const int64_t k = rows.position[r] - __builtin_ctzll(bits) - first;
+    if (k >= 0 && k < num_keys) scores[k * stride] = -INFINITY;
+  }
+}
+
+// Adds ALiBi's term to the scores (num_keys, kRows) of the keys from `first` on and the rows from r on.
+template <int kRows>
+MIXATTN_INLINE void add_alibi(float* scores, int64_t first, int64_t num_keys, const Rows& rows, int64_t r) {
+  float factor[kLanes], distance[kLanes];  // lane i belongs to row r + i % kRows
+  for (int i = 0; i < kLanes; ++i) {
+    factor[i] = rows.alibi[r + i % kRows];
+    distance[i] = static_cast<float>(rows.position[r + i % kRows] - first - i / kRows);
+  }
+  const Vec factors = load(factor), step = broadcast(static_cast<float>(kLanes / kRows));
+  Vec distances = load(distance);
+  for (int64_t i = 0; i < num_keys * kRows; i += kLanes, distances = sub(distances, step)) {
+    store(scores + i, fmadd(factors, abs(distances), load(scores + i)));
+  }
 }
 
 MIXATTN_INLINE void cap_scores(float* scores, int64_t num_keys, float soft_cap) {
@@ -412,15 +522,16 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
   float* const scores = scratch;  // (num_items, padded_rows, kDirectKeys)
 
   KeyRows<T> tiles[2];
-  int64_t num_keys = clamp(head0.kv_end - head0.kv_begin, 0, kDirectKeys);
+  const int64_t kv_end = rows[0].kv_end;
+  int64_t num_keys = clamp(kv_end - head0.kv_begin, 0, kDirectKeys);
   int now = 0;
-  if (num_keys > 0) locate_keys(p, head0, head0.kv_begin, num_keys, kBlockKeys, tiles[now].k, tiles[now].v);
-  for (int64_t first = head0.kv_begin; first < head0.kv_end; first += kDirectKeys, now ^= 1) {
+  if (num_keys > 0) locate_tile(p, head0, rows[0], head0.kv_begin, num_keys, kBlockKeys, tiles[now].k, tiles[now].v);
+  for (int64_t first = head0.kv_begin; first < kv_end; first += kDirectKeys, now ^= 1) {
     const KeyRows<T>& keys = tiles[now];
     const int64_t padded_keys = round_up(num_keys, kBlockKeys);
-    const int64_t num_next = clamp(head0.kv_end - first - kDirectKeys, 0, kDirectKeys);
+    const int64_t num_next = clamp(kv_end - first - kDirectKeys, 0, kDirectKeys);
     KeyRows<T>& next = tiles[now ^ 1];
-    if (num_next > 0) locate_keys(p, head0, first + kDirectKeys, num_next, kBlockKeys, next.k, next.v);
+    if (num_next > 0) locate_tile(p, head0, rows[0], first + kDirectKeys, num_next, kBlockKeys, next.k, next.v);
 
     for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
       for (int64_t n = 0; n < num_items; ++n) {
@@ -440,9 +551,13 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
       for (int64_t r = 0; r < padded_rows; r += kRows) {
         float* block = scores + (n * padded_rows + r) * kDirectKeys;
         if (p.soft_cap > 0) cap_scores(block, padded_keys * kRows, p.soft_cap);
+        if (p.alibi_slopes != nullptr) add_alibi<kRows>(block, first, padded_keys, rows[n], r);
         for (int64_t i = r; i < clamp(item_rows, r, r + kRows); ++i) {
           const int64_t lo = rows[n].lo[i] - first, hi = clamp(rows[n].hi[i] - first, 0, num_keys);
           if (lo > 0 || hi < padded_keys) mask_scores(block + i - r, kRows, padded_keys, lo, hi);
+          if (rows[n].hidden_begin < first + num_keys) {
+            hide_scores(block + i - r, kRows, first, num_keys, rows[n], i);
+          }
         }
         softmax_block<kRows>(block, padded_keys, rows[n], r);
       }
@@ -624,8 +739,12 @@ void softmax_tile(const AttentionParams& p, const Rows& rows, const PackedTile<T
     for (int64_t r = begin; r < begin + n; ++r) {
       float* row = scores + r * tile.key_tile + span.begin;
       if (p.soft_cap > 0) cap_scores(row, width, p.soft_cap);
+      if (p.alibi_slopes != nullptr) add_alibi<1>(row, tile.first + span.begin, width, rows, r);
       const int64_t lo = rows.lo[r] - tile.first - span.begin, hi = rows.hi[r] - tile.first - span.begin;
       if (lo > 0 || hi < width) mask_scores(row, 1, width, lo, hi);
+      if (rows.hidden_begin < tile.first + tile.num_keys) {
+        hide_scores(row, 1, tile.first + span.begin, width, rows, r);
+      }
       softmax_step(row, width, rows.m + r, rows.l + r, rows.o + r * rows.stride, rows.stride);
     }
   });
@@ -660,18 +779,19 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
   start_rows<T, false>(p, item, rows.num_rows, &rows);
 
   PackedTile<T> tiles[2];
-  const auto locate_tile = [&](int64_t first, PackedTile<T>* tile) {
+  const auto start_tile = [&](int64_t first, PackedTile<T>* tile) {
     tile->first = first;
-    tile->num_keys = clamp(item.kv_end - first, 0, tile_keys);
+    tile->num_keys = clamp(rows.kv_end - first, 0, tile_keys);
     tile->key_tile = tile_keys;
-    if (tile->num_keys > 0) locate_keys(p, item, first, tile->num_keys, kTileCols, tile->k, tile->v);
+    if (tile->num_keys > 0) locate_tile(p, item, rows, first, tile->num_keys, kTileCols, tile->k, tile->v);
   };
   int now = 0;
-  locate_tile(item.kv_begin, &tiles[now]);
+  const bool is_aligned = p.invariant && item.kv_begin < rows.kv_end;
+  start_tile(is_aligned ? round_down(item.kv_begin, tile_keys) : item.kv_begin, &tiles[now]);
   for (; tiles[now].num_keys > 0; now ^= 1) {
     const PackedTile<T>& tile = tiles[now];
     PackedTile<T>& next = tiles[now ^ 1];
-    locate_tile(tile.first + tile_keys, &next);
+    start_tile(tile.first + tile_keys, &next);
     const int64_t padded_keys = round_up(tile.num_keys, kTileCols);
     pack_keys(tile.k, padded_keys / kTileCols, p.head_dim, packed);
     score_tile(rows, tile, packed, p.head_dim, scores);
@@ -689,13 +809,13 @@ int64_t attend_scratch_bytes(int64_t max_rows, int64_t head_dim) {
   const int64_t direct = kMaxBundle * (rows_floats(kDirectRows, head_dim) + kDirectRows * kDirectKeys);
   const int64_t packed =
       rows_floats(rows, head_dim) + rows * key_tile(head_dim) + round_up(head_dim, kLanes) * key_tile(head_dim);
-  return static_cast<int64_t>(sizeof(float)) * (max_rows <= kDirectRows || direct > packed ? direct : packed);
+  return static_cast<int64_t>(sizeof(float)) * (direct > packed ? direct : packed);
 }
 
 template <typename T>
 void attend_typed(const AttentionParams& p, const WorkItem* items, int64_t num_items, float* scratch) {
   const int32_t rows = num_rows(items[0]);
-  if (rows > kDirectRows) {
+  if (rows > kDirectRows || p.invariant) {
     for (int64_t n = 0; n < num_items; ++n) attend_packed<T>(p, items[n], scratch);
   } else if (rows == 1) {
     attend_direct<T, 1>(p, items, num_items, scratch);

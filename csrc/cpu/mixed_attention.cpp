@@ -97,6 +97,12 @@ PlanView check_header(const AttentionParams& p) {
   check_plan_field("head_dim", header->head_dim, p.head_dim);
   check_plan_field("causal", header->causal, p.causal ? 1 : 0);
   check_plan_field("window_left", header->window_left, p.window_left);
+  check_plan_field("invariant", header->fixed_split_tokens > 0 ? 1 : 0, p.invariant ? 1 : 0);
+  if (header->fixed_split_tokens < 0 || header->fixed_split_tokens % kInvariantMultiple != 0) {
+    throw std::invalid_argument("plan's invariant_split_tokens must be a multiple of " +
+                                std::to_string(kInvariantMultiple) + ", got " +
+                                std::to_string(header->fixed_split_tokens));
+  }
   const int64_t words = kPlanHeaderWords + int64_t{header->capacity_items} * kWorkItemWords +
                         int64_t{header->capacity_merges} * kMergeWords;
   if (header->capacity_items < 0 || header->capacity_merges < 0 || words > p.plan_words) {
@@ -164,6 +170,11 @@ int64_t check_work(const AttentionParams& p, const PlanView& plan, std::vector<R
                   ") of sequence " + std::to_string(item.seq_idx) + ", whose rows see [" + std::to_string(keys.begin) +
                   ", " + std::to_string(keys.end) + ")");
     }
+    // Items that cover every key once and never pass a multiple end at all of them.
+    const int64_t fixed = plan.header->fixed_split_tokens;
+    if (fixed > 0 && item.kv_begin < item.kv_end && item.kv_begin / fixed != (item.kv_end - 1) / fixed) {
+      refuse_plan("an item passes a multiple of its invariant_split_tokens, " + std::to_string(fixed));
+    }
     if (item.merge_idx < 0) {
       covered_rows += rows;
     } else {
@@ -230,7 +241,7 @@ bool differs_in_head_only(const WorkItem& a, const WorkItem& b) {
 // Few-row items of neighbouring kv heads, which the planner puts next to each other, go together: their keys lie next
 // to each other in memory. But no bundle holds more than 1 / (2 num_threads) of all such work, so that every thread has
 // some (one thread may take all).
-void make_bundles(const PlanView& plan, int64_t num_threads, std::vector<Bundle>* bundles) {
+void make_bundles(const AttentionParams& p, const PlanView& plan, int64_t num_threads, std::vector<Bundle>* bundles) {
   int64_t direct_keys = 0;
   for (int32_t i = 0; i < plan.header->num_items; ++i) {
     const WorkItem& item = plan.items[i];
@@ -242,7 +253,7 @@ void make_bundles(const PlanView& plan, int64_t num_threads, std::vector<Bundle>
     const int64_t item_keys = first.kv_end - first.kv_begin;
     const bool is_shared = num_threads > 1 && item_keys > 0;
     const int64_t share = is_shared ? direct_keys / (2 * num_threads * item_keys) : kMaxBundle;
-    const int64_t most = num_rows(first) <= kDirectRows ? std::clamp<int64_t>(share, 1, kMaxBundle) : 1;
+    const int64_t most = num_rows(first) <= kDirectRows && !p.invariant ? std::clamp<int64_t>(share, 1, kMaxBundle) : 1;
     int32_t end = i + 1;
     while (end < plan.header->num_items && end - i < most &&
            differs_in_head_only(plan.items[end - 1], plan.items[end])) {
@@ -300,7 +311,7 @@ void mixed_attention(const IsaKernels& kernels, const AttentionParams& p, int64_
   check_pages(p, keys_read);
   if (plan.header->num_items == 0) return;
   static thread_local std::vector<Bundle> bundles;
-  make_bundles(plan, num_threads, &bundles);
+  make_bundles(p, plan, num_threads, &bundles);
   const int64_t num_bundles = static_cast<int64_t>(bundles.size());
   Region region{kernels, p, plan, bundles, kernels.attend_scratch_bytes(max_rows, p.head_dim)};
   parallel_region(std::min(num_threads, num_bundles), run_bundles, &region);

@@ -16,6 +16,7 @@ from mixattn.ops.attention_call import (
     attention_layout,
     check_attention,
     check_block_rows,
+    check_features,
     check_plan,
     native_sizes,
 )
@@ -45,6 +46,10 @@ def attention(
     causal: bool = True,
     window_left: int | None = None,
     soft_cap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    invariant: bool = False,
     plan: WorkPlan | Tensor | None = None,
     out: Tensor | None = None,
     return_lse: Literal[False] = False,
@@ -65,6 +70,10 @@ def attention(
     causal: bool = True,
     window_left: int | None = None,
     soft_cap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    invariant: bool = False,
     plan: WorkPlan | Tensor | None = None,
     out: Tensor | None = None,
     return_lse: Literal[True],
@@ -84,6 +93,10 @@ def attention(
     causal: bool = True,
     window_left: int | None = None,
     soft_cap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    invariant: bool = False,
     plan: WorkPlan | Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
@@ -92,8 +105,9 @@ def attention(
     """Attention of every slice's rows over its pages, prefill chunks and decodes alike, in one launch.
 
     Row r of a slice stands at position kv_len - q_len + r of its sequence and sees the keys up to there (``causal``),
-    no more than ``window_left`` before it. A row that sees no key gets out 0 and lse -inf. Keys that no row sees may
-    hold anything, NaN included.
+    no more than ``window_left`` before it, and of its own slice's those that ``tree_mask`` shows it. A row that sees no
+    key gets out 0 and lse -inf (with ``sinks`` its head's sink). Keys that no row sees may hold anything, NaN included.
+    The score of a key is softmax_scale * q.k, then capped, then less the ALiBi term.
 
     Args:
         q: [total_q, num_q_heads, head_dim] float32, bfloat16 or float16; the slices' rows one after another.
@@ -106,6 +120,17 @@ def attention(
         causal: whether a row sees no key behind its own position.
         window_left: how many keys before its own position a row sees; None for all.
         soft_cap: scaled scores s become soft_cap * tanh(s / soft_cap); None for off.
+        alibi_slopes: [num_q_heads] or [num_seqs, num_q_heads] float32; slope * |distance of row and key in positions|
+            is taken off the scaled and capped score. None for off.
+        sinks: [num_q_heads] float32, one more logit per query head in the sums of softmax and of lse, neither scaled
+            nor capped, with no value behind it; -inf is none for that head. None for off.
+        tree_mask: [total_q] int64, 64 bits per row: bit d tells whether the row sees the key d positions before its
+            own (bit 0 is itself). Keys before the slice's first row, and keys 64 or more before the row, are seen
+            whatever the bits, so that -1 is plain causal and chunks go beside the trees of speculative verification.
+            ``mixattn.tree_mask`` makes a tree's words. Needs ``causal``. None for off.
+        invariant: whether a row's bits are to depend on its own q and keys alone: not on the rest of the batch, the
+            chunks its prompt came in, the page size, the block table, or the number of threads. Slower
+            (docs/decisions/0005-invariant-attention.md).
         plan: from ``mixattn.plan`` for these very lengths and options, made once per step and shared by its layers
             (its ``buffer`` as a CPU tensor will do too); None makes one.
         out: written and returned; as q in shape, dtype and device. None allocates.
@@ -126,10 +151,11 @@ def attention(
     words = torch.from_numpy(plan.buffer) if isinstance(plan, WorkPlan) else plan
     if words is not None:
         check_tensor("plan", words)
-    inputs = (
-        q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, words,
-        softmax_scale, causal, window_left, soft_cap, backend,
-    )  # fmt: skip
+    for name, optional in (("alibi_slopes", alibi_slopes), ("sinks", sinks), ("tree_mask", tree_mask)):
+        if optional is not None:
+            check_tensor(name, optional)
+    tensors = (q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, words, alibi_slopes, sinks, tree_mask)
+    inputs = (*tensors, softmax_scale, causal, window_left, soft_cap, invariant, backend)
     if out is None and return_lse:
         new_out, new_lse = torch.ops.mixattn.attention(*inputs)
         return new_out, new_lse
@@ -137,7 +163,7 @@ def attention(
         out = _new_out(q)
     check_tensor("out", out)
     lse = _new_lse(q) if return_lse else None
-    run = _attention_out if is_plain(*inputs[:7], out) else torch.ops.mixattn.attention_out
+    run = _attention_out if is_plain(*tensors, out) else torch.ops.mixattn.attention_out
     run(*inputs, out, lse)
     return out if lse is None else (out, lse)
 
@@ -158,6 +184,7 @@ def _default_plan(call: AttentionCall) -> Tensor:
         kv_element_bytes=q.element_size(),
         causal=call.causal,
         window_left=call.window_left,
+        invariant=call.invariant,
         hardware=hardware,
     )
     return torch.from_numpy(work_plan.buffer)
@@ -166,8 +193,9 @@ def _default_plan(call: AttentionCall) -> Tensor:
 def _run(call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
     """Checks everything, then lets the backend write ``out`` and, unless None, ``lse``."""
     sizes = native_sizes(attention_layout(call, out, lse))
-    check_no_grad(call.q, call.k_cache, call.v_cache)
+    check_no_grad(call.q, call.k_cache, call.v_cache, call.alibi_slopes, call.sinks)
     backend = choose_backend(call.q.device.type, call.backend)
+    check_features(call, backend)
     # With a plan, compiled code checks all that index tensors hold, plan included, as it reads it.
     if call.q.device.type == "cpu" and (backend != "cpu" or call.plan is None):
         check_lengths(call.cu_seqlens_q, call.seq_lens, sizes["total_q"], sizes["max_pages"] * sizes["page_size"])
@@ -198,6 +226,9 @@ def _run_reference(call: AttentionCall, out: Tensor, lse: Tensor | None) -> None
         causal=call.causal,
         window_left=call.window_left,
         soft_cap=call.soft_cap,
+        alibi_slopes=call.alibi_slopes,
+        sinks=call.sinks,
+        tree_mask=call.tree_mask,
     )
     out.copy_(exact_out)
     if lse is not None:
@@ -218,11 +249,14 @@ def _run_cpu(
         k_cache=call.k_cache.data_ptr(),
         v_cache=call.v_cache.data_ptr(),
         out=out.data_ptr(),
-        lse=0 if lse is None else lse.data_ptr(),
+        lse=_address(lse),
         cu_seqlens_q=call.cu_seqlens_q.data_ptr(),
         seq_lens=call.seq_lens.data_ptr(),
         block_table=call.block_table.data_ptr(),
         plan=call.plan.data_ptr(),
+        alibi_slopes=_address(call.alibi_slopes),
+        sinks=_address(call.sinks),
+        tree_mask=_address(call.tree_mask),
         plan_words=call.plan.shape[0],
         partial_out=partial_out.data_ptr(),
         partial_lse=partial_out.data_ptr() + partial_lse_bytes,
@@ -232,6 +266,10 @@ def _run_cpu(
         num_threads=env.num_threads(),
         isa=env.cpu_isa(),
     )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, out: Tensor, lse: Tensor | None) -> None:
@@ -298,7 +336,9 @@ def _attention_out_fake(*arguments: Any) -> None:
 
 _INPUTS = (
     "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seq_lens, Tensor block_table, Tensor? plan, "
-    "float? softmax_scale, bool causal, int? window_left, float? soft_cap, str? backend"
+    "Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask, "
+    "float? softmax_scale, bool causal, int? window_left, float? soft_cap, bool invariant, "
+    "str? backend"
 )
 register_op(f"attention({_INPUTS}) -> (Tensor out, Tensor lse)", _attention, _attention_fake)
 register_op(f"attention_out({_INPUTS}, Tensor(a!) out, Tensor(b!)? lse) -> ()", _attention_out, _attention_out_fake)

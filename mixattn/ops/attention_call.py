@@ -24,6 +24,7 @@ from mixattn.ops.checks import (
     check_positive_finite,
     check_same_float_dtype,
     layout_of,
+    optional_layout,
 )
 from mixattn.ops.library import DTYPE_NAMES
 
@@ -38,11 +39,24 @@ class AttentionCall(NamedTuple):
     seq_lens: Tensor
     block_table: Tensor
     plan: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    tree_mask: Tensor | None
     softmax_scale: float | None
     causal: bool
     window_left: int | None
     soft_cap: float | None
+    invariant: bool
     backend: str | None
+
+
+BACKENDS_WITH = {
+    "alibi_slopes": ("cpu", "reference"),
+    "sinks": ("cpu", "reference"),
+    "tree_mask": ("cpu", "reference"),
+    "invariant": ("cpu",),
+}
+"""The arguments that not every backend has, and the backends that have them."""
 
 
 class AttentionLayout(NamedTuple):
@@ -55,12 +69,16 @@ class AttentionLayout(NamedTuple):
     seq_lens: Layout
     block_table: Layout
     plan: Layout | None
+    alibi_slopes: Layout | None
+    sinks: Layout | None
+    tree_mask: Layout | None
     out: Layout | None
     lse: Layout | None
     softmax_scale: float | None
     causal: bool
     window_left: int | None
     soft_cap: float | None
+    invariant: bool
 
 
 class PlanHeader(NamedTuple):
@@ -80,8 +98,8 @@ class PlanHeader(NamedTuple):
     causal: int
     window_left: int
     num_workers: int
-    reserved0: int
-    reserved1: int
+    fixed_split_tokens: int
+    reserved: int
 
 
 def attention_layout(call: AttentionCall, out: Tensor | None, lse: Tensor | None) -> AttentionLayout:
@@ -93,13 +111,17 @@ def attention_layout(call: AttentionCall, out: Tensor | None, lse: Tensor | None
         layout_of(call.cu_seqlens_q),
         layout_of(call.seq_lens),
         layout_of(call.block_table),
-        None if call.plan is None else layout_of(call.plan),
-        None if out is None else layout_of(out),
-        None if lse is None else layout_of(lse),
+        optional_layout(call.plan),
+        optional_layout(call.alibi_slopes),
+        optional_layout(call.sinks),
+        optional_layout(call.tree_mask),
+        optional_layout(out),
+        optional_layout(lse),
         call.softmax_scale,
         call.causal,
         call.window_left,
         call.soft_cap,
+        call.invariant,
     )
 
 
@@ -141,6 +163,7 @@ def check_attention(layout: AttentionLayout) -> None:
         check_positive_finite("soft_cap", layout.soft_cap)
     if layout.window_left is not None and layout.window_left < 0:
         raise ValueError(f"window_left must be >= 0 or None, got {layout.window_left}")
+    _check_score_options(layout, dims)
     plan = layout.plan
     if plan is not None and (
         len(plan.shape) != 1 or plan.dtype != torch.int32 or plan.device.type != "cpu" or plan.strides != (1,)
@@ -163,6 +186,33 @@ def check_attention(layout: AttentionLayout) -> None:
         check_no_overlap("lse", layout.lse)
 
 
+def _check_score_options(layout: AttentionLayout, dims: Dims) -> None:
+    """The tensors that change scores and masks."""
+    is_per_seq = layout.alibi_slopes is not None and len(layout.alibi_slopes.shape) == 2
+    for name, tensor, names, dtype in (
+        ("alibi_slopes", layout.alibi_slopes, (*["num_seqs"] * is_per_seq, "num_q_heads"), torch.float32),
+        ("sinks", layout.sinks, ("num_q_heads",), torch.float32),
+        ("tree_mask", layout.tree_mask, ("total_q",), torch.int64),
+    ):
+        if tensor is not None:
+            dims.check(name, tensor, names)
+            check_dtype(name, tensor, dtype)
+            check_device(name, tensor, "q", layout.q)
+            check_last_contiguous(name, tensor)
+    if layout.tree_mask is not None and not layout.causal:
+        raise ValueError("causal must be True with tree_mask, got False")
+
+
+def check_features(call: AttentionCall, backend: str) -> None:
+    """Raises NotImplementedError if the call has an argument that this backend does not have yet."""
+    for name, having in BACKENDS_WITH.items():
+        value = getattr(call, name)
+        if value is not None and value is not False and backend not in having:
+            raise NotImplementedError(
+                f"{name} is not supported by backend {backend!r}; backends that have it: {', '.join(having)}"
+            )
+
+
 @functools.lru_cache(maxsize=256)
 def native_sizes(layout: AttentionLayout) -> Mapping[str, Any]:
     """The arguments of ``_C.attention`` that follow from the layout, once ``check_attention`` has passed it.
@@ -170,7 +220,7 @@ def native_sizes(layout: AttentionLayout) -> Mapping[str, Any]:
     Remembered, because the layers of a step share a layout and the checks take longer than a small kernel.
     """
     check_attention(layout)
-    q, k_cache, v_cache = layout.q, layout.k_cache, layout.v_cache
+    q, k_cache, v_cache, alibi = layout.q, layout.k_cache, layout.v_cache, layout.alibi_slopes
     assert layout.out is not None
     return MappingProxyType(
         {
@@ -189,10 +239,12 @@ def native_sizes(layout: AttentionLayout) -> Mapping[str, Any]:
             "v_strides": v_cache.strides[:3],
             "lse_stride": 0 if layout.lse is None else layout.lse.strides[0],
             "block_table_stride": layout.block_table.strides[0],
+            "alibi_seq_stride": 0 if alibi is None or len(alibi.shape) == 1 else alibi.strides[0],
             "softmax_scale": q.shape[2] ** -0.5 if layout.softmax_scale is None else layout.softmax_scale,
             "causal": layout.causal,
             "window_left": -1 if layout.window_left is None else layout.window_left,
             "soft_cap": 0.0 if layout.soft_cap is None else layout.soft_cap,
+            "invariant": layout.invariant,
         }
     )
 
@@ -215,12 +267,14 @@ def check_plan(plan: Tensor, call: AttentionCall) -> PlanHeader:
         *header[8:11],
         bool(header.causal),
         None if header.window_left < 0 else header.window_left,
+        header.fixed_split_tokens > 0,
     )
     num_seqs, num_kv_heads = call.seq_lens.shape[0], call.k_cache.shape[2]
     total_q, num_q_heads, head_dim = call.q.shape
-    called_with = (num_seqs, total_q, num_q_heads, num_kv_heads, head_dim, call.causal, call.window_left)
+    shape = (num_seqs, total_q, num_q_heads, num_kv_heads, head_dim)
+    called_with = (*shape, call.causal, call.window_left, call.invariant)
     if made_for != called_with:
-        names = ("num_seqs", "total_q", "num_q_heads", "num_kv_heads", "head_dim", "causal", "window_left")
+        names = ("num_seqs", "total_q", "num_q_heads", "num_kv_heads", "head_dim", "causal", "window_left", "invariant")
         differing = [
             f"{name} {made}, this call has {called}"
             for name, made, called in zip(names, made_for, called_with, strict=True)

@@ -31,6 +31,11 @@ def layout_of(tensor: Tensor) -> Layout:
     return Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
+def optional_layout(tensor: Tensor | None) -> Layout | None:
+    """The layout of ``tensor`` where there is one."""
+    return None if tensor is None else layout_of(tensor)
+
+
 class Dims:
     """The sizes that the tensors of one call have given to the names of their dimensions."""
 

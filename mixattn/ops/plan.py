@@ -65,6 +65,7 @@ class Hardware:
         block_rows: packed rows of the kernel's large, medium and small tile, descending.
         row_granule: a tile computes its rows rounded up to a multiple of this; None: all of its kind's ``block_rows``.
         split_tokens: splits start and end at multiples of this token position.
+        invariant_split_tokens: an invariant plan splits at every multiple of this token position.
         items_per_worker: work is split until the dearest item is about 1 / items_per_worker of a worker's share.
         heads_per_bundle: kv heads whose small items, of the same rows and keys, a worker takes together: where the
             heads of a key lie side by side in memory, work is balanced by splitting keys rather than heads.
@@ -81,6 +82,7 @@ class Hardware:
     block_rows: tuple[int, int, int] = (128, 64, 16)
     row_granule: int | None = None
     split_tokens: int = 128
+    invariant_split_tokens: int = 1024
     items_per_worker: int = 4
     heads_per_bundle: int = 1
     max_splits: int = 64
@@ -96,7 +98,10 @@ class Hardware:
             raise ValueError(f"block_rows must be (large, medium, small), got {self.block_rows}")
         if self.row_granule is not None and self.row_granule < 1:
             raise ValueError(f"row_granule must be >= 1 or None, got {self.row_granule}")
-        _make_spec(1, 1, 1, 1, True, None, self)
+        if self.invariant_split_tokens < 1:
+            raise ValueError(f"invariant_split_tokens must be >= 1, got {self.invariant_split_tokens}")
+        for invariant in (False, True):
+            _make_spec(1, 1, 1, 1, True, None, invariant, self)
 
 
 def _make_spec(
@@ -106,6 +111,7 @@ def _make_spec(
     kv_element_bytes: int,
     causal: bool,
     window_left: int | None,
+    invariant: bool,
     hardware: Hardware,
 ) -> _C.PlanSpec:
     """The planner's own form of these; ValueError naming the first that is out of bounds."""
@@ -128,6 +134,7 @@ def _make_spec(
         window_left=-1 if window_left is None else window_left,
         block_rows=[integer("block_rows", rows) for rows in hardware.block_rows],
         row_granule=0 if hardware.row_granule is None else integer("row_granule", hardware.row_granule),
+        fixed_split_tokens=integer("invariant_split_tokens", hardware.invariant_split_tokens) if invariant else 0,
         fs_per_kiloflop=round(1e18 / hardware.flops_per_s),
         fs_per_kilobyte=round(1e18 / hardware.bytes_per_s),
         fs_per_item=round(1e15 * hardware.item_overhead_s),
@@ -257,12 +264,14 @@ def plan(
     kv_element_bytes: int | None = None,
     causal: bool = True,
     window_left: int | None = None,
+    invariant: bool = False,
     hardware: Hardware | None = None,
 ) -> WorkPlan:
     """The work items that compute attention of these slices, balanced over the hardware's workers.
 
     The same arguments give the same words. Splits along the keys start and end at multiples of the hardware's
-    ``split_tokens``, whatever the page size.
+    ``split_tokens``, whatever the page size; those of an invariant plan at every multiple of
+    ``invariant_split_tokens``, whatever the load.
 
     Args:
         cu_seqlens_q: [num_seqs + 1] integers, from 0, not decreasing: where each slice's rows start. List, numpy array
@@ -273,6 +282,8 @@ def plan(
         kv_element_bytes: bytes of an element of K and V if not those of ``dtype``.
         causal: whether a row sees no key behind its own position.
         window_left: how many keys before its own position a row sees; None for all.
+        invariant: whether the plan is for ``attention(invariant=True)``. It needs more partial rows: for each row as
+            many as its keys have splits.
         hardware: whose workers to balance over; None is this machine's CPU.
     Raises:
         ValueError: naming the argument, its value and the bound.
@@ -298,12 +309,16 @@ def plan(
         kv_element_bytes = DTYPE_BYTES[dtype]
     if hardware is None:
         hardware = cpu_hardware()
-    spec = _cached_spec(num_q_heads, num_kv_heads, head_dim, kv_element_bytes, bool(causal), window_left, hardware)
+    spec = _cached_spec(
+        num_q_heads, num_kv_heads, head_dim, kv_element_bytes, bool(causal), window_left, bool(invariant), hardware
+    )
     total_q = int(starts[-1])
     group_size = num_q_heads // num_kv_heads
     if total_q * group_size > _INT32_MAX:
         raise ValueError(f"cu_seqlens_q[{num_seqs}] must be at most (2^31 - 1) / {group_size}, got {total_q}")
     capacity_items, capacity_merges = spec.max_items(total_q, num_seqs), spec.max_merges()
+    if invariant:
+        capacity_items, capacity_merges = _invariant_capacity(starts, lens, num_q_heads, num_kv_heads, hardware)
     num_words = _C.PLAN_HEADER_WORDS + capacity_items * _C.WORK_ITEM_WORDS + capacity_merges * _C.MERGE_WORDS
     if num_words > _INT32_MAX:
         raise ValueError(f"seq_lens: {num_seqs} slices of {total_q} rows can need {capacity_items} items, too many")
@@ -318,6 +333,24 @@ def plan(
         spec=spec,
         capacity_items=capacity_items,
     )
+
+
+def _invariant_capacity(
+    starts: Words, lens: Words, num_q_heads: int, num_kv_heads: int, hardware: Hardware
+) -> tuple[int, int]:
+    """The most items and merges that an invariant plan of these slices can have; ValueError if too many rows merge."""
+    num_rows = np.diff(starts.astype(np.int64)) * (num_q_heads // num_kv_heads)
+    num_tiles = -(-num_rows // hardware.block_rows[0])
+    num_splits = -(-lens.astype(np.int64) // hardware.invariant_split_tokens)
+    is_split = num_splits > 1
+    num_partial_rows = num_kv_heads * int((num_rows * num_splits)[is_split].sum())
+    if num_partial_rows > _INT32_MAX:
+        raise ValueError(
+            f"seq_lens: an invariant plan of these {len(lens)} slices can need {num_partial_rows} partial rows, more "
+            f"than {_INT32_MAX}: plan smaller chunks"
+        )
+    num_items = num_kv_heads * int((num_tiles * np.maximum(num_splits, 1)).sum())
+    return num_items, num_kv_heads * int(num_tiles[is_split].sum())
 
 
 def _int32_vector(name: str, values: npt.ArrayLike) -> Words:

@@ -8,13 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+TREE_MASK_BITS = 64
+"""Of a ``tree_mask`` word: bit d is for the key d positions before the row's own."""
 
-def visible_keys(q_len: int, kv_len: int, *, causal: bool, window_left: int | None) -> Tensor:
+
+def visible_keys(
+    q_len: int, kv_len: int, *, causal: bool, window_left: int | None, tree_mask: Tensor | None = None
+) -> Tensor:
     """Which keys each row of a slice may see: [q_len, kv_len] bool.
 
     Row r stands at position kv_len - q_len + r (the mask is aligned bottom-right) and sees the keys
     position - window_left <= j <= position; without ``causal`` the right bound is off, without ``window_left`` the
-    left one.
+    left one. Of the slice's own keys less than ``TREE_MASK_BITS`` before it a row with a word in ``tree_mask``
+    ([q_len] int64) sees only those whose bit, position - j, is set.
     """
     position = torch.arange(kv_len - q_len, kv_len).unsqueeze(1)
     key = torch.arange(kv_len).unsqueeze(0)
@@ -23,6 +29,11 @@ def visible_keys(q_len: int, kv_len: int, *, causal: bool, window_left: int | No
         visible &= key <= position
     if window_left is not None:
         visible &= key >= position - window_left
+    if tree_mask is not None:
+        distance = position - key
+        has_bit = (key >= kv_len - q_len) & (distance >= 0) & (distance < TREE_MASK_BITS)
+        bit = tree_mask.cpu().unsqueeze(1) >> distance.clamp(0, TREE_MASK_BITS - 1) & 1
+        visible &= ~has_bit | (bit == 1)
     return visible
 
 
@@ -44,6 +55,9 @@ def attention_reference(
     causal: bool = True,
     window_left: int | None = None,
     soft_cap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``ops.attention`` computed one sequence at a time, and its log-sum-exp.
@@ -52,17 +66,24 @@ def attention_reference(
         dtype gives what eager torch would compute in that dtype).
     Returns:
         out [total_q, num_q_heads, head_dim] and lse [total_q, num_q_heads] (natural log), both in ``compute_dtype``.
-        A row that sees no key has out 0 and lse -inf.
+        A row that sees no key has out 0, and for lse its head's sink, -inf without sinks.
     """
     total_q, num_q_heads, head_dim = q.shape
     group_size = num_q_heads // k_cache.shape[2]
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     out = torch.zeros(total_q, num_q_heads, head_dim, dtype=compute_dtype, device=q.device)
-    lse = torch.full((total_q, num_q_heads), -torch.inf, dtype=compute_dtype, device=q.device)
+    if sinks is None:
+        sinks = torch.full((num_q_heads,), -torch.inf, device=q.device)
+    sinks = sinks.to(compute_dtype)
+    lse = sinks.repeat(total_q, 1)
     starts = cu_seqlens_q.tolist()
     for seq_idx, kv_len in enumerate(seq_lens.tolist()):
         rows = slice(starts[seq_idx], starts[seq_idx + 1])
-        visible = visible_keys(rows.stop - rows.start, kv_len, causal=causal, window_left=window_left).to(q.device)
+        q_len = rows.stop - rows.start
+        visible = visible_keys(
+            q_len, kv_len, causal=causal, window_left=window_left,
+            tree_mask=None if tree_mask is None else tree_mask[rows],
+        ).to(q.device)  # fmt: skip
         if not visible.any():
             continue
         # A slot that no row may see can hold NaN, and 0 * NaN would carry it into the sum.
@@ -77,9 +98,16 @@ def attention_reference(
         scores = queries @ keys.transpose(1, 2) * scale  # [num_q_heads, q_len, kv_len]
         if soft_cap is not None:
             scores = soft_cap * torch.tanh(scores / soft_cap)
+        if alibi_slopes is not None:
+            slopes = alibi_slopes.expand(len(starts) - 1, -1)[seq_idx].to(compute_dtype)
+            positions = torch.arange(kv_len - q_len, kv_len, device=q.device)
+            distances = (positions[:, None] - torch.arange(kv_len, device=q.device)).abs()
+            scores = scores - slopes[:, None, None] * distances
         scores = scores.masked_fill(~visible, -torch.inf)
-        # Softmax of a row without keys is NaN; masking after it makes that row 0.
-        probabilities = scores.softmax(dim=-1).masked_fill(~visible, 0.0)
+        # A sink is one more key, without a value.
+        scores = torch.cat((scores, sinks[:, None, None].expand(-1, q_len, 1)), dim=-1)
+        # Softmax of a row without keys and sink is NaN; masking after it makes that row 0.
+        probabilities = scores.softmax(dim=-1)[..., :-1].masked_fill(~visible, 0.0)
         out[rows] = (probabilities @ values).transpose(0, 1)
         lse[rows] = scores.logsumexp(dim=-1).transpose(0, 1)
     return out, lse

@@ -116,7 +116,21 @@ def split(tile: Tile, cost_fs: int, target_fs: int, hardware: Hardware) -> list[
     return list(pairwise(edges))
 
 
-def plan_twin(cu_seqlens_q: Sequence[int], seq_lens: Sequence[int], shape: Shape, hardware: Hardware) -> TwinPlan:
+def split_everywhere(tile: Tile, hardware: Hardware) -> list[tuple[int, int]]:
+    """The KV ranges of a tile's pieces in an invariant plan, in order."""
+    step = hardware.invariant_split_tokens
+    inner = [edge for edge in range(0, tile.kv_end, step) if edge > tile.kv_begin]
+    return list(pairwise([tile.kv_begin, *inner, tile.kv_end]))
+
+
+def plan_twin(
+    cu_seqlens_q: Sequence[int],
+    seq_lens: Sequence[int],
+    shape: Shape,
+    hardware: Hardware,
+    *,
+    invariant: bool = False,
+) -> TwinPlan:
     """The plan of a batch; arguments as ``mixattn.plan``."""
     slices = []
     for seq_idx, kv_len in enumerate(seq_lens):
@@ -138,7 +152,9 @@ def plan_twin(cu_seqlens_q: Sequence[int], seq_lens: Sequence[int], shape: Shape
     for tiles, costs in zip(slices, undivided, strict=True):
         for tile, cost_fs in zip(tiles, costs, strict=True):
             target_fs = max(-(-total_fs // (slots if tile.kind == SMALL else draws)), least_fs)
-            ranges = split(tile, cost_fs, target_fs, hardware)
+            ranges = (
+                split_everywhere(tile, hardware) if invariant else split(tile, cost_fs, target_fs, hardware)
+            )  # fmt: skip
             is_split = len(ranges) > 1
             first_merge, first_partial_row = len(merges), num_partial_rows
             for split_idx, (kv_begin, kv_end) in enumerate(ranges):
@@ -165,13 +181,21 @@ def plan_twin(cu_seqlens_q: Sequence[int], seq_lens: Sequence[int], shape: Shape
     for item_price in prices:
         heapq.heapreplace(free_at_fs, free_at_fs[0] + item_price.total_fs)
 
-    total_tiles_bound = shape.num_kv_heads * (
-        len(seq_lens) + cu_seqlens_q[-1] * shape.group_size // hardware.block_rows[LARGE]
-    )
+    if invariant:
+        num_splits = [max(-(-kv_len // hardware.invariant_split_tokens), 1) for kv_len in seq_lens]
+        tiles_and_splits = list(zip(map(len, slices), num_splits, strict=True))
+        capacity_items = shape.num_kv_heads * sum(tiles * splits for tiles, splits in tiles_and_splits)
+        capacity_merges = shape.num_kv_heads * sum(tiles for tiles, splits in tiles_and_splits if splits > 1)
+    else:
+        total_tiles_bound = shape.num_kv_heads * (
+            len(seq_lens) + cu_seqlens_q[-1] * shape.group_size // hardware.block_rows[LARGE]
+        )
+        capacity_items, capacity_merges = total_tiles_bound + slots - 1, slots - 1
     header = [
         PLAN_MAGIC, len(items), len(merges), num_partial_rows, len(seq_lens), cu_seqlens_q[-1],
-        total_tiles_bound + slots - 1, slots - 1,
+        capacity_items, capacity_merges,
         shape.num_q_heads, shape.num_kv_heads, shape.head_dim, int(shape.causal),
-        -1 if shape.window_left is None else shape.window_left, hardware.num_workers, 0, 0,
+        -1 if shape.window_left is None else shape.window_left, hardware.num_workers,
+        hardware.invariant_split_tokens if invariant else 0, 0,
     ]  # fmt: skip
     return TwinPlan(header, items, merges, prices, max(free_at_fs))

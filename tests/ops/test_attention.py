@@ -14,7 +14,7 @@ from torch import Tensor
 import mixattn
 from mixattn import _C, env
 from mixattn.ops.plan import Hardware, WorkPlan, cpu_hardware
-from tests.cases import CASES, AttentionCase, AttentionInputs, assert_attention_close, make_inputs
+from tests.cases import CASES, SCORE_CASES, AttentionCase, AttentionInputs, assert_attention_close, make_inputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = ["scalar", "avx2", "avx512"]
@@ -54,15 +54,15 @@ def run(case: AttentionCase, inputs: AttentionInputs, backend: str = "cpu") -> t
     """out and lse of the case; what was in ``out`` before is NaN."""
     out = torch.full_like(inputs.q, torch.nan)
     result, lse = mixattn.attention(
-        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **case.options,
-        plan=make_plan(case, inputs), out=out, return_lse=True, backend=backend,
+        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **inputs.score_tensors,
+        **case.options, plan=make_plan(case, inputs), out=out, return_lse=True, backend=backend,
     )  # fmt: skip
     assert result is out
     return out, lse
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES + SCORE_CASES, ids=lambda case: case.id)
 def test_attention_of_named_case_is_within_twice_eager(case: AttentionCase, dtype: torch.dtype, isa: str) -> None:
     inputs = make_inputs(case, dtype)
     out, lse = run(case, inputs)
@@ -70,7 +70,7 @@ def test_attention_of_named_case_is_within_twice_eager(case: AttentionCase, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES + SCORE_CASES, ids=lambda case: case.id)
 def test_reference_backend_of_named_case_is_within_twice_eager(case: AttentionCase, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
     out, lse = run(case, inputs, backend="reference")
@@ -110,9 +110,12 @@ def random_cases(draw: st.DrawFn) -> AttentionCase:
     num_seqs = draw(st.integers(1, 6))
     num_kv_heads = draw(st.integers(1, 3))
     causal = draw(st.booleans())
+    q_lens = draw(st.lists(st.integers(0, 40), min_size=num_seqs, max_size=num_seqs))
+    has_tree = causal and draw(st.booleans())
+    words = st.sampled_from([-1, 0, 1]) | st.integers(-(2**63), 2**63 - 1)
     return AttentionCase(
         id="random",
-        q_lens=tuple(draw(st.lists(st.integers(0, 40), min_size=num_seqs, max_size=num_seqs))),
+        q_lens=tuple(q_lens),
         kv_lens=tuple(draw(st.lists(st.integers(0, 300), min_size=num_seqs, max_size=num_seqs))),
         num_q_heads=num_kv_heads * draw(st.integers(1, 9)),
         num_kv_heads=num_kv_heads,
@@ -123,6 +126,9 @@ def random_cases(draw: st.DrawFn) -> AttentionCase:
         soft_cap=draw(st.none() | st.floats(0.5, 50.0)),
         softmax_scale=draw(st.none() | st.floats(0.01, 2.0)),
         logit_std=draw(st.sampled_from([0.5, 1.0, 4.0])),
+        alibi=draw(st.sampled_from([None, "per-head", "per-seq"])),
+        has_sinks=draw(st.booleans()),
+        tree_mask=tuple(draw(st.lists(words, min_size=sum(q_lens), max_size=sum(q_lens)))) if has_tree else None,
     )
 
 
@@ -139,8 +145,9 @@ def test_attention_of_random_batch_is_within_twice_eager(
         hardware=splitting_hardware(num_workers),
     )  # fmt: skip
     out, lse = mixattn.attention(
-        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **case.options, plan=plan, return_lse=True
-    )
+        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **inputs.score_tensors, **case.options,
+        plan=plan, return_lse=True,
+    )  # fmt: skip
     assert_attention_close(case, inputs, out, lse)
 
 
@@ -163,6 +170,16 @@ def test_attention_of_strided_views_gives_the_bits_of_contiguous(dtype: torch.dt
     )  # fmt: skip
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
     assert bool(wide_out[:, -1].isnan().all()) and bool(wide_out[:, :, case.head_dim :].isnan().all())
+
+
+def test_attention_of_slopes_in_a_wider_table_gives_the_bits_of_contiguous() -> None:
+    case = next(c for c in SCORE_CASES if c.id == "alibi-per-seq-chunk-beside-decodes")
+    inputs = make_inputs(case, torch.float32)
+    expected, _ = run(case, inputs)
+    assert inputs.alibi_slopes is not None
+    wide = torch.cat((inputs.alibi_slopes, torch.full_like(inputs.alibi_slopes, torch.nan)), dim=1)
+    view = dataclasses.replace(inputs, alibi_slopes=wide[:, : case.num_q_heads])
+    assert torch.equal(run(case, view)[0], expected)
 
 
 def test_attention_with_page_offsets_beyond_int32_reads_the_right_pages(isa: str) -> None:

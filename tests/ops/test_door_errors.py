@@ -100,6 +100,19 @@ BAD_ATTENTION = [
     ("soft_cap", -1.0, ValueError, "soft_cap must be finite and > 0, got -1.0"),
     ("soft_cap", float("nan"), ValueError, "soft_cap must be finite and > 0, got nan"),
     ("window_left", -1, ValueError, "window_left must be >= 0 or None, got -1"),
+    ("alibi_slopes", [0.5], TypeError, "alibi_slopes must be a torch.Tensor, got list"),
+    ("alibi_slopes", torch.zeros(2), ValueError, "alibi_slopes .* with num_q_heads 2, but q has num_q_heads 4"),
+    ("alibi_slopes", torch.zeros(2, 4), ValueError, "alibi_slopes .* with num_seqs 2, but seq_lens has num_seqs 3"),
+    ("alibi_slopes", torch.zeros(1, 3, 4), ValueError, r"alibi_slopes must be \[num_q_heads\], got shape \[1, 3, 4\]"),
+    ("alibi_slopes", torch.zeros(4).double(), ValueError, "alibi_slopes must be torch.float32, got torch.float64"),
+    ("alibi_slopes", torch.zeros(4, device="meta"), ValueError, "alibi_slopes must be on q's device cpu, got meta"),
+    ("alibi_slopes", torch.zeros(8)[::2], ValueError, "last dimension of alibi_slopes must be contiguous"),
+    ("sinks", torch.zeros(3), ValueError, "sinks .* with num_q_heads 3, but q has num_q_heads 4"),
+    ("sinks", torch.zeros(4, requires_grad=True), NotImplementedError, "no backward"),
+    ("sinks", torch.zeros(4).half(), ValueError, "sinks must be torch.float32, got torch.float16"),
+    ("tree_mask", 3, TypeError, "tree_mask must be a torch.Tensor, got int"),
+    ("tree_mask", int32(1, 1, 1, 1), ValueError, "tree_mask must be torch.int64, got torch.int32"),
+    ("tree_mask", torch.ones(3, dtype=torch.int64), ValueError, "tree_mask .* with total_q 3, but q has total_q 4"),
     ("plan", [1, 2], TypeError, "plan must be a torch.Tensor, got list"),
     ("plan", torch.zeros(64), ValueError, "plan must be a WorkPlan or its words, 1-dimensional contiguous int32"),
     ("plan", int32(1, 2), ValueError, "plan .* 2 words"),
@@ -131,6 +144,13 @@ def test_attention_of_bad_argument_names_it_and_writes_nothing(
     with pytest.raises(error, match=message):
         mixattn.attention(**arguments)
     assert bool((out == 7.0).all())
+
+
+def test_attention_of_tree_mask_without_causal_is_refused() -> None:
+    arguments = {**attention_arguments(), "causal": False, "tree_mask": torch.ones(4, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="causal must be True with tree_mask, got False"):
+        mixattn.attention(**arguments)
+    assert bool((arguments["out"] == 7.0).all())
 
 
 @pytest.mark.parametrize(

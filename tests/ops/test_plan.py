@@ -175,6 +175,20 @@ def test_plan_window_splits_at_multiples_of_the_granule_of_the_sequence() -> Non
     assert all(end % CPU.split_tokens == 0 for _, end in pieces[:-1])
 
 
+def test_plan_invariant_splits_at_every_multiple_whatever_the_load() -> None:
+    hardware = replace(CPU, invariant_split_tokens=512)
+    alone = plan_slices((1, 1500), hardware=replace(hardware, num_workers=1), invariant=True)
+    assert ranges(of_slice(alone, 0)) == [(0, 512), (512, 1024), (1024, 1500)]
+    crowd = plan_slices((1, 1500), *[(1, 9000)] * 20, hardware=hardware, window_left=800, invariant=True)
+    assert ranges(of_slice(crowd, 0)) == [(1499 - 800, 1024), (1024, 1500)]
+    assert ranges(of_slice(plan_slices((1, 512), hardware=hardware, invariant=True), 0)) == [(0, 512)]
+
+
+def test_plan_invariant_with_more_partial_rows_than_int32_can_count_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"seq_lens: an invariant plan .* can need 80000000000 partial rows"):
+        plan_slices((100_000, 100_000), hardware=replace(CPU, invariant_split_tokens=1), invariant=True)
+
+
 def test_plan_longest_sequence_that_int32_can_name_does_not_overflow() -> None:
     """2^31 - 1 keys; every product on the way is past 2^31."""
     kv_len = 2**31 - 1
@@ -200,6 +214,7 @@ def test_plan_header_says_what_the_plan_was_made_for() -> None:
     assert _C.PLAN_MAGIC == PLAN_MAGIC
     assert len(made.buffer) == 16 + 8 * (capacity_items + capacity_merges)
     assert plan_slices((1, 9)).buffer[11:13].tolist() == [1, -1]
+    assert plan_slices((1, 9), invariant=True).buffer[14] == CPU.invariant_split_tokens
 
 
 def test_plan_same_slices_give_the_same_words() -> None:
@@ -359,6 +374,8 @@ def test_plan_bad_argument_is_refused_by_name_value_and_bound(change: dict[str, 
         ({"block_rows": (64, 128, 16)}, r"block_rows\[1\] must be in \[1, 64\], got 128"),
         ({"row_granule": 0}, r"row_granule must be >= 1 or None, got 0"),
         ({"split_tokens": 0}, r"split_tokens must be in \[1, 2147483647\], got 0"),
+        ({"invariant_split_tokens": 0}, "invariant_split_tokens must be >= 1, got 0"),
+        ({"invariant_split_tokens": 1.5}, "invariant_split_tokens must be an integer, got 1.5"),
         ({"max_splits": 0}, r"max_splits must be in \[1, 2147483647\], got 0"),
     ],
 )

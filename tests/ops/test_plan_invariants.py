@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from hypothesis import given, settings
@@ -24,6 +24,7 @@ class Batch:
     slices: list[tuple[int, int]]
     shape: Shape
     hardware: Hardware
+    invariant: bool = False
 
     @property
     def cu_seqlens_q(self) -> list[int]:
@@ -44,6 +45,7 @@ class Batch:
             kv_element_bytes=shape.kv_element_bytes,
             causal=shape.causal,
             window_left=shape.window_left,
+            invariant=self.invariant,
             hardware=self.hardware,
         )
 
@@ -75,21 +77,28 @@ def hardwares(draw: st.DrawFn) -> Hardware:
         items_per_worker=draw(st.integers(1, 8)),
         heads_per_bundle=draw(st.integers(1, 16)),
         max_splits=draw(st.integers(1, 64)),
+        invariant_split_tokens=draw(st.integers(100, 2000)),
     )
 
 
 @st.composite
-def batches(draw: st.DrawFn, max_slices: int = 64, max_q: int = 300, max_kv: int = 4000) -> Batch:
+def batches(
+    draw: st.DrawFn,
+    max_slices: int = 64,
+    max_q: int = 300,
+    max_kv: int = 4000,
+    is_invariant: st.SearchStrategy[bool] = st.booleans(),  # noqa: B008
+) -> Batch:
     q_lens = st.just(1) | st.integers(0, max_q)  # decodes are most of a real batch
     slices = draw(st.lists(st.tuples(q_lens, st.integers(0, max_kv)), min_size=1, max_size=max_slices))
-    return Batch(slices, draw(shapes()), draw(hardwares()))
+    return Batch(slices, draw(shapes()), draw(hardwares()), draw(is_invariant))
 
 
 @settings(max_examples=250)
 @given(batch=batches())
 def test_plan_random_batch_equals_its_python_twin(batch: Batch) -> None:
     made = batch.plan()
-    twin = plan_twin(batch.cu_seqlens_q, batch.seq_lens, batch.shape, batch.hardware)
+    twin = plan_twin(batch.cu_seqlens_q, batch.seq_lens, batch.shape, batch.hardware, invariant=batch.invariant)
     assert made.buffer[: _C.PLAN_HEADER_WORDS].tolist() == twin.header
     assert made.items().view(np.int32).reshape(-1, _C.WORK_ITEM_WORDS).tolist() == twin.items
     assert made.merges().view(np.int32).reshape(-1, _C.MERGE_WORDS).tolist() == twin.merges
@@ -163,7 +172,7 @@ def test_plan_random_batch_merges_exactly_what_it_split(batch: Batch) -> None:
 
 
 @settings(max_examples=250)
-@given(batch=batches())
+@given(batch=batches(is_invariant=st.just(False)))
 def test_plan_random_batch_keeps_its_bounds(batch: Batch) -> None:
     """Capacities as plan.h proves them, kinds and split points as the hardware asks for them."""
     shape, hardware = batch.shape, batch.hardware
@@ -192,6 +201,23 @@ def test_plan_random_batch_keeps_its_bounds(batch: Batch) -> None:
     order = np.lexsort([items["kv_begin"], items["merge_idx"]])
     is_inner_edge[order[1:]] = (items["merge_idx"][order[1:]] >= 0) & (np.diff(items["merge_idx"][order]) == 0)
     assert (items["kv_begin"][is_inner_edge] % hardware.split_tokens == 0).all()
+
+
+@settings(max_examples=100)
+@given(batch=batches(max_slices=8, is_invariant=st.just(True)), num_workers=st.integers(1, 300))
+def test_invariant_plan_splits_each_slice_as_it_would_alone_on_any_machine(batch: Batch, num_workers: int) -> None:
+    hardware = replace(batch.hardware, num_workers=num_workers, items_per_worker=1, item_overhead_s=1e-4)
+    made = batch.plan()
+    items = made.items()
+    step = batch.hardware.invariant_split_tokens
+    has_keys = items["kv_begin"] < items["kv_end"]
+    assert (items["kv_begin"] // step == (items["kv_end"] - 1) // step)[has_keys].all()
+    assert made.num_items <= made.buffer[CAPACITY_ITEMS] and made.num_merges <= made.buffer[CAPACITY_MERGES]
+    pieces = ["kv_head", "row_begin", "num_rows", "kv_begin", "kv_end"]
+    for seq_idx, one in enumerate(batch.slices):
+        alone = replace(batch, slices=[one], hardware=hardware).plan().items()
+        in_batch = items[items["seq_idx"] == seq_idx]
+        assert sorted(alone[pieces].tolist()) == sorted(in_batch[pieces].tolist())
 
 
 @settings(max_examples=40)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +17,8 @@ from mixattn.ops.reference import (
     rope_reference,
     visible_keys,
 )
-from tests.cases import CASES, AttentionCase, make_inputs
+from mixattn.ops.tree_mask import tree_mask
+from tests.cases import CASES, SCORE_CASES, AttentionCase, make_inputs
 
 
 def sdpa(case: AttentionCase) -> tuple[Tensor, Tensor]:
@@ -34,16 +38,26 @@ def sdpa(case: AttentionCase) -> tuple[Tensor, Tensor]:
             mask &= keys <= positions
         if case.window_left is not None:
             mask &= positions - keys <= case.window_left
+        if case.tree_mask is not None:
+            for row, key in itertools.product(range(q_len), range(max(kv_len - q_len, 0), kv_len)):
+                distance = kv_len - q_len + row - key
+                if 0 <= distance < 64:
+                    mask[row, key] &= bool(case.tree_mask[begin + row] >> distance & 1)
+        bias = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+        if inputs.alibi_slopes is not None:
+            slopes = inputs.alibi_slopes if case.alibi == "per-head" else inputs.alibi_slopes[seq_idx]
+            bias = bias - slopes.double()[:, None, None] * (positions - keys).abs()
         q = inputs.q[begin : begin + q_len].transpose(0, 1)
         outs.append(
             F.scaled_dot_product_attention(
-                q[None], k[None], v[None], attn_mask=mask, scale=case.softmax_scale, enable_gqa=True
+                q[None], k[None], v[None], attn_mask=bias, scale=case.softmax_scale, enable_gqa=True
             )[0].transpose(0, 1)
         )
         begin += q_len
     truth, _ = attention_reference(
-        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **case.options, compute_dtype=torch.float64
-    )
+        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **inputs.score_tensors, **case.options,
+        compute_dtype=torch.float64,
+    )  # fmt: skip
     return torch.cat(outs), truth
 
 
@@ -51,14 +65,18 @@ def sdpa(case: AttentionCase) -> tuple[Tensor, Tensor]:
     "case",
     [
         c
-        for c in CASES
-        if c.soft_cap is None and c.kv_lens and all(0 < q <= n for q, n in zip(c.q_lens, c.kv_lens, strict=True))
+        for c in CASES + SCORE_CASES
+        if c.soft_cap is None
+        and not c.has_sinks
+        and c.kv_lens
+        and all(0 < q <= n for q, n in zip(c.q_lens, c.kv_lens, strict=True))
     ],
     ids=lambda case: case.id,
 )
 def test_attention_reference_equals_torch_sdpa(case: AttentionCase) -> None:
     expected, truth = sdpa(case)
-    torch.testing.assert_close(truth, expected, rtol=1e-12, atol=1e-12)
+    # Of a row that sees nothing sdpa makes NaN.
+    torch.testing.assert_close(truth, expected.nan_to_num(0.0), rtol=1e-12, atol=1e-12)
 
 
 def test_visible_keys_is_aligned_bottom_right() -> None:
@@ -66,6 +84,53 @@ def test_visible_keys_is_aligned_bottom_right() -> None:
     assert visible_keys(2, 4, causal=True, window_left=1).int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
     assert visible_keys(2, 4, causal=False, window_left=1).int().tolist() == [[0, 1, 1, 1], [0, 0, 1, 1]]
     assert visible_keys(3, 1, causal=True, window_left=None).int().tolist() == [[0], [0], [1]]
+
+
+def test_visible_keys_of_tree_are_context_ancestors_and_row_itself() -> None:
+    words = tree_mask([None, 0, 0, 1])
+    visible = visible_keys(4, 6, causal=True, window_left=None, tree_mask=words)
+    assert visible.int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 0, 1]]
+    visible = visible_keys(4, 6, causal=True, window_left=3, tree_mask=words)
+    assert visible.int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 1, 0], [0, 0, 1, 1, 0, 1]]
+
+
+def test_visible_keys_64_before_a_row_are_seen_whatever_its_word() -> None:
+    visible = visible_keys(70, 71, causal=True, window_left=None, tree_mask=torch.zeros(70, dtype=torch.int64))
+    assert visible[:, 0].all()
+    expected = [[key == 0 or position - key >= 64 for key in range(71)] for position in range(1, 71)]
+    assert visible.tolist() == expected
+
+
+def test_attention_reference_alibi_and_sinks_by_hand() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 2, 8, generator=generator, dtype=torch.float64)
+    k_cache, v_cache = torch.randn(2, 1, 3, 1, 8, generator=generator, dtype=torch.float64)
+    slopes, sinks = torch.tensor([0.5, 0.25]), torch.tensor([1.5, -torch.inf])
+    out, lse = attention_reference(
+        q, k_cache, v_cache, cu_seqlens_q=torch.tensor([0, 2]), seq_lens=torch.tensor([3]),
+        block_table=torch.tensor([[0]]), softmax_scale=0.5, alibi_slopes=slopes, sinks=sinks,
+        compute_dtype=torch.float64,
+    )  # fmt: skip
+    for row, head in itertools.product(range(2), range(2)):
+        keys = range(row + 2)  # positions 1 and 2
+        weights = [
+            math.exp(0.5 * float(q[row, head] @ k_cache[0, key, 0]) - float(slopes[head]) * (row + 1 - key))
+            for key in keys
+        ]
+        total = sum(weights) + math.exp(float(sinks[head]))
+        expected = sum(weight * v_cache[0, key, 0] for weight, key in zip(weights, keys, strict=True)) / total
+        torch.testing.assert_close(out[row, head], expected)
+        assert float(lse[row, head]) == pytest.approx(math.log(total), rel=1e-12)
+
+
+def test_attention_reference_of_rows_without_keys_has_the_sink_for_lse() -> None:
+    q, cache = torch.ones(2, 2, 8), torch.full((1, 4, 1, 8), torch.nan)
+    sinks = torch.tensor([0.75, -torch.inf])
+    out, lse = attention_reference(
+        q, cache, cache, cu_seqlens_q=torch.tensor([0, 2]), seq_lens=torch.tensor([0]),
+        block_table=torch.tensor([[0]]), sinks=sinks,
+    )  # fmt: skip
+    assert bool((out == 0).all()) and torch.equal(lse, sinks.expand(2, 2))
 
 
 def test_attention_reference_soft_cap_and_lse_by_hand() -> None:

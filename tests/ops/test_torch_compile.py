@@ -20,7 +20,9 @@ from mixattn.ops.rope import rope_cos_sin
 from tests.cases import AttentionCase, AttentionInputs, assert_attention_close, make_inputs
 
 CASE = AttentionCase("compile", (1, 5, 1), (20, 7, 33), num_q_heads=4, num_kv_heads=2, head_dim=64, page_size=16)
-OPTIONS = (0.2, True, 12, 30.0, "cpu")  # softmax_scale, causal, window_left, soft_cap, backend
+OPTIONS = (0.2, True, 12, 30.0, False)  # softmax_scale, causal, window_left, soft_cap, invariant
+NO_SCORE_TENSORS = (None, None, None)  # alibi_slopes, sinks, tree_mask
+SCORE_TENSORS = (torch.rand(4), torch.randn(4), torch.tensor([-1, 1, 3, 5, 0, 17, -1]))
 
 
 @pytest.fixture
@@ -43,13 +45,21 @@ def tensors_of(inputs: AttentionInputs) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("has_plan", [False, True])
 def test_attention_op_passes_opcheck(inputs: AttentionInputs, has_plan: bool) -> None:
     words = torch.from_numpy(make_plan(inputs, window_left=12).buffer) if has_plan else None
-    torch.library.opcheck(torch.ops.mixattn.attention.default, (*tensors_of(inputs), words, *OPTIONS))
+    torch.library.opcheck(
+        torch.ops.mixattn.attention.default, (*tensors_of(inputs), words, *NO_SCORE_TENSORS, *OPTIONS, "cpu")
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_attention_op_with_score_tensors_passes_opcheck(inputs: AttentionInputs, backend: str) -> None:
+    arguments = (*tensors_of(inputs), None, *SCORE_TENSORS, *OPTIONS, backend)
+    torch.library.opcheck(torch.ops.mixattn.attention.default, arguments)
 
 
 @pytest.mark.parametrize("has_lse", [False, True])
 def test_attention_out_op_passes_opcheck(inputs: AttentionInputs, has_lse: bool) -> None:
     out, lse = torch.zeros_like(inputs.q), torch.zeros(CASE.total_q, CASE.num_q_heads)
-    arguments = (*tensors_of(inputs), None, *OPTIONS, out, lse if has_lse else None)
+    arguments = (*tensors_of(inputs), None, *NO_SCORE_TENSORS, *OPTIONS, "cpu", out, lse if has_lse else None)
     torch.library.opcheck(torch.ops.mixattn.attention_out.default, arguments)
 
 
@@ -210,6 +220,22 @@ def test_compiled_attention_into_out_writes_it(inputs: AttentionInputs) -> None:
     with torch.no_grad():
         into(out)
     assert_attention_close(CASE, make_inputs(CASE, torch.float32), out, None)
+
+
+def test_compiled_attention_with_score_tensors_equals_eager(inputs: AttentionInputs) -> None:
+    torch._dynamo.reset()
+    alibi_slopes, sinks, words = SCORE_TENSORS
+
+    def call(scale: Tensor) -> Tensor:
+        return mixattn.attention(
+            *tensors_of(inputs)[:3], **inputs.index_tensors, alibi_slopes=alibi_slopes * scale, sinks=sinks * scale,
+            tree_mask=words,
+        )  # fmt: skip
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    scale = torch.tensor(2.0)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(scale), call(scale))
 
 
 def test_compiled_attention_of_bad_shape_fails_while_tracing(inputs: AttentionInputs) -> None:
