@@ -25,6 +25,7 @@ class PlanSpec:
         split_tokens: int,
         fixed_split_tokens: int,  # 0: no invariant plan
         items_per_worker: int,
+        heads_per_bundle: int,
         max_splits: int,
         fs_per_kiloflop: int,
         fs_per_kilobyte: int,

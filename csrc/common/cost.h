@@ -31,6 +31,7 @@ struct PlanSpec {
   int32_t split_tokens;               // splits start and end at multiples of this token position
   int32_t fixed_split_tokens;         // > 0: at every multiple of this one, and nowhere else; 0: where it balances
   int32_t items_per_worker;
+  int32_t heads_per_bundle;  // kv heads whose small items a worker takes together; divides their size, not their cost
   int32_t max_splits;
   int64_t fs_per_kiloflop;
   int64_t fs_per_kilobyte;

@@ -3,7 +3,8 @@
 // kind
 //         is the smallest that holds its rows. Tile rows belong to tokens t0..t1 at positions p(t) = kv_len - q_len + t
 //         and see, all together, the keys [max(0, p(t0) - window_left), min(kv_len, p(t1) + 1)).
-//         target = total cost / (num_workers * items_per_worker); a tile dearer than that is split along its keys into
+//         target = total cost / (num_workers * items_per_worker), and of that 1 / heads_per_bundle for tiles of the
+//         small kind, whose kv heads a worker takes together; a tile dearer than that is split along its keys into
 //         ceil(cost / target) pieces of equally many granules of split_tokens, at fixed token positions.
 //         An invariant plan (fixed_split_tokens > 0) splits every tile into granules of fixed_split_tokens instead: the
 //         keys that are summed up together are then the same for a row whatever its batch, its chunk and the workers.
@@ -28,10 +29,15 @@ enum PlanStatus : int {
   kPlanCostTooLarge = 3,  // the batch costs more than kMaxCost
 };
 
-// Pieces that balance the machine: enough that every worker draws several, so that the last one drawn is short.
-// One worker is balanced without splits.
-MIXATTN_HD inline int64_t balance_slots(const PlanSpec& spec) {
+// What the workers draw to be balanced: enough that each draws several times, so that the last draw is short. One
+// worker is balanced without splits.
+MIXATTN_HD inline int64_t num_draws(const PlanSpec& spec) {
   return spec.num_workers == 1 ? 1 : int64_t{spec.num_workers} * spec.items_per_worker;
+}
+
+// Items that make up so many draws, at most.
+MIXATTN_HD inline int64_t balance_slots(const PlanSpec& spec) {
+  return spec.num_workers == 1 ? 1 : num_draws(spec) * spec.heads_per_bundle;
 }
 
 // Capacity, for any batch of num_seqs slices and total_q rows.
@@ -155,8 +161,8 @@ MIXATTN_HD inline PlanStatus price_slices(const PlanSpec& spec, const int32_t* c
 }
 
 // No piece below twice fs_per_item: there a further split adds more overhead than it takes work away.
-MIXATTN_HD inline int64_t target_fs(const PlanSpec& spec, int64_t cost) {
-  const int64_t balanced = ceil_div(cost, balance_slots(spec));
+MIXATTN_HD inline int64_t target_fs(const PlanSpec& spec, int64_t cost, int32_t kind) {
+  const int64_t balanced = ceil_div(cost, kind == kTileSmall ? balance_slots(spec) : num_draws(spec));
   const int64_t least = 2 * spec.fs_per_item > 1 ? 2 * spec.fs_per_item : 1;
   return balanced > least ? balanced : least;
 }
@@ -199,7 +205,6 @@ MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlen
   int64_t num_tiles = 0;
   const PlanStatus status = price_slices(spec, cu_seqlens_q, seq_lens, num_seqs, &cost, &num_tiles);
   if (status != kPlanOk) return status;
-  const int64_t target = target_fs(spec, cost);
   const int64_t heads = spec.num_kv_heads;
   const int64_t capacity_pieces = capacity_items / heads;
   if (num_tiles > capacity_pieces) return kPlanNoRoom;
@@ -223,8 +228,9 @@ MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlen
       const int64_t end_granule = tile.kv_end > 0 ? (tile.kv_end - 1) / granule + 1 : 0;
       const int64_t num_granules = end_granule - first_granule;
       const int64_t most_splits = clamp(num_granules, 1, is_fixed ? INT32_MAX : spec.max_splits);
-      const int64_t wanted =
-          is_fixed ? most_splits : ceil_div(tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share), target);
+      const int64_t wanted = is_fixed ? most_splits
+                                      : ceil_div(tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share),
+                                                 target_fs(spec, cost, tile.kind));
       const int32_t splits = static_cast<int32_t>(clamp(wanted, 1, most_splits));
       const bool is_split = splits > 1;
       if (num_pieces + splits > capacity_pieces) return kPlanNoRoom;

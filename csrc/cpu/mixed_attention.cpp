@@ -241,7 +241,7 @@ bool differs_in_head_only(const WorkItem& a, const WorkItem& b) {
 
 // Few-row items of neighbouring kv heads, which the planner puts next to each other, go together: their keys lie next
 // to each other in memory. But no bundle holds more than 1 / (2 num_threads) of all such work, so that every thread has
-// some.
+// some (one thread may take all).
 void make_bundles(const AttentionParams& p, const PlanView& plan, int64_t num_threads, std::vector<Bundle>* bundles) {
   int64_t direct_keys = 0;
   for (int32_t i = 0; i < plan.header->num_items; ++i) {
@@ -252,7 +252,8 @@ void make_bundles(const AttentionParams& p, const PlanView& plan, int64_t num_th
   for (int32_t i = 0; i < plan.header->num_items;) {
     const WorkItem& first = plan.items[i];
     const int64_t item_keys = first.kv_end - first.kv_begin;
-    const int64_t share = item_keys > 0 ? direct_keys / (2 * num_threads * item_keys) : kMaxBundle;
+    const bool is_shared = num_threads > 1 && item_keys > 0;
+    const int64_t share = is_shared ? direct_keys / (2 * num_threads * item_keys) : kMaxBundle;
     const int64_t most = num_rows(first) <= kDirectRows && !p.invariant ? std::clamp<int64_t>(share, 1, kMaxBundle) : 1;
     int32_t end = i + 1;
     while (end < plan.header->num_items && end - i < most &&

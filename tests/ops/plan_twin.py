@@ -142,14 +142,16 @@ def plan_twin(
         for tiles in slices
     ]
     total_fs = sum(sum(costs) for costs in undivided) * shape.num_kv_heads
-    slots = 1 if hardware.num_workers == 1 else hardware.num_workers * hardware.items_per_worker
-    target_fs = max(-(-total_fs // slots), 2 * round(1e15 * hardware.item_overhead_s), 1)
+    draws = 1 if hardware.num_workers == 1 else hardware.num_workers * hardware.items_per_worker
+    slots = 1 if hardware.num_workers == 1 else draws * min(hardware.heads_per_bundle, shape.num_kv_heads)
+    least_fs = max(2 * round(1e15 * hardware.item_overhead_s), 1)
 
     priced_items: list[tuple[Price, list[int]]] = []
     merges: list[list[int]] = []
     num_partial_rows = 0
     for tiles, costs in zip(slices, undivided, strict=True):
         for tile, cost_fs in zip(tiles, costs, strict=True):
+            target_fs = max(-(-total_fs // (slots if tile.kind == SMALL else draws)), least_fs)
             ranges = (
                 split_everywhere(tile, hardware) if invariant else split(tile, cost_fs, target_fs, hardware)
             )  # fmt: skip

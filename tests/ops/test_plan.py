@@ -44,14 +44,26 @@ def ranges(items: npt.NDArray[np.void]) -> list[tuple[int, int]]:
 def test_plan_long_decode_is_split_over_the_workers() -> None:
     made = plan_slices((1, 16_000))
     assert made.num_merges == SHAPE["num_kv_heads"]
-    assert made.num_items == CPU.num_workers * CPU.items_per_worker
+    assert made.num_items == CPU.num_workers * CPU.items_per_worker * SHAPE["num_kv_heads"]
     assert made.cost.imbalance < 1.05
     assert made.num_partial_rows == made.num_items * GROUP_SIZE
 
 
+def test_plan_heads_of_a_bundle_are_split_alike_and_only_small_items_are() -> None:
+    """Four workers over a decode with two kv heads: apart, two pieces of each head; together, four of both."""
+    apart = replace(CPU, num_workers=1, items_per_worker=1, heads_per_bundle=1)
+    decode = [(1, 16_000)]
+    for heads, num_pieces in ((1, 2), (2, 4)):
+        made = plan_slices(*decode, hardware=replace(apart, num_workers=4, heads_per_bundle=heads))
+        assert len(of_slice(made, 0)) == num_pieces
+        assert ranges(of_slice(made, 0, kv_head=0)) == ranges(of_slice(made, 0, kv_head=1))
+    chunk = [plan_slices((64, 4000), hardware=replace(CPU, heads_per_bundle=heads)).items() for heads in (1, 2)]
+    assert (chunk[0] == chunk[1]).all()
+
+
 def test_plan_short_decodes_are_not_split() -> None:
-    made = plan_slices(*[(1, 200 + i) for i in range(16)])
-    assert made.num_items == 16 * SHAPE["num_kv_heads"]
+    made = plan_slices(*[(1, 200 + i) for i in range(32)])
+    assert made.num_items == 32 * SHAPE["num_kv_heads"]
     assert made.num_merges == made.num_partial_rows == 0
     assert (made.items()["merge_idx"] == -1).all()
 
@@ -353,6 +365,7 @@ def test_plan_bad_argument_is_refused_by_name_value_and_bound(change: dict[str, 
         ({"num_workers": 0}, r"num_workers must be in \[1, 65536\], got 0"),
         ({"num_workers": 4.0}, r"num_workers must be an integer, got 4.0"),
         ({"num_workers": 8192, "items_per_worker": 9}, r"items_per_worker must be in \[1, 8\], got 9"),
+        ({"heads_per_bundle": 0}, r"heads_per_bundle must be in \[1, 4096\], got 0"),
         ({"flops_per_s": 0.0}, r"flops_per_s must be in \[888, 1e18\], got 0.0"),
         ({"bytes_per_s": float("nan")}, r"bytes_per_s must be in \[888, 1e18\], got nan"),
         ({"bytes_per_s": 1e19}, r"bytes_per_s must be in \[888, 1e18\], got 1e\+19"),

@@ -75,6 +75,7 @@ def hardwares(draw: st.DrawFn) -> Hardware:
         row_granule=draw(st.sampled_from([None, 1, 8])),
         split_tokens=draw(st.integers(1, 512)),
         items_per_worker=draw(st.integers(1, 8)),
+        heads_per_bundle=draw(st.integers(1, 16)),
         max_splits=draw(st.integers(1, 64)),
         invariant_split_tokens=draw(st.integers(100, 2000)),
     )
@@ -177,7 +178,8 @@ def test_plan_random_batch_keeps_its_bounds(batch: Batch) -> None:
     shape, hardware = batch.shape, batch.hardware
     made = batch.plan()
     items, merges = made.items(), made.merges()
-    slots = 1 if hardware.num_workers == 1 else hardware.num_workers * hardware.items_per_worker
+    slots = hardware.num_workers * hardware.items_per_worker * min(hardware.heads_per_bundle, shape.num_kv_heads)
+    slots = 1 if hardware.num_workers == 1 else slots
     largest = hardware.block_rows[0]
     rows_bound = batch.cu_seqlens_q[-1] * shape.group_size // largest
     num_tiles = len(np.unique(items[["seq_idx", "kv_head", "row_begin"]]))
