@@ -1,7 +1,7 @@
 // mixed_attention-inl.h: one work item of paged attention, prefill rows or decode rows, for one ISA.
 // Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys row i may see; with soft_cap c the scores s
-//         become c tanh(s / c), then lose ALiBi's slope |position of row - of key|; a sink is one more score, without a
-//         v
+//         become c tanh(s / c) first; ALiBi takes slope_i |position_i - position_j| off them; a sink is one more score
+//         in the sum, with v 0
 // Method  Online softmax over tiles of keys, in base 2, all arithmetic in float32.
 //         Few rows (a decode's query heads of one kv head): direct. One pass over K and V where they lie in their
 //         pages; every vector of them that is loaded serves several rows. Bound by memory; the next rows are
@@ -73,9 +73,9 @@ struct Rows {
   float* l;        // (num_rows) sum of 2^(score - m)
   int32_t* lo;     // (num_rows) row r sees the keys [lo[r], hi[r]); neither ever falls as r rises
   int32_t* hi;
-  int32_t* position;  // (num_rows) of the row's token in its sequence
-  float* alibi;       // (num_rows) added per position between row and key, base 2; unset without alibi_slopes
-  uint64_t* hidden;   // (num_rows) bit d: of [lo, hi), the key d before position is not seen; unset without tree_mask
+  int32_t* position;     // (num_rows) of the row's token in its sequence
+  float* alibi;          // (num_rows) added per position between row and key, base 2; unset without alibi_slopes
+  uint64_t* hidden;      // (num_rows) bit d: the key d before position is hidden from the row; unset without tree_mask
   int64_t hidden_begin;  // the first key that is hidden from some row; INT64_MAX: none is
   int64_t seen_key;      // some key of the item that is not hidden from every row; set if hidden_begin is
   int64_t kv_end;        // the item's, or its kv_begin if every key is hidden from every row

@@ -63,6 +63,7 @@ void check_sizes(const AttentionParams& p) {
   check_range("page_size", p.page_size, 1, INT32_MAX);
   check_range("max_pages", p.max_pages, 0, INT32_MAX);
   check_range("window_left", p.window_left, -1, INT32_MAX);
+  if (p.tree_mask != nullptr && !p.causal) throw std::invalid_argument("causal must be true with tree_mask");
   if (!(p.softmax_scale > 0.0f && std::isfinite(p.softmax_scale))) {  // NaN fails both
     throw std::invalid_argument("softmax_scale must be finite and > 0, got " + std::to_string(p.softmax_scale));
   }

@@ -40,12 +40,15 @@ run("no-sequences")
 plan = run("soft-cap-window-splits", dataclasses.replace(cpu, num_workers=64, item_overhead_s=0.0))
 assert plan.num_merges > 0
 inputs = make_inputs(CASES[0], torch.bfloat16)
-for name, tensor in (
-    ("alibi_slopes", torch.zeros(8)), ("sinks", torch.zeros(8)), ("tree_mask", torch.zeros(1, dtype=torch.int64))
+for name, value in (
+    ("alibi_slopes", torch.zeros(8)),
+    ("sinks", torch.zeros(8)),
+    ("tree_mask", torch.zeros(1, dtype=torch.int64)),
+    ("invariant", True),
 ):
     try:
         mixattn.attention(
-            inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, backend="triton", **{name: tensor}
+            inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, backend="triton", **{name: value}
         )
     except NotImplementedError as error:
         assert str(error).startswith(f"{name} is not supported by backend 'triton'; backends that have it: "), error
