@@ -29,7 +29,7 @@ from mixattn.ops.checks import (
 )
 from mixattn.ops.kv_dtypes import Scale, split_scale
 from mixattn.ops.library import is_plain, register_op
-from mixattn.ops.plan import H100, WorkPlan, cpu_hardware
+from mixattn.ops.plan import H100, Hardware, WorkPlan, cpu_hardware
 from mixattn.ops.plan import plan as make_plan
 from mixattn.ops.reference import attention_reference
 
@@ -185,13 +185,16 @@ def attention(
     return out if lse is None else (out, lse)
 
 
+def device_hardware(device: torch.device) -> Hardware:
+    """The workers that a plan for tensors on this device is to be balanced over."""
+    if device.type != "cuda":
+        return cpu_hardware()
+    return dataclasses.replace(H100, num_workers=torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def _default_plan(call: AttentionCall) -> Tensor:
     """The words of a plan for the workers of q's device; on a GPU this waits for the lengths to arrive on the host."""
     q = call.q
-    hardware = cpu_hardware()
-    if q.is_cuda:
-        num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
-        hardware = dataclasses.replace(H100, num_workers=num_sms)
     work_plan = make_plan(
         call.cu_seqlens_q.cpu(),
         call.seq_lens.cpu(),
@@ -202,7 +205,7 @@ def _default_plan(call: AttentionCall) -> Tensor:
         causal=call.causal,
         window_left=call.window_left,
         invariant=call.invariant,
-        hardware=hardware,
+        hardware=device_hardware(q.device),
     )
     return torch.from_numpy(work_plan.buffer)
 
