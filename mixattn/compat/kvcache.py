@@ -44,6 +44,7 @@ def kvcache_attention(
     mask: Mask,
     softcap: float,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k_new: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -100,6 +101,7 @@ def kvcache_attention(
         window_left=mask.window_left,
         soft_cap=soft_cap_of(softcap),
         alibi_slopes=alibi_slopes,
+        sinks=sinks,
         return_lse=True,
     )
     if cu_seqlens_q is not None:

@@ -196,8 +196,8 @@ def unified_attention(
     mask = mask_of(function, causal, window_size)
     if alibi_slopes is not None and not mask.causal:
         raise NotImplementedError(
-            f"{function}: alibi_slopes without causal are not supported: vLLM then favours keys the further behind they "
-            "are; the nearest is causal=True"
+            f"{function}: alibi_slopes without causal are not supported, as vLLM then favours keys behind the row; "
+            "the nearest is causal=True"
         )
     attention(
         q,
