@@ -169,7 +169,7 @@ def _masked(
     begins = torch.where(has_keys, is_seen.int().argmax(dim=1), 0)
     ends = torch.where(has_keys, kv_len - is_seen.flip(1).int().argmax(dim=1), 0)
     _check_pattern(visible, begins, ends, options["causal"], options["window_left"])
-    (keys, step), (values, _) = _token_pages(key), _token_pages(value)
+    keys, values, step = _token_pages(key, value)
     starts = torch.arange(batch, device=key.device) * step + begins
     out: Tensor = attention(
         rows,
@@ -227,20 +227,26 @@ def _require(condition: Tensor, message: str) -> None:
         raise NotImplementedError(message)
 
 
-def _token_pages(x: Tensor) -> tuple[Tensor, int]:
-    """``x`` [batch, num_heads, len, head_dim] as pages of one token, and how many pages on the next sequence begins.
+def _token_pages(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Both [batch, num_heads, len, head_dim] as pages of one token, and how many pages on the next sequence begins.
 
     Token t of sequence b is page b * step + t. Where a sequence's heads lie apart, a page's heads do too: the pages
     interleave, and nothing is copied.
     """
-    batch, num_heads, length, head_dim = x.shape
-    batch_stride, head_stride, token_stride, element_stride = x.stride()
+    batch, num_heads, length, head_dim = key.shape
+    batch_stride, head_stride, token_stride, element_stride = key.stride()
     is_regular = element_stride == 1 and token_stride > 0 and batch_stride % token_stride == 0
-    if torch.compiler.is_compiling() or not is_regular:
-        return x.transpose(1, 2).reshape(batch * length, 1, num_heads, head_dim), length
+    if torch.compiler.is_compiling() or not is_regular or key.stride() != value.stride():
+        shape = (batch * length, 1, num_heads, head_dim)
+        return key.transpose(1, 2).reshape(shape), value.transpose(1, 2).reshape(shape), length
     step = batch_stride // token_stride if batch > 1 else 0
     size = ((batch - 1) * step + length, 1, num_heads, head_dim)
-    return x.as_strided(size, (token_stride, token_stride, head_stride, 1), x.storage_offset()), step
+    strides = (token_stride, token_stride, head_stride, 1)
+    return (
+        key.as_strided(size, strides, key.storage_offset()),
+        value.as_strided(size, strides, value.storage_offset()),
+        step,
+    )
 
 
 def _ragged(
