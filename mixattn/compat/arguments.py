@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mixattn.ops.library import DTYPE_NAMES
+
 
 class Mask(NamedTuple):
     """``causal`` and ``window_left`` of ``mixattn.attention``."""
@@ -48,17 +50,44 @@ def soft_cap_of(softcap: float | None) -> float | None:
     return softcap or None
 
 
-def check_descales(function: str, k: Tensor, **descales: Tensor | float | None) -> None:
-    """Raises ValueError if K and V are held as they are and a descale is not 1.
+def check_q_descale(function: str, q_descale: Tensor | None) -> None:
+    """Raises NotImplementedError if queries are to be scaled; on a GPU the values are not looked at."""
+    if q_descale is not None and not _are_ones(q_descale):
+        raise NotImplementedError(f"{function}: q_descale other than 1 is not supported; the nearest is q in 16 bits")
 
-    FlashAttention-3 and vLLM read descales for 8-bit tensors alone, and vLLM passes ones for all others. On a GPU the
-    values are not looked at.
+
+def kv_scale(function: str, name: str, cache: Tensor, descale: Tensor | float | None) -> float | Tensor | None:
+    """``k_scale`` or ``v_scale`` of ``mixattn.attention``: a float, [num_kv_heads], or None.
+
+    FlashAttention-3 and vLLM read descales for 8-bit tensors alone, and vLLM passes ones for all others.
+
+    Args:
+        cache: [..., num_kv_heads, head_dim].
+        descale: a number, or a tensor of one, or [num_seqs, num_kv_heads], its rows all the same.
+    Raises:
+        ValueError: a scale other than 1 for a cache that is not quantised (on a GPU the values are not looked at).
+        NotImplementedError: sequences with scales of their own.
     """
-    for name, descale in descales.items():
-        if descale is None or (isinstance(descale, Tensor) and descale.device.type != "cpu"):
-            continue
-        if bool((torch.as_tensor(descale) != 1).any()):
-            raise ValueError(f"{function}: {name} must be 1 for {k.dtype} tensors, which are not scaled")
+    if descale is None:
+        return None
+    if cache.dtype in DTYPE_NAMES:
+        if not _are_ones(descale):
+            raise ValueError(f"{function}: {name} must be 1 for {cache.dtype} tensors, which are not scaled")
+        return None
+    if not isinstance(descale, Tensor):
+        return float(descale)
+    num_kv_heads = cache.shape[-2]
+    if descale.numel() == 1:
+        return descale.float().reshape(1).expand(num_kv_heads).contiguous()
+    is_one_row = descale.dim() == 1 or descale.stride(0) == 0 or descale.shape[0] == 1
+    if not is_one_row and not (descale.device.type == "cpu" and bool((descale == descale[:1]).all())):
+        raise NotImplementedError(f"{function}: {name} per sequence is not supported; the nearest is one row for all")
+    return (descale if descale.dim() == 1 else descale[0]).float().contiguous()
+
+
+def _are_ones(descale: Tensor | float) -> bool:
+    is_unseen = isinstance(descale, Tensor) and descale.device.type != "cpu"
+    return is_unseen or not bool((torch.as_tensor(descale) != 1).any())
 
 
 def contiguous_rows(x: Tensor) -> Tensor:

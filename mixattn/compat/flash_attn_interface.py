@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mixattn.compat.arguments import accept_only, check_descales, mask_of
+from mixattn.compat.arguments import accept_only, check_q_descale, kv_scale, mask_of
 from mixattn.compat.kvcache import Rotary, kvcache_attention
 from mixattn.compat.varlen import no_probabilities, varlen_attention
 
@@ -54,7 +54,7 @@ def flash_attn_varlen_func(
     accept_only(function, None, "the nearest is slices as long as cu_seqlens_q says", seqused_q=seqused_q)
     accept_only(function, None, "the nearest is attention whose values have the keys' head_dim", qv=qv)
     accept_only(function, 0, "the nearest is window_size", attention_chunk=attention_chunk)
-    check_descales(function, k, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    check_q_descale(function, q_descale)
     out, lse = varlen_attention(
         function,
         q,
@@ -68,6 +68,8 @@ def flash_attn_varlen_func(
         softmax_scale=softmax_scale,
         mask=mask_of(function, causal, window_size),
         softcap=softcap,
+        k_scale=kv_scale(function, "k_descale", k, k_descale),
+        v_scale=kv_scale(function, "v_descale", v, v_descale),
     )
     return (out, lse) if return_attn_probs else out
 
@@ -119,7 +121,7 @@ def flash_attn_with_kvcache(
     accept_only(function, None, "the nearest is a cache that begins at its first slot", cache_leftpad=cache_leftpad)
     accept_only(function, None, "the nearest is rotation by cache_seqlens", rotary_seqlens=rotary_seqlens)
     accept_only(function, 0, "the nearest is window_size", attention_chunk=attention_chunk)
-    check_descales(function, k_cache, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    check_q_descale(function, q_descale)
     out, lse = kvcache_attention(
         function,
         q,
@@ -134,6 +136,8 @@ def flash_attn_with_kvcache(
         softmax_scale=softmax_scale,
         mask=mask_of(function, causal, window_size),
         softcap=softcap,
+        k_scale=kv_scale(function, "k_descale", k_cache, k_descale),
+        v_scale=kv_scale(function, "v_descale", v_cache, v_descale),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k_new=cu_seqlens_k_new,
     )

@@ -721,7 +721,8 @@ def _make_batch(
     kv_dtype = q_dtype if kv_data_type is None else _dtype("kv_data_type", kv_data_type)
     if head_dim_vo not in (None, head_dim_qk):
         accept_only(function, head_dim_qk, f"the nearest is head_dim_qk, {head_dim_qk}", head_dim_vo=head_dim_vo)
-    accept_only(function, q_dtype, f"the nearest is q_data_type, {q_dtype}", kv_data_type=kv_dtype)
+    if kv_dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        accept_only(function, q_dtype, f"the nearest is q_data_type, {q_dtype}", kv_data_type=kv_dtype)
     if o_data_type is not None:
         o_dtype = _dtype("o_data_type", o_data_type)
         accept_only(function, q_dtype, f"the nearest is q_data_type, {q_dtype}", o_data_type=o_dtype)

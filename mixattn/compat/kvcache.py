@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,6 +47,8 @@ def kvcache_attention(
     softcap: float,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k_new: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -84,7 +88,8 @@ def kvcache_attention(
                 f"{function}: cache_seqlens must be >= 0 and leave room for the new keys in {capacity} slots, got "
                 f"{cache_seqlens.tolist()} before {new_k.cu_seqlens.diff().tolist()} new keys"
             )
-        queries = _append(queries, new_k, new_v.rows, k_cache, v_cache, cache_seqlens, block_table, rotary, mask)
+        store = functools.partial(append_kv, new_k.rows, new_v.rows, k_cache, v_cache, k_scale=k_scale, v_scale=v_scale)
+        queries = _append(store, queries, new_k, k_cache.shape[1], cache_seqlens, block_table, rotary, mask)
     elif k is not None or v is not None:
         raise ValueError(f"{function}: k and v must be given together")
     elif rotary.cos is not None:
@@ -102,6 +107,8 @@ def kvcache_attention(
         soft_cap=soft_cap_of(softcap),
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
         return_lse=True,
     )
     if cu_seqlens_q is not None:
@@ -124,33 +131,23 @@ def _ragged(name: str, x: Tensor, cu_seqlens: Tensor | None) -> Ragged:
 
 
 def _append(
+    store: Callable[..., object],
     queries: Ragged,
     new_k: Ragged,
-    new_v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    page_size: int,
     past_lens: Tensor,
     block_table: Tensor,
     rotary: Rotary,
     mask: Mask,
 ) -> Ragged:
-    """The queries, rotated if there is a rotation; the new keys, rotated likewise, and values are stored."""
+    """The queries, rotated if there is a rotation; ``store`` gets the slots of the new keys, and their rotation."""
     new_rows = rows_of(new_k.cu_seqlens, past_lens, len(new_k.rows))
-    slots = slots_of(new_rows, block_table, k_cache.shape[1])
+    slots = slots_of(new_rows, block_table, page_size)
     if rotary.cos is None or rotary.sin is None:
-        append_kv(new_k.rows, new_v, k_cache, v_cache, slots)
+        store(slots)
         return queries
     table = torch.cat((rotary.cos, rotary.sin), dim=-1).float()
-    append_kv(
-        new_k.rows,
-        new_v,
-        k_cache,
-        v_cache,
-        slots,
-        positions=new_rows.positions,
-        rope_cos_sin=table,
-        interleaved=rotary.interleaved,
-    )
+    store(slots, positions=new_rows.positions, rope_cos_sin=table, interleaved=rotary.interleaved)
     query_rows = rows_of(queries.cu_seqlens, past_lens, len(queries.rows))
     # Where every row sees every key, rows have no order: FlashAttention turns all of them by the first one's position.
     has_order = mask.causal or mask.window_left is not None

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mixattn.compat.arguments import accept_only, check_descales, mask_of, soft_cap_of
+from mixattn.compat.arguments import accept_only, check_q_descale, kv_scale, mask_of, soft_cap_of
 from mixattn.compat.varlen import varlen_attention
 from mixattn.ops.attention import attention
 
@@ -88,7 +89,7 @@ def flash_attn_varlen_func(
         aux_tensor_leading_dims=aux_tensor_leading_dims,
         dynamic_causal=dynamic_causal,
     )
-    check_descales(function, k, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    check_q_descale(function, q_descale)
     if fa_version not in (2, 3, 4):
         raise ValueError(f"{function}: fa_version must be 2, 3 or 4, got {fa_version}")
     if (cu_seqlens_k is None) == (seqused_k is None):
@@ -110,6 +111,8 @@ def flash_attn_varlen_func(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=None if s_aux is None else s_aux.float(),
+        k_scale=kv_scale(function, "k_descale", k, k_descale),
+        v_scale=kv_scale(function, "v_descale", v, v_descale),
         out=out,
     )
     return (out, lse) if return_softmax_lse else out
@@ -160,12 +163,14 @@ def unified_attention(
         seqused_k: [num_seqs] int32, the keys of each sequence, this step's included.
         window_size: (left, right), -1 for no bound; the right one is 0 or -1.
         alibi_slopes, sinks: [num_q_heads].
-        kv_quant_mode: vLLM's KVQuantMode, of which NONE is 0.
+        k_descale, v_descale: of 8-bit k and v as a whole, or per head.
+        k_scale_cache, v_scale_cache: [num_pages, page_size, num_kv_heads] float32, per token and head, instead.
+        kv_quant_mode: vLLM's KVQuantMode; the dtype of k and the scales say the same.
     Raises:
         NotImplementedError: naming an argument that mixattn cannot honour.
     """
     function = "unified_attention"
-    accept_only(function, None, "the nearest is q in 16 bits", q_descale=q_descale)
+    check_q_descale(function, q_descale)
     accept_only(function, None, "the nearest is mixattn.attention with tree_mask", qq_bias=qq_bias)
     accept_only(function, None, "the nearest is output in q's dtype", output_scale=output_scale)
     accept_only(
@@ -177,14 +182,11 @@ def unified_attention(
         rswa_window=rswa_window,
     )
     accept_only(function, False, "the nearest is a linear bias", use_alibi_sqrt=use_alibi_sqrt)
-    accept_only(function, 0, "the nearest is K and V in q's dtype", kv_quant_mode=kv_quant_mode)
-    accept_only(
-        function,
-        None,
-        "the nearest is K and V in q's dtype",
-        k_scale_cache=k_scale_cache,
-        v_scale_cache=v_scale_cache,
-    )
+    if k.dtype == torch.uint8:
+        raise NotImplementedError(
+            f"{function}: kv_quant_mode = {kv_quant_mode!r} with uint8 k is not supported, as vLLM packs int4 in another "
+            "order; the nearest is int8"
+        )
     accept_only(function, -1, "the nearest is window_size", chunk_lookback=chunk_lookback)
     accept_only(
         function,
@@ -192,7 +194,11 @@ def unified_attention(
         "the nearest is causal with window_size",
         mm_prefix_clamp_sliding_window=mm_prefix_clamp_sliding_window,
     )
-    check_descales(function, k, k_descale=k_descale, v_descale=v_descale)
+    k_scale: float | Tensor | None = k_scale_cache
+    v_scale: float | Tensor | None = v_scale_cache
+    if k_scale_cache is None or v_scale_cache is None:
+        k_scale = kv_scale(function, "k_descale", k, k_descale)
+        v_scale = kv_scale(function, "v_descale", v, v_descale)
     mask = mask_of(function, causal, window_size)
     if alibi_slopes is not None and not mask.causal:
         raise NotImplementedError(
@@ -212,5 +218,7 @@ def unified_attention(
         soft_cap=soft_cap_of(softcap),
         alibi_slopes=None if alibi_slopes is None else alibi_slopes.float(),
         sinks=None if sinks is None else sinks.float(),
+        k_scale=k_scale,
+        v_scale=v_scale,
         out=out,
     )
