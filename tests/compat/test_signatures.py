@@ -15,8 +15,8 @@ from mixattn.compat import flash_attn, flash_attn_interface, flashinfer, vllm
 FA2 = "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
 VARLEN_WINDOW = (-1, -1)
 
-# Callable of ours -> (where the original is, the commit that was read, required parameters, optional ones with defaults).
-# A name after * is keyword-only.
+# Ours, where the original is, the commit that was read, required parameters, optional ones with defaults. A star before
+# a name tells that it is keyword-only.
 ORIGINALS: dict[str, tuple[Callable[..., Any], str, str, str, dict[str, Any]]] = {
     "fa2-varlen": (
         flash_attn.flash_attn_varlen_func,
