@@ -15,8 +15,6 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import continuous_api
 
 from mixattn.compat import transformers as adapter
-from mixattn.ops.attention_call import BACKENDS_WITH
-from tests.compat.backends import run_on_backend
 from tests.models.hf_models import random_model, random_sequences
 
 NUM_TOKENS = 12
@@ -79,9 +77,7 @@ def test_generate_with_soft_cap_has_the_logits_of_eager() -> None:
     torch.testing.assert_close(generate(model, sequences, "mixattn"), expected, atol=2e-4, rtol=1e-4)
 
 
-def test_generate_with_sinks_has_the_logits_of_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    if "cpu" not in BACKENDS_WITH.get("sinks", ("cpu",)):
-        run_on_backend(monkeypatch, "reference")
+def test_generate_with_sinks_has_the_logits_of_eager() -> None:
     config = GptOssConfig(
         vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, sliding_window=6, num_local_experts=2, num_experts_per_tok=1,
