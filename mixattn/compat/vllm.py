@@ -184,7 +184,7 @@ def unified_attention(
     accept_only(function, False, "the nearest is a linear bias", use_alibi_sqrt=use_alibi_sqrt)
     if k.dtype == torch.uint8:
         raise NotImplementedError(
-            f"{function}: kv_quant_mode = {kv_quant_mode!r} with uint8 k is not supported, as vLLM packs int4 in another "
+            f"{function}: kv_quant_mode = {kv_quant_mode!r} with uint8 k is not supported: vLLM packs int4 in another "
             "order; the nearest is int8"
         )
     accept_only(function, -1, "the nearest is window_size", chunk_lookback=chunk_lookback)
