@@ -45,16 +45,22 @@ def plan(
 ) -> None: ...
 def plan_cost(spec: PlanSpec, words: int) -> dict[str, int]: ...
 
-# The CPU kernels (csrc/bindings/cpu.cpp). Strides count elements; the last dimension is always contiguous. ``dtype`` is
-# "float32", "bfloat16" or "float16"; ``isa`` is one of cpu_info()["available"], None the best of them. Everything that
-# the index arrays hold is checked before the first write: ValueError names the argument and its bound.
+# The CPU kernels (csrc/bindings/cpu.cpp). Strides count elements (of int4 bytes); the last dimension is always
+# contiguous. ``dtype`` is "float32", "bfloat16" or "float16"; ``kv_dtype`` one of these, "int8", "float8_e4m3fn",
+# "float8_e5m2" or "int4". A scale is the value in its sizes (value, is per token, strides of page, token and head) or,
+# unless its address is 0, float32 [num_pages, page_size, num_kv_heads] (per token) or [num_kv_heads]. ``isa`` is one of
+# cpu_info()["available"], None the best of them. Everything that the index arrays hold is checked before the first
+# write: ValueError names the argument and its bound.
 
 def attention(
     *,
     dtype: str,
+    kv_dtype: str,
     q: int,
     k_cache: int,
     v_cache: int,
+    k_scale: int,  # 0: the value in k_scale_sizes
+    v_scale: int,
     out: int,
     lse: int,  # 0: not wanted
     cu_seqlens_q: int,
@@ -82,6 +88,8 @@ def attention(
     out_strides: tuple[int, int],  # token, head
     k_strides: tuple[int, int, int],  # page, token, head
     v_strides: tuple[int, int, int],  # page, token, head
+    k_scale_sizes: tuple[float, bool, tuple[int, int, int]],
+    v_scale_sizes: tuple[float, bool, tuple[int, int, int]],
     lse_stride: int,  # token
     block_table_stride: int,  # sequence
     alibi_seq_stride: int,  # sequence; 0: one set of slopes for all
@@ -96,10 +104,13 @@ def attention(
 def append_kv(
     *,
     dtype: str,
+    kv_dtype: str,
     k: int,
     v: int,
     k_cache: int,
     v_cache: int,
+    k_scale: int,  # 0: the value in k_scale_sizes; written if per token
+    v_scale: int,
     slot_mapping: int,  # [num_tokens] int64
     q: int,  # 0: no q
     q_out: int,  # q's place is allowed
@@ -119,6 +130,8 @@ def append_kv(
     q_out_strides: tuple[int, int],  # token, head
     k_cache_strides: tuple[int, int, int],  # page, token, head
     v_cache_strides: tuple[int, int, int],  # page, token, head
+    k_scale_sizes: tuple[float, bool, tuple[int, int, int]],
+    v_scale_sizes: tuple[float, bool, tuple[int, int, int]],
     rope_stride: int,  # position
     interleaved: bool,
     num_threads: int,

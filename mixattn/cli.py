@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixattn import __version__, env
-from mixattn.config import CacheConfig, EngineConfig, PolicyName, SchedulerConfig, ServerConfig
+from mixattn.config import (
+    KV_CACHE_DTYPES,
+    CacheConfig,
+    EngineConfig,
+    PolicyName,
+    SchedulerConfig,
+    ServerConfig,
+)
 from mixattn.types import SamplingParams
 
 with contextlib.suppress(ImportError):  # not every Python has it; with it, input() has line editing and a history
@@ -179,6 +186,12 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="memory for KV, as 512M or 2G (a share of what is free)",
     )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default=CacheConfig.kv_cache_dtype,
+        help="what K and V are stored as (%(default)s: as the model)",
+    )
     group.add_argument("--attention-backend", metavar="NAME", help="cpu, triton or reference (the fastest here)")
     group.add_argument("--load-format", default="auto", choices=["auto", "safetensors", "gguf", "dummy"])
     group.add_argument("--chat-template", metavar="JINJA", help="Jinja text or file in place of the model's own")
@@ -216,7 +229,12 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
         dtype=arguments.dtype,
         seed=arguments.seed,
         max_model_len=arguments.max_model_len,
-        cache=CacheConfig(arguments.block_size, arguments.num_gpu_blocks_override, arguments.kv_cache_memory_bytes),
+        cache=CacheConfig(
+            arguments.block_size,
+            arguments.num_gpu_blocks_override,
+            arguments.kv_cache_memory_bytes,
+            arguments.kv_cache_dtype,
+        ),
         scheduler=SchedulerConfig(
             max_num_batched_tokens=budget,
             max_num_seqs=max_num_seqs,

@@ -91,9 +91,13 @@ class ModelConfig:
             f"window_left needs one entry per layer ({self.num_layers}), got {len(self.window_left)}",
         )
 
-    def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """Bytes of K and V that one token takes over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes
+    def kv_bytes_per_token(self, row_bytes: int) -> int:
+        """Bytes of K and V that one token takes over all layers, when a row of one head takes ``row_bytes``."""
+        return 2 * self.num_layers * self.num_kv_heads * row_bytes
+
+
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "fp8_e4m3", "fp8_e5m2", "int4")
+"""What K and V may be stored as; ``auto`` is the dtype of the model."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,8 @@ class CacheConfig:
     """Pages in the pool; None sizes it from ``kv_cache_memory_bytes``."""
     kv_cache_memory_bytes: int | None = None
     """Memory for K and V over all layers; None takes a share of what is free."""
+    kv_cache_dtype: str = "auto"
+    """One of ``KV_CACHE_DTYPES``. int8, fp8 and int4 come with a scale per token and head."""
 
     def __post_init__(self) -> None:
         _require(self.page_size >= 1, f"page_size must be >= 1, got {self.page_size}")
@@ -113,6 +119,10 @@ class CacheConfig:
         _require(
             self.kv_cache_memory_bytes is None or self.kv_cache_memory_bytes > 0,
             f"kv_cache_memory_bytes must be > 0, got {self.kv_cache_memory_bytes}",
+        )
+        _require(
+            self.kv_cache_dtype in KV_CACHE_DTYPES,
+            f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {self.kv_cache_dtype!r}",
         )
 
 
@@ -145,7 +155,7 @@ class EngineConfig:
 
     model: str
     dtype: str = "auto"
-    """``auto``, ``float32``, ``bfloat16`` or ``float16``: weights, activations and KV."""
+    """``auto``, ``float32``, ``bfloat16`` or ``float16``: weights and activations, and K and V by default."""
     seed: int = 0
     max_model_len: int | None = None
     cache: CacheConfig = field(default_factory=CacheConfig)

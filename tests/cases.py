@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mixattn.ops.reference import attention_reference, visible_keys
+from mixattn.ops.kv_dtypes import QUANTIZED, Scale
+from mixattn.ops.reference import attention_reference, dequantize_reference, quantize_reference, visible_keys
 from mixattn.ops.tree_mask import tree_mask
 
 UNUSED_BLOCK_ID = 2**31 - 1
@@ -84,6 +85,40 @@ class AttentionCase:
 
 
 @dataclass(frozen=True)
+class KvFormat:
+    """What a case's K and V are stored as.
+
+    Args:
+        scale: of each token and head, of each head, one for all, or None given.
+    """
+
+    dtype: torch.dtype
+    scale: Literal["token", "head", "one"] | None = None
+
+    @property
+    def id(self) -> str:
+        name = QUANTIZED[self.dtype].name if self.dtype in QUANTIZED else str(self.dtype).removeprefix("torch.")
+        return f"{name}-{self.scale}" if self.scale else name
+
+
+QUANTIZED_FORMATS = [
+    KvFormat(torch.int8, "token"),
+    KvFormat(torch.float8_e4m3fn, "token"),
+    KvFormat(torch.float8_e5m2, "head"),
+    KvFormat(torch.uint8, "token"),
+    KvFormat(torch.int8, "head"),
+    KvFormat(torch.float8_e4m3fn),
+    KvFormat(torch.float8_e5m2, "token"),
+    KvFormat(torch.uint8, "head"),
+    KvFormat(torch.int8, "one"),
+    KvFormat(torch.float8_e4m3fn, "one"),
+    KvFormat(torch.float8_e5m2),
+    KvFormat(torch.uint8, "one"),
+]
+"""Four neighbours are the four dtypes."""
+
+
+@dataclass(frozen=True)
 class AttentionInputs:
     """The tensors of a case; shapes as STYLE.md's table names them."""
 
@@ -96,6 +131,8 @@ class AttentionInputs:
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
     tree_mask: Tensor | None = None
+    k_scale: Scale = None
+    v_scale: Scale = None
 
     @property
     def index_tensors(self) -> dict[str, Tensor]:
@@ -108,13 +145,46 @@ class AttentionInputs:
         named = {"alibi_slopes": self.alibi_slopes, "sinks": self.sinks, "tree_mask": self.tree_mask}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    @property
+    def scales(self) -> dict[str, Scale]:
+        """The keyword arguments of ``attention`` that go with quantised caches."""
+        return {"k_scale": self.k_scale, "v_scale": self.v_scale}
+
     def to(self, device: torch.device | str) -> AttentionInputs:
-        tensors = (getattr(self, name) for name in self.__dataclass_fields__)
-        return AttentionInputs(*(None if tensor is None else tensor.to(device) for tensor in tensors))
+        values = (getattr(self, name) for name in self.__dataclass_fields__)
+        return AttentionInputs(*(value.to(device) if isinstance(value, Tensor) else value for value in values))
 
 
-def make_inputs(case: AttentionCase, dtype: torch.dtype, *, seed: int = 0) -> AttentionInputs:
-    """Random tensors of the case's shapes on the CPU; the same seed gives the same values in every dtype, rounded."""
+def store(cache: Tensor, kv: KvFormat) -> tuple[Tensor, Scale]:
+    """A cache in this format and its scales, from real values; where they are NaN, what must not be read is left.
+
+    That is NaN where the elements or the scales can hold it, and the largest stored magnitude in the integers.
+    """
+    if kv.dtype not in QUANTIZED:
+        return cache.to(kv.dtype), None
+    rows = cache.flatten(0, 1)
+    largest = rows.nan_to_num().abs().amax(dim=(0, 2)).clamp(min=1.0)  # [num_kv_heads]
+    scale: Scale = None
+    if kv.scale == "head":
+        scale = largest / QUANTIZED[kv.dtype].row_max
+    elif kv.scale == "one":
+        scale = float(largest.max()) / QUANTIZED[kv.dtype].row_max
+    stored, row_scales = quantize_reference(rows, kv.dtype, 1.0 if kv.scale is None else scale)
+    if not kv.dtype.is_floating_point:
+        stored[rows.isnan().any(dim=-1)] = 0 if kv.dtype == torch.uint8 else -128
+    if row_scales is not None:
+        scale = row_scales.unflatten(0, cache.shape[:2])
+    return stored.unflatten(0, cache.shape[:2]), scale
+
+
+def make_inputs(
+    case: AttentionCase, dtype: torch.dtype, *, seed: int = 0, kv: KvFormat | None = None
+) -> AttentionInputs:
+    """Random tensors of the case's shapes on the CPU; the same seed gives the same values in every dtype, rounded.
+
+    Args:
+        kv: what K and V are stored as; None is ``dtype``.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -146,16 +216,21 @@ def make_inputs(case: AttentionCase, dtype: torch.dtype, *, seed: int = 0) -> At
     scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
     q = normal(case.total_q, case.num_q_heads, case.head_dim) * (case.logit_std / (scale * case.head_dim**0.5))
     cu_seqlens_q = torch.tensor([0, *case.q_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    (k_cache, k_scale), (v_cache, v_scale) = (
+        store(cache, KvFormat(dtype) if kv is None else kv) for cache in (k_cache, v_cache)
+    )
     return AttentionInputs(
         q=q.to(dtype),
-        k_cache=k_cache.to(dtype),
-        v_cache=v_cache.to(dtype),
+        k_cache=k_cache,
+        v_cache=v_cache,
         cu_seqlens_q=cu_seqlens_q,
         seq_lens=torch.tensor(case.kv_lens, dtype=torch.int32),
         block_table=block_table,
         alibi_slopes=_alibi_slopes(case),
         sinks=normal(case.num_q_heads) if case.has_sinks else None,
         tree_mask=words,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 
@@ -175,10 +250,11 @@ def assert_attention_close(case: AttentionCase, inputs: AttentionInputs, out: Te
     A row is one query token of one head; its error is the largest over head_dim, against float64.
     """
     arguments = (inputs.q, inputs.k_cache, inputs.v_cache)
-    options = {**inputs.index_tensors, **inputs.score_tensors, **case.options}
+    options = {**inputs.index_tensors, **inputs.score_tensors, **inputs.scales, **case.options}
     true_out, true_lse = attention_reference(*arguments, **options, compute_dtype=torch.float64)
     eager_out, _ = attention_reference(*arguments, **options, compute_dtype=out.dtype)
-    largest_v = inputs.v_cache.nan_to_num().abs().max().double() if inputs.v_cache.numel() else torch.tensor(0.0)
+    real_v = dequantize_reference(inputs.v_cache, inputs.v_scale, compute_dtype=torch.float64).nan_to_num()
+    largest_v = real_v.abs().max() if real_v.numel() else torch.tensor(0.0)
     floor = ROW_FLOOR_ULPS[out.dtype] * torch.finfo(out.dtype).eps * largest_v
     allowed = 2 * row_error(eager_out, true_out) + floor
     error = row_error(out, true_out)

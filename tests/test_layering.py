@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "metrics": {"types", "config"},
     "triton_kernels": BASE,
     "ops": BASE | {"triton_kernels"},
+    "compat": BASE | {"ops"},
     "models": BASE | {"ops"},
     "executor": BASE | {"ops", "models"},
     "kv": BASE,

@@ -5,10 +5,13 @@ machine reached in the same run at reading memory and at fused multiply-adds in 
 slice by slice, the longer of its bytes at the one and its flops at the other (nothing overlapped). torch's
 ``scaled_dot_product_attention`` reads no pages: it gets K and V gathered into contiguous tensors beforehand, untimed,
 so the ratio leaves the gather out (``--time-gather`` puts it in). Its output is compared with ours before timing.
+With ``--kv-dtypes`` K and V are stored as these, quantised ones with a scale per token and head; torch gets them in q's
+dtype. Bytes are those that are stored.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +22,11 @@ from torch import Tensor
 import mixattn
 from bench.lib.measure import Record, append_json, parser, time_interleaved
 from mixattn import _C
+from mixattn.config import KV_CACHE_DTYPES
 from mixattn.env import num_threads
+from mixattn.executor.kv_pool import kv_dtype as stored_dtype
+from mixattn.ops.kv_dtypes import QUANTIZED, kv_dtype_name
+from mixattn.ops.reference import dequantize_reference, quantize_reference
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,18 @@ def cases() -> list[Case]:
     ]
 
 
-def flops_and_bytes(case: Case, element_bytes: int) -> list[tuple[int, int]]:
-    """Per slice: flops of the visible (row, key) pairs, and bytes of K and V read once plus q and out."""
+def flops_and_bytes(case: Case, element_bytes: int, kv_row_bytes: float) -> list[tuple[int, int]]:
+    """Per slice: flops of the visible (row, key) pairs, and bytes of K and V read once plus q and out.
+
+    Args:
+        element_bytes: of q and out.
+        kv_row_bytes: of one head's row of K or V, its scale included.
+    """
     per_slice = []
     for q_len, kv_len in zip(case.q_lens, case.kv_lens, strict=True):
         pairs = sum(kv_len - q_len + row + 1 for row in range(q_len))
         rows_bytes = 2 * q_len * case.num_q_heads * case.head_dim * element_bytes
-        kv_bytes = 2 * kv_len * case.num_kv_heads * case.head_dim * element_bytes
+        kv_bytes = int(2 * kv_len * case.num_kv_heads * kv_row_bytes)
         per_slice.append((4 * pairs * case.num_q_heads * case.head_dim, kv_bytes + rows_bytes))
     return per_slice
 
@@ -101,13 +113,31 @@ def gather(case: Case, cache: Tensor, block_table: Tensor) -> list[Tensor]:
     return gathered
 
 
-def run(case: Case, dtype: torch.dtype, repeats: int, roofs: dict[str, float], is_gather_timed: bool) -> list[Record]:
+def store(x: Tensor, kv_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Pages of real values as a cache holds them, and their scales [num_pages, page_size, num_kv_heads]."""
+    if kv_dtype not in QUANTIZED:
+        return x.to(kv_dtype), None
+    stored, scales = quantize_reference(x.flatten(0, 1), kv_dtype)
+    assert scales is not None
+    return stored.unflatten(0, x.shape[:2]), scales.unflatten(0, x.shape[:2])
+
+
+def run(
+    case: Case,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    repeats: int,
+    roofs: dict[str, float],
+    is_gather_timed: bool,
+) -> list[Record]:
     """The records of one case: ours and torch's."""
     generator = torch.Generator().manual_seed(0)
     pages_each = [-(-kv // case.page_size) for kv in case.kv_lens]
     num_pages = sum(pages_each)
     shape = (num_pages, case.page_size, case.num_kv_heads, case.head_dim)
-    k_cache, v_cache = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    (k_cache, k_scale), (v_cache, v_scale) = (
+        store(torch.randn(shape, generator=generator), kv_dtype) for _ in range(2)
+    )
     q = torch.randn(sum(case.q_lens), case.num_q_heads, case.head_dim, generator=generator).to(dtype)
     order = torch.randperm(num_pages, generator=generator).int()
     block_table = torch.zeros(len(pages_each), max(pages_each), dtype=torch.int32)
@@ -117,34 +147,39 @@ def run(case: Case, dtype: torch.dtype, repeats: int, roofs: dict[str, float], i
     seq_lens = torch.tensor(case.kv_lens, dtype=torch.int32)
     work_plan = mixattn.plan(
         cu_seqlens_q, seq_lens, num_q_heads=case.num_q_heads, num_kv_heads=case.num_kv_heads,
-        head_dim=case.head_dim, dtype=str(dtype).removeprefix("torch."),
+        head_dim=case.head_dim, kv_element_bytes=k_cache.element_size(),
     )  # fmt: skip
     out = torch.empty_like(q)
 
     def ours() -> Tensor:
         return mixattn.attention(
             q, k_cache, v_cache, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, block_table=block_table,
-            plan=work_plan, out=out,
+            k_scale=k_scale, v_scale=v_scale, plan=work_plan, out=out,
         )  # fmt: skip
 
-    k, v = gather(case, k_cache, block_table), gather(case, v_cache, block_table)
+    real_k, real_v = dequantize_reference(k_cache, k_scale).to(dtype), dequantize_reference(v_cache, v_scale).to(dtype)
+    k, v = gather(case, real_k, block_table), gather(case, real_v, block_table)
 
     def torchs() -> Tensor:
         if is_gather_timed:
-            return sdpa(case, q, gather(case, k_cache, block_table), gather(case, v_cache, block_table))
+            return sdpa(case, q, gather(case, real_k, block_table), gather(case, real_v, block_table))
         return sdpa(case, q, k, v)
 
     torch.testing.assert_close(ours().float(), torchs().float(), atol=2e-2, rtol=2e-2)
     candidates: dict[str, Callable[[], object]] = {"mixattn": ours, "torch-sdpa": torchs}
     timings = time_interleaved(candidates, repeats)
-    per_slice = flops_and_bytes(case, q.element_size())
+    kv_row_bytes = k_cache.shape[3] * k_cache.element_size() + (0 if k_scale is None else k_scale.element_size())
+    per_slice = flops_and_bytes(case, q.element_size(), kv_row_bytes)
     roof_us = sum(max(f / roofs["fma_gflop_s"], b / roofs["read_gb_s"]) for f, b in per_slice) / 1e3
     return [
         Record(
             case.name, name, str(dtype).removeprefix("torch."), timing,
             bytes=sum(b for _, b in per_slice), flops=sum(f for f, _ in per_slice),
             share_of_roof=roof_us / timing.median_us,
-            extra={"roofs": roofs, "threads": num_threads(), "is_gather_timed": is_gather_timed},
+            extra={
+                "kv_dtype": kv_dtype_name(kv_dtype), "roofs": roofs, "threads": num_threads(),
+                "is_gather_timed": is_gather_timed,
+            },
         )
         for name, timing in timings.items()
     ]  # fmt: skip
@@ -154,7 +189,8 @@ def table_row(ours: Record, torchs: Record) -> str:
     """One line of the printed table."""
     t = ours.timing
     return (
-        f"{ours.case:42} {ours.dtype:9} {t.median_us / 1e3:8.2f} {t.p10_us / 1e3:6.2f}..{t.p90_us / 1e3:<7.2f} "
+        f"{ours.case:42} {ours.dtype:9} {ours.extra['kv_dtype']:13} "
+        f"{t.median_us / 1e3:8.2f} {t.p10_us / 1e3:6.2f}..{t.p90_us / 1e3:<7.2f} "
         f"{ours.bytes / t.median_us / 1e3:6.1f} {ours.flops / t.median_us / 1e3:8.0f} "
         f"{ours.share_of_roof or 0.0:8.2f} {torchs.timing.median_us / t.median_us:8.2f}x"
     )
@@ -163,6 +199,14 @@ def table_row(ours: Record, torchs: Record) -> str:
 def main() -> None:
     args_parser = parser(__doc__ or "")
     args_parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    args_parser.add_argument(
+        "--kv-dtypes",
+        nargs="+",
+        metavar="NAME",
+        default=["auto"],
+        choices=KV_CACHE_DTYPES,
+        help=f"what K and V are stored as, auto being q's dtype: {', '.join(KV_CACHE_DTYPES)}",
+    )
     args_parser.add_argument("--cases", nargs="+", help="only cases whose name starts with one of these")
     args_parser.add_argument("--time-gather", action="store_true", help="count torch's gather of the pages as well")
     args = args_parser.parse_args()
@@ -171,16 +215,17 @@ def main() -> None:
     read_gb_s, fma_gflop_s = roofs["read_gb_s"], roofs["fma_gflop_s"]
     print(f"roof of this machine, {num_threads()} threads: {read_gb_s:.1f} GB/s, {fma_gflop_s:.0f} GFLOP/s in float32")
     print(
-        f"{'case':42} {'dtype':9} {'ms':>8} {'p10..p90':>15} {'GB/s':>6} {'GFLOP/s':>8} {'of roof':>8} {'vs torch':>9}"
+        f"{'case':42} {'dtype':9} {'K and V':13} {'ms':>8} {'p10..p90':>15} {'GB/s':>6} {'GFLOP/s':>8} "
+        f"{'of roof':>8} {'vs torch':>9}"
     )
     records = []
-    for dtype_name in args.dtypes:
-        for case in cases():
-            if args.cases and not case.name.startswith(tuple(args.cases)):
-                continue
-            ours, torchs = run(case, getattr(torch, dtype_name), args.repeats, roofs, args.time_gather)
-            records += [ours, torchs]
-            print(table_row(ours, torchs))
+    for dtype_name, kv_name, case in itertools.product(args.dtypes, args.kv_dtypes, cases()):
+        if args.cases and not case.name.startswith(tuple(args.cases)):
+            continue
+        dtype = getattr(torch, dtype_name)
+        ours, torchs = run(case, dtype, stored_dtype(kv_name, dtype), args.repeats, roofs, args.time_gather)
+        records += [ours, torchs]
+        print(table_row(ours, torchs))
     append_json(args.json, records)
 
 

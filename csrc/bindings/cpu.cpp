@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "common/params.h"
 #include "cpu/dispatch.h"
@@ -18,9 +19,12 @@ namespace py = pybind11;
 namespace {
 
 using mixattn::DType;
+using mixattn::KvDType;
+using mixattn::KvScale;
 using mixattn::cpu::IsaKernels;
 using Strides2 = std::array<int64_t, 2>;
 using Strides3 = std::array<int64_t, 3>;
+using ScaleSizes = std::tuple<double, bool, Strides3>;  // value, is_per_token, strides
 
 template <typename T>
 T* at(uintptr_t address) {
@@ -34,25 +38,46 @@ DType dtype_named(const std::string& name) {
   throw py::value_error("dtype must be float32, bfloat16 or float16, got '" + name + "'");
 }
 
+KvDType kv_dtype_named(const std::string& name) {
+  if (name == "float32") return KvDType::kFloat32;
+  if (name == "bfloat16") return KvDType::kBFloat16;
+  if (name == "float16") return KvDType::kFloat16;
+  if (name == "int8") return KvDType::kInt8;
+  if (name == "float8_e4m3fn") return KvDType::kFloat8E4M3;
+  if (name == "float8_e5m2") return KvDType::kFloat8E5M2;
+  if (name == "int4") return KvDType::kInt4;
+  throw py::value_error("kv_dtype must be float32, bfloat16, float16, int8, float8_e4m3fn, float8_e5m2 or int4, got '" +
+                        name + "'");
+}
+
+KvScale kv_scale(uintptr_t data, const ScaleSizes& sizes) {
+  const auto& [value, is_per_token, strides] = sizes;
+  return {at<float>(data), static_cast<float>(value), is_per_token, strides[0], strides[1], strides[2]};
+}
+
 const IsaKernels& kernels_for(const std::optional<std::string>& isa) {
   return isa ? mixattn::cpu::kernels_named(*isa) : mixattn::cpu::best_kernels();
 }
 
-void attention(const std::string& dtype, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr_t out,
-               uintptr_t lse, uintptr_t cu_seqlens_q, uintptr_t seq_lens, uintptr_t block_table, uintptr_t plan,
-               uintptr_t alibi_slopes, uintptr_t sinks, uintptr_t tree_mask, uintptr_t partial_out,
-               uintptr_t partial_lse, uintptr_t tickets, int64_t total_q, int64_t num_seqs, int64_t num_q_heads,
-               int64_t num_kv_heads, int64_t head_dim, int64_t num_pages, int64_t page_size, int64_t max_pages,
-               int64_t plan_words, int64_t num_partial_rows, int64_t num_tickets, Strides2 q_strides,
-               Strides2 out_strides, Strides3 k_strides, Strides3 v_strides, int64_t lse_stride,
+void attention(const std::string& dtype, const std::string& kv_dtype, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache,
+               uintptr_t k_scale, uintptr_t v_scale, uintptr_t out, uintptr_t lse, uintptr_t cu_seqlens_q,
+               uintptr_t seq_lens, uintptr_t block_table, uintptr_t plan, uintptr_t alibi_slopes, uintptr_t sinks,
+               uintptr_t tree_mask, uintptr_t partial_out, uintptr_t partial_lse, uintptr_t tickets, int64_t total_q,
+               int64_t num_seqs, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_pages,
+               int64_t page_size, int64_t max_pages, int64_t plan_words, int64_t num_partial_rows, int64_t num_tickets,
+               Strides2 q_strides, Strides2 out_strides, Strides3 k_strides, Strides3 v_strides,
+               const ScaleSizes& k_scale_sizes, const ScaleSizes& v_scale_sizes, int64_t lse_stride,
                int64_t block_table_stride, int64_t alibi_seq_stride, double softmax_scale, bool causal,
                int64_t window_left, double soft_cap, bool invariant, int64_t num_threads,
                const std::optional<std::string>& isa) {
   mixattn::AttentionParams p;
   p.dtype = dtype_named(dtype);
+  p.kv_dtype = kv_dtype_named(kv_dtype);
   p.q = at<const void>(q);
   p.k_cache = at<const void>(k_cache);
   p.v_cache = at<const void>(v_cache);
+  p.k_scale = kv_scale(k_scale, k_scale_sizes);
+  p.v_scale = kv_scale(v_scale, v_scale_sizes);
   p.out = at<void>(out);
   p.lse = at<float>(lse);
   p.cu_seqlens_q = at<const int32_t>(cu_seqlens_q);
@@ -99,18 +124,23 @@ void attention(const std::string& dtype, uintptr_t q, uintptr_t k_cache, uintptr
   mixattn::cpu::mixed_attention(kernels, p, num_threads);
 }
 
-void append_kv(const std::string& dtype, uintptr_t k, uintptr_t v, uintptr_t k_cache, uintptr_t v_cache,
-               uintptr_t slot_mapping, uintptr_t q, uintptr_t q_out, uintptr_t positions, uintptr_t rope_cos_sin,
-               int64_t num_tokens, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_pages,
-               int64_t page_size, int64_t max_positions, int64_t rotary_dim, Strides2 k_strides, Strides2 v_strides,
-               Strides2 q_strides, Strides2 q_out_strides, Strides3 k_cache_strides, Strides3 v_cache_strides,
-               int64_t rope_stride, bool interleaved, int64_t num_threads, const std::optional<std::string>& isa) {
+void append_kv(const std::string& dtype, const std::string& kv_dtype, uintptr_t k, uintptr_t v, uintptr_t k_cache,
+               uintptr_t v_cache, uintptr_t k_scale, uintptr_t v_scale, uintptr_t slot_mapping, uintptr_t q,
+               uintptr_t q_out, uintptr_t positions, uintptr_t rope_cos_sin, int64_t num_tokens, int64_t num_q_heads,
+               int64_t num_kv_heads, int64_t head_dim, int64_t num_pages, int64_t page_size, int64_t max_positions,
+               int64_t rotary_dim, Strides2 k_strides, Strides2 v_strides, Strides2 q_strides, Strides2 q_out_strides,
+               Strides3 k_cache_strides, Strides3 v_cache_strides, const ScaleSizes& k_scale_sizes,
+               const ScaleSizes& v_scale_sizes, int64_t rope_stride, bool interleaved, int64_t num_threads,
+               const std::optional<std::string>& isa) {
   mixattn::AppendKvParams p;
   p.dtype = dtype_named(dtype);
+  p.kv_dtype = kv_dtype_named(kv_dtype);
   p.k = at<const void>(k);
   p.v = at<const void>(v);
   p.k_cache = at<void>(k_cache);
   p.v_cache = at<void>(v_cache);
+  p.k_scale = kv_scale(k_scale, k_scale_sizes);
+  p.v_scale = kv_scale(v_scale, v_scale_sizes);
   p.slot_mapping = at<const int64_t>(slot_mapping);
   p.q = at<const void>(q);
   p.q_out = at<void>(q_out);
@@ -207,21 +237,22 @@ py::dict measure_roofs(int64_t num_threads, const std::optional<std::string>& is
 
 void bind_cpu(py::module_& m) {
   using py::arg;
-  m.def("attention", &attention, py::kw_only(), arg("dtype"), arg("q"), arg("k_cache"), arg("v_cache"), arg("out"),
-        arg("lse"), arg("cu_seqlens_q"), arg("seq_lens"), arg("block_table"), arg("plan"), arg("alibi_slopes"),
-        arg("sinks"), arg("tree_mask"), arg("partial_out"), arg("partial_lse"), arg("tickets"), arg("total_q"),
-        arg("num_seqs"), arg("num_q_heads"), arg("num_kv_heads"), arg("head_dim"), arg("num_pages"), arg("page_size"),
-        arg("max_pages"), arg("plan_words"), arg("num_partial_rows"), arg("num_tickets"), arg("q_strides"),
-        arg("out_strides"), arg("k_strides"), arg("v_strides"), arg("lse_stride"), arg("block_table_stride"),
+  m.def("attention", &attention, py::kw_only(), arg("dtype"), arg("kv_dtype"), arg("q"), arg("k_cache"), arg("v_cache"),
+        arg("k_scale"), arg("v_scale"), arg("out"), arg("lse"), arg("cu_seqlens_q"), arg("seq_lens"),
+        arg("block_table"), arg("plan"), arg("alibi_slopes"), arg("sinks"), arg("tree_mask"), arg("partial_out"),
+        arg("partial_lse"), arg("tickets"), arg("total_q"), arg("num_seqs"), arg("num_q_heads"), arg("num_kv_heads"),
+        arg("head_dim"), arg("num_pages"), arg("page_size"), arg("max_pages"), arg("plan_words"),
+        arg("num_partial_rows"), arg("num_tickets"), arg("q_strides"), arg("out_strides"), arg("k_strides"),
+        arg("v_strides"), arg("k_scale_sizes"), arg("v_scale_sizes"), arg("lse_stride"), arg("block_table_stride"),
         arg("alibi_seq_stride"), arg("softmax_scale"), arg("causal"), arg("window_left"), arg("soft_cap"),
         arg("invariant"), arg("num_threads"), arg("isa") = py::none(),
         "Paged attention of a batch by its plan (params.h). ValueError before anything is written.");
-  m.def("append_kv", &append_kv, py::kw_only(), arg("dtype"), arg("k"), arg("v"), arg("k_cache"), arg("v_cache"),
-        arg("slot_mapping"), arg("q"), arg("q_out"), arg("positions"), arg("rope_cos_sin"), arg("num_tokens"),
-        arg("num_q_heads"), arg("num_kv_heads"), arg("head_dim"), arg("num_pages"), arg("page_size"),
-        arg("max_positions"), arg("rotary_dim"), arg("k_strides"), arg("v_strides"), arg("q_strides"),
-        arg("q_out_strides"), arg("k_cache_strides"), arg("v_cache_strides"), arg("rope_stride"), arg("interleaved"),
-        arg("num_threads"), arg("isa") = py::none(),
+  m.def("append_kv", &append_kv, py::kw_only(), arg("dtype"), arg("kv_dtype"), arg("k"), arg("v"), arg("k_cache"),
+        arg("v_cache"), arg("k_scale"), arg("v_scale"), arg("slot_mapping"), arg("q"), arg("q_out"), arg("positions"),
+        arg("rope_cos_sin"), arg("num_tokens"), arg("num_q_heads"), arg("num_kv_heads"), arg("head_dim"),
+        arg("num_pages"), arg("page_size"), arg("max_positions"), arg("rotary_dim"), arg("k_strides"), arg("v_strides"),
+        arg("q_strides"), arg("q_out_strides"), arg("k_cache_strides"), arg("v_cache_strides"), arg("k_scale_sizes"),
+        arg("v_scale_sizes"), arg("rope_stride"), arg("interleaved"), arg("num_threads"), arg("isa") = py::none(),
         "Stores rows of K (rotated) and V in their slots, rotates q. ValueError before anything is written.");
   m.def("merge_states", &merge_states, py::kw_only(), arg("dtype"), arg("outs"), arg("lses"), arg("out"), arg("lse"),
         arg("num_states"), arg("num_tokens"), arg("num_heads"), arg("head_dim"), arg("outs_strides"),

@@ -11,14 +11,38 @@ namespace mixattn {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// What K and V are stored as. kInt4: two elements in a byte, the first in the low nibble; value = nibble - 8.
+enum class KvDType : int32_t {
+  kFloat32 = 0,
+  kBFloat16 = 1,
+  kFloat16 = 2,
+  kInt8 = 3,
+  kFloat8E4M3 = 4,
+  kFloat8E5M2 = 5,
+  kInt4 = 6
+};
+
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kHeadDimMultiple = 8;
 
+// What turns stored elements of K or V into real ones: real = stored * scale.
+struct KvScale {
+  float* data;          // nullptr: `value` is the scale of all
+  float value;          // read without data
+  bool is_per_token;    // data is [num_pages, page_size, num_kv_heads], append_kv writes it; else [num_kv_heads]
+  int64_t page_stride;  // 0 unless is_per_token, as is token_stride
+  int64_t token_stride;
+  int64_t head_stride;
+};
+
 struct AttentionParams {
-  DType dtype;                  // of q, k_cache, v_cache and out
-  const void* q;                // [total_q, num_q_heads, head_dim]
-  const void* k_cache;          // [num_pages, page_size, num_kv_heads, head_dim]
-  const void* v_cache;          // the same
+  DType dtype;          // of q and out
+  KvDType kv_dtype;     // of k_cache and v_cache
+  const void* q;        // [total_q, num_q_heads, head_dim]
+  const void* k_cache;  // [num_pages, page_size, num_kv_heads, head_dim]; int4: bytes, head_dim / 2
+  const void* v_cache;  // the same
+  KvScale k_scale;
+  KvScale v_scale;
   void* out;                    // [total_q, num_q_heads, head_dim]
   float* lse;                   // [total_q, num_q_heads], natural log; nullptr: not wanted
   const int32_t* cu_seqlens_q;  // [num_seqs + 1]
@@ -50,11 +74,14 @@ struct AttentionParams {
 };
 
 struct AppendKvParams {
-  DType dtype;                  // of k, v, q, q_out and the caches
-  const void* k;                // [num_tokens, num_kv_heads, head_dim]
-  const void* v;                // the same
-  void* k_cache;                // [num_pages, page_size, num_kv_heads, head_dim]
-  void* v_cache;                // the same
+  DType dtype;       // of k, v, q and q_out
+  KvDType kv_dtype;  // of k_cache and v_cache
+  const void* k;     // [num_tokens, num_kv_heads, head_dim]
+  const void* v;     // the same
+  void* k_cache;     // [num_pages, page_size, num_kv_heads, head_dim]; int4: bytes, head_dim / 2
+  void* v_cache;     // the same
+  KvScale k_scale;
+  KvScale v_scale;
   const int64_t* slot_mapping;  // [num_tokens]
   const void* q;                // [num_tokens, num_q_heads, head_dim] or nullptr
   void* q_out;                  // the same; may be q

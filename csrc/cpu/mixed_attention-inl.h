@@ -1,7 +1,10 @@
 // mixed_attention-inl.h: one work item of paged attention, prefill rows or decode rows, for one ISA.
 // Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys row i may see; with soft_cap c the scores s
 //         become c tanh(s / c) first; ALiBi takes slope_i |position_i - position_j| off them; a sink is one more score
-//         in the sum, with v 0
+//         in the sum, with v 0.
+//         Quantised: k_j = k_scale_j k'_j and v_j = v_scale_j v'_j with the stored k' and v', so that
+//         s_ij = softmax_scale k_scale_j q_i.k'_j and o_i = sum_j (p_ij v_scale_j) v'_j: one product per score and one
+//         per weight. Scales that all keys of a head share move out: into q, and behind the sum.
 // Method  Online softmax over tiles of keys, in base 2, all arithmetic in float32.
 //         Few rows (a decode's query heads of one kv head): direct. One pass over K and V where they lie in their
 //         pages; every vector of them that is loaded serves several rows. Bound by memory; the next rows are
@@ -15,9 +18,10 @@
 //         and splits (plan.h) at multiples of tiles, so that what one softmax step or one merge takes in is fixed by
 //         the row's position; what other rows see and it does not adds zeros.
 // Grid    one item per call; cpu/mixed_attention.cpp draws items for its threads and has splits merged
-// Shapes  as AttentionParams; q, k_cache, v_cache, out float32, bfloat16 or float16
-// Memory  reads 2 keys head_dim elements once per item. Scratch in bytes, packed: 4 (rows (2 head_dim + key_tile + 8) +
-//         key_tile head_dim), that is 260 KiB at 128 rows and head_dim 128
+// Shapes  as AttentionParams; q and out float32, bfloat16 or float16; k_cache and v_cache of any KvDType
+// Memory  reads 2 keys head_dim elements once per item, and 2 keys scales of 4 bytes if each key has its own. Scratch
+//         in bytes, packed: 4 (rows (2 head_dim + key_tile + 8) + key_tile head_dim), that is 260 KiB at 128 rows and
+//         head_dim 128
 // Limits  head_dim a multiple of 8, at most 256; any group_size, page_size and strides
 // Twins   triton_kernels/mixed_attention.py; truth ops/reference.py
 // Source  online softmax, arXiv:1805.02867; tiling, arXiv:2205.14135; register tiles, doi 10.1145/1356052.1356053
@@ -28,6 +32,7 @@
 #include "cpu/kernels.h"
 #include "cpu/merge-inl.h"
 #include "cpu/vec.h"
+#include "cpu/vec_quantized.h"
 
 namespace mixattn {
 namespace cpu {
@@ -146,12 +151,18 @@ void start_tree(const AttentionParams& p, const WorkItem& item, int64_t slice_be
   if (rows->seen_key == item.kv_end) rows->kv_end = item.kv_begin;
 }
 
-// Fills the rows' q and visible keys and clears the rest; the rows from num_rows to padded_rows get q 0. kIsPaired: q
-// is in the order of load_pair, and so will o be.
-template <typename T, bool kIsPaired>
-void start_rows(const AttentionParams& p, const WorkItem& item, int64_t padded_rows, Rows* rows) {
+// The scale that all keys of a kv head share; 1 if each has its own.
+MIXATTN_INLINE float shared_scale(const KvScale& scale, int64_t kv_head) {
+  if (scale.data == nullptr) return scale.value;
+  return scale.is_per_token ? 1.0f : scale.data[kv_head * scale.head_stride];
+}
+
+// Fills the rows' q, times k_factor, and visible keys and clears the rest; the rows from num_rows to padded_rows get
+// q 0.
+template <typename T>
+void fill_rows(const AttentionParams& p, const WorkItem& item, float k_factor, int64_t padded_rows, Rows* rows) {
   // Base 2: 2^(s log2(e)) = e^s. With soft_cap the factor behind tanh comes later (cap_scores).
-  const Vec scale = broadcast(p.soft_cap > 0 ? p.softmax_scale / p.soft_cap : p.softmax_scale * kLog2E);
+  const Vec scale = broadcast((p.soft_cap > 0 ? p.softmax_scale / p.soft_cap : p.softmax_scale * kLog2E) * k_factor);
   const int64_t group_size = p.num_q_heads / p.num_kv_heads;
   const int64_t q_len = int64_t{p.cu_seqlens_q[item.seq_idx + 1]} - p.cu_seqlens_q[item.seq_idx];
   const int64_t first_position = p.seq_lens[item.seq_idx] - q_len;
@@ -161,12 +172,6 @@ void start_rows(const AttentionParams& p, const WorkItem& item, int64_t padded_r
     const T* source = static_cast<const T*>(p.q) + at.token * p.q_token_stride + at.head * p.q_head_stride;
     float* q = rows->q + r * rows->stride;
     int64_t d = 0;
-    for (; kIsPaired && d + 2 * kLanes <= p.head_dim; d += 2 * kLanes) {
-      Vec a, b;
-      load_pair(source + d, &a, &b);
-      store(q + d, mul(a, scale));
-      store(q + d + kLanes, mul(b, scale));
-    }
     for (; d + kLanes <= p.head_dim; d += kLanes) store(q + d, mul(load(source + d), scale));
     if (kLanes > 8 && d < p.head_dim) store(q + d, mul(load_half(source + d), scale));
     const int64_t position = first_position + packed_row / group_size;
@@ -196,6 +201,20 @@ void start_rows(const AttentionParams& p, const WorkItem& item, int64_t padded_r
   }
 }
 
+// Makes the rows ready for keys of type S.
+template <typename S>
+void start_rows(const AttentionParams& p, const WorkItem& item, int64_t padded_rows, Rows* rows) {
+  const float k_factor = shared_scale(p.k_scale, item.kv_head) * kElementScale<S>;
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return fill_rows<float>(p, item, k_factor, padded_rows, rows);
+    case DType::kBFloat16:
+      return fill_rows<BFloat16>(p, item, k_factor, padded_rows, rows);
+    case DType::kFloat16:
+      return fill_rows<Float16>(p, item, k_factor, padded_rows, rows);
+  }
+}
+
 // target[d] = source[d] * factor, with d < head_dim.
 template <typename T>
 MIXATTN_INLINE void store_scaled(T* target, const float* source, float factor, int64_t head_dim) {
@@ -204,29 +223,43 @@ MIXATTN_INLINE void store_scaled(T* target, const float* source, float factor, i
   if (kLanes > 8 && d < head_dim) store_half(target + d, mul(load(source + d), broadcast(factor)));
 }
 
-// Divides by l and writes: to out and lse, or to the partial buffers if other items have the rows' other keys.
+// Divides by l, times v_factor, and writes: to out and lse, or to the partial buffers if other items have the rows'
+// other keys.
 template <typename T>
-void finish_rows(const AttentionParams& p, const WorkItem& item, const Rows& rows) {
+void write_rows(const AttentionParams& p, const WorkItem& item, const Rows& rows, float v_factor) {
   for (int64_t r = 0; r < rows.num_rows; ++r) {
     const TokenHead at = token_head(p, item.seq_idx, item.kv_head, item.row_begin + r);
     // l is 0 for a row without keys (out 0, lse -inf), and NaN where q, k or v is: that must come out.
     const float l = rows.l[r];
-    const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
+    const float factor = l == 0.0f ? 0.0f : v_factor / l;
     float lse = l == 0.0f ? -INFINITY : (rows.m[r] + __builtin_log2f(l)) * kLn2;
     float* o = rows.o + r * rows.stride;
     if (item.merge_idx >= 0) {
-      store_scaled(p.partial_out + (item.partial_row + r) * p.head_dim, o, inverse, p.head_dim);
+      store_scaled(p.partial_out + (item.partial_row + r) * p.head_dim, o, factor, p.head_dim);
       p.partial_lse[item.partial_row + r] = lse;
       continue;
     }
     T* out = static_cast<T*>(p.out) + at.token * p.out_token_stride + at.head * p.out_head_stride;
     if (p.sinks != nullptr) {  // by the formula of a split row's: the bits do not tell whether a row was split
-      store_scaled(o, o, inverse, p.head_dim);
+      store_scaled(o, o, factor, p.head_dim);
       lse = merge_row(o, 0, &lse, 0, 1, p.sinks[at.head], p.head_dim, out);
     } else {
-      store_scaled(out, o, inverse, p.head_dim);
+      store_scaled(out, o, factor, p.head_dim);
     }
     if (p.lse != nullptr) p.lse[at.token * p.lse_token_stride + at.head] = lse;
+  }
+}
+
+template <typename S>
+void finish_rows(const AttentionParams& p, const WorkItem& item, const Rows& rows) {
+  const float v_factor = shared_scale(p.v_scale, item.kv_head) * kElementScale<S>;
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return write_rows<float>(p, item, rows, v_factor);
+    case DType::kBFloat16:
+      return write_rows<BFloat16>(p, item, rows, v_factor);
+    case DType::kFloat16:
+      return write_rows<Float16>(p, item, rows, v_factor);
   }
 }
 
@@ -273,10 +306,36 @@ void locate_tile(const AttentionParams& p, const WorkItem& item, const Rows& row
   }
 }
 
+// scales[i] = the scale of key first + i, each key's own.
+MIXATTN_INLINE void gather_scales(const AttentionParams& p, const KvScale& scale, const WorkItem& item, int64_t first,
+                                  int64_t num_keys, float* scales) {
+  const int32_t* pages = p.block_table + item.seq_idx * p.block_table_stride + first / p.page_size;
+  int64_t slot = first % p.page_size;
+  for (int64_t i = 0; i < num_keys; ++pages, slot = 0) {
+    const float* source =
+        scale.data + *pages * scale.page_stride + slot * scale.token_stride + item.kv_head * scale.head_stride;
+    const int64_t end = clamp(i + p.page_size - slot, 0, num_keys);
+    for (; i < end; ++i, source += scale.token_stride) scales[i] = *source;
+  }
+}
+
+// The scales of the rows that locate_tile finds.
+void gather_tile_scales(const AttentionParams& p, const KvScale& scale, const WorkItem& item, const Rows& rows,
+                        int64_t first, int64_t num_keys, int64_t multiple, float* scales) {
+  const int64_t num_before = clamp(item.kv_begin - first, 0, num_keys);
+  const int64_t begin = first + num_before;
+  gather_scales(p, scale, item, begin, num_keys - num_before, scales + num_before);
+  for (int64_t key = rows.hidden_begin > begin ? rows.hidden_begin : begin; key < first + num_keys; ++key) {
+    if (!is_seen_by_any(rows, key)) gather_scales(p, scale, item, rows.seen_key, 1, scales + (key - first));
+  }
+  for (int64_t i = 0; i < num_before; ++i) scales[i] = scales[num_before];
+  for (int64_t i = num_keys; i < round_up(num_keys, multiple); ++i) scales[i] = scales[num_keys - 1];
+}
+
 template <typename T>
 MIXATTN_INLINE void prefetch_row(const T* row, int64_t head_dim) {
   const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t b = 0; b < head_dim * static_cast<int64_t>(sizeof(T)); b += 64) prefetch(bytes + b);
+  for (int64_t b = 0; b < row_bytes<T>(head_dim); b += 64) prefetch(bytes + b);
 }
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
@@ -314,6 +373,11 @@ MIXATTN_INLINE void add_alibi(float* scores, int64_t first, int64_t num_keys, co
 MIXATTN_INLINE void cap_scores(float* scores, int64_t num_keys, float soft_cap) {
   const Vec factor = broadcast(soft_cap * kLog2E);
   for (int64_t k = 0; k < num_keys; k += kLanes) store(scores + k, mul(tanh(load(scores + k)), factor));
+}
+
+// scores[k] *= scales[k]; num_keys is a multiple of kLanes.
+MIXATTN_INLINE void scale_scores(float* scores, const float* scales, int64_t num_keys) {
+  for (int64_t k = 0; k < num_keys; k += kLanes) store(scores + k, mul(load(scores + k), load(scales + k)));
 }
 
 // One step of online softmax: scores (num_keys, a multiple of kLanes) become 2^(score - m), m and l take them in, and
@@ -360,7 +424,7 @@ MIXATTN_INLINE void score_block(const float* q, int64_t q_stride, const T* const
     int64_t d = 0;
     for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) {
       Vec key[kKeys][2];
-      for (int i = 0; i < kKeys; ++i) load_pair(keys[i] + d, &key[i][0], &key[i][1]);
+      for (int i = 0; i < kKeys; ++i) load_pair(element_at(keys[i], d), &key[i][0], &key[i][1]);
       for (int half = 0; half < 2; ++half) {
         for (int r = 0; r < kRows; ++r) {
           Vec query = load(q + r * q_stride + d + half * kLanes);
@@ -371,13 +435,13 @@ MIXATTN_INLINE void score_block(const float* q, int64_t q_stride, const T* const
     }
     for (; d + kLanes <= head_dim; d += kLanes) {
       for (int i = 0; i < kKeys; ++i) {
-        const Vec key = load(keys[i] + d);
+        const Vec key = load(element_at(keys[i], d));
         for (int r = 0; r < kRows; ++r) acc[i * kRows + r] = fmadd(load(q + r * q_stride + d), key, acc[i * kRows + r]);
       }
     }
     if (kLanes > 8 && d < head_dim) {
       for (int i = 0; i < kKeys; ++i) {
-        const Vec key = load_half(keys[i] + d);
+        const Vec key = load_half(element_at(keys[i], d));
         for (int r = 0; r < kRows; ++r) acc[i * kRows + r] = fmadd(load(q + r * q_stride + d), key, acc[i * kRows + r]);
       }
     }
@@ -434,7 +498,7 @@ MIXATTN_INLINE void load_columns(const T* source, Vec* value) {
   } else if constexpr (kVecs == 1) {
     value[0] = load(source);
   } else {
-    for (int c = 0; c < kVecs; c += 2) load_pair(source + c * kLanes, &value[c], &value[c + 1]);
+    for (int c = 0; c < kVecs; c += 2) load_pair(element_at(source, c * kLanes), &value[c], &value[c + 1]);
   }
 }
 
@@ -449,7 +513,7 @@ MIXATTN_INLINE void value_columns(const float* weights, const T* const* v, int64
   }
   for (int j = 0; j < kBlockKeys; ++j) {
     Vec value[kAccs];
-    load_columns<T, kVecs>(v[j] + offset + d, value);
+    load_columns<T, kVecs>(element_at(v[j] + offset, d), value);
     for (int r = 0; r < kRows; ++r) {
       const Vec weight = broadcast(weights[j * kRows + r]);
       for (int c = 0; c < kAccs; ++c) acc[r][c] = fmadd(weight, value[c], acc[r][c]);
@@ -477,6 +541,47 @@ MIXATTN_INLINE void value_block(const float* weights, const T* const* v, int64_t
   }
   if constexpr (kLanes > 8) {
     if (d < head_dim) value_columns<T, kRows, 0>(weights, v, offset, d, o, o_stride);
+  }
+}
+
+// The scores of a block times their keys' scales.
+template <int kRows>
+MIXATTN_INLINE void scale_block(float* scores, const float* scales, int64_t num_keys) {
+  if constexpr (kRows == 1) {
+    scale_scores(scores, scales, num_keys);
+  } else {
+    for (int64_t k = 0; k < num_keys; ++k) {
+      for (int r = 0; r < kRows; ++r) scores[k * kRows + r] *= scales[k];
+    }
+  }
+}
+
+// Asks for the scales of the keys [first, first + num_keys), of the item's head and, since they lie side by side, of
+// the next few: else each page's would be one more wait for memory.
+MIXATTN_INLINE void prefetch_scales(const AttentionParams& p, const KvScale& scale, const WorkItem& item, int64_t first,
+                                    int64_t num_keys) {
+  if (!scale.is_per_token) return;
+  const int32_t* pages = p.block_table + item.seq_idx * p.block_table_stride + first / p.page_size;
+  int64_t slot = first % p.page_size;
+  for (int64_t i = 0; i < num_keys; ++pages, slot = 0) {
+    const float* source =
+        scale.data + *pages * scale.page_stride + slot * scale.token_stride + item.kv_head * scale.head_stride;
+    const int64_t end = clamp(i + p.page_size - slot, 0, num_keys);
+    for (; i < end; ++i, source += scale.token_stride) prefetch(source);
+  }
+}
+
+// From the order of memory to that of load_pair for type T, and back: q before the first key, o after the last one.
+template <typename T>
+MIXATTN_INLINE void split_order(const Rows& rows, int64_t head_dim) {
+  for (int64_t r = 0; r < rows.num_rows; ++r) {
+    float* q = rows.q + r * rows.stride;
+    for (int64_t d = 0; d + 2 * kLanes <= head_dim; d += 2 * kLanes) {
+      Vec a = load(q + d), b = load(q + d + kLanes);
+      split_pair(static_cast<const T*>(nullptr), &a, &b);
+      store(q + d, a);
+      store(q + d + kLanes, b);
+    }
   }
 }
 
@@ -517,9 +622,11 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
   Rows rows[kMaxBundle];
   for (int64_t n = 0; n < num_items; ++n, scratch += rows_floats(item_rows, p.head_dim)) {
     rows[n] = carve_rows(item_rows, p.head_dim, scratch);
-    start_rows<T, true>(p, items[n], padded_rows, &rows[n]);
+    start_rows<T>(p, items[n], padded_rows, &rows[n]);
+    split_order<T>(rows[n], p.head_dim);
   }
   float* const scores = scratch;  // (num_items, padded_rows, kDirectKeys)
+  float scales[kDirectKeys];      // of one head's keys
 
   KeyRows<T> tiles[2];
   const int64_t kv_end = rows[0].kv_end;
@@ -532,6 +639,8 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
     const int64_t num_next = clamp(kv_end - first - kDirectKeys, 0, kDirectKeys);
     KeyRows<T>& next = tiles[now ^ 1];
     if (num_next > 0) locate_tile(p, head0, rows[0], first + kDirectKeys, num_next, kBlockKeys, next.k, next.v);
+    prefetch_scales(p, p.k_scale, head0, first + kDirectKeys, num_next);
+    prefetch_scales(p, p.v_scale, head0, first + kDirectKeys, num_next);
 
     for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
       for (int64_t n = 0; n < num_items; ++n) {
@@ -548,8 +657,15 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
       }
     }
     for (int64_t n = 0; n < num_items; ++n) {
+      float* const head_scores = scores + n * padded_rows * kDirectKeys;
+      if (p.k_scale.is_per_token) {
+        gather_tile_scales(p, p.k_scale, items[n], rows[n], first, num_keys, kBlockKeys, scales);
+        for (int64_t r = 0; r < padded_rows; r += kRows) {
+          scale_block<kRows>(head_scores + r * kDirectKeys, scales, padded_keys);
+        }
+      }
       for (int64_t r = 0; r < padded_rows; r += kRows) {
-        float* block = scores + (n * padded_rows + r) * kDirectKeys;
+        float* block = head_scores + r * kDirectKeys;
         if (p.soft_cap > 0) cap_scores(block, padded_keys * kRows, p.soft_cap);
         if (p.alibi_slopes != nullptr) add_alibi<kRows>(block, first, padded_keys, rows[n], r);
         for (int64_t i = r; i < clamp(item_rows, r, r + kRows); ++i) {
@@ -560,6 +676,12 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
           }
         }
         softmax_block<kRows>(block, padded_keys, rows[n], r);
+      }
+      if (p.v_scale.is_per_token) {
+        gather_tile_scales(p, p.v_scale, items[n], rows[n], first, num_keys, kBlockKeys, scales);
+        for (int64_t r = 0; r < padded_rows; r += kRows) {
+          scale_block<kRows>(head_scores + r * kDirectKeys, scales, padded_keys);
+        }
       }
     }
     for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
@@ -606,12 +728,12 @@ void pack_values(const T* const* v, int64_t num_keys, int64_t head_dim, int64_t 
     int64_t d = 0;
     for (; d + kTileCols <= head_dim; d += kTileCols) {
       float* target = v_packed + d * key_tile + key * kTileCols;
-      for (int c = 0; c < kTileCols; c += kLanes) store(target + c, load(v[key] + d + c));
+      for (int c = 0; c < kTileCols; c += kLanes) store(target + c, load(element_at(v[key], d + c)));
     }
     const int64_t width = round_up(head_dim - d, kLanes);
     float* target = v_packed + d * key_tile + key * width;
-    for (; d + kLanes <= head_dim; d += kLanes, target += kLanes) store(target, load(v[key] + d));
-    if (kLanes > 8 && d < head_dim) store(target, load_half(v[key] + d));
+    for (; d + kLanes <= head_dim; d += kLanes, target += kLanes) store(target, load(element_at(v[key], d)));
+    if (kLanes > 8 && d < head_dim) store(target, load_half(element_at(v[key], d)));
   }
 }
 
@@ -694,6 +816,8 @@ struct PackedTile {
   int64_t key_tile;
   const T* k[kPackedKeys];  // where its rows are
   const T* v[kPackedKeys];
+  float k_scale[kPackedKeys];  // filled if each key has its own
+  float v_scale[kPackedKeys];
 };
 
 // Calls visit(r, n, span) for the rows [r, r + n) of each register tile and the keys of this tile that they see.
@@ -738,6 +862,7 @@ void softmax_tile(const AttentionParams& p, const Rows& rows, const PackedTile<T
     const int64_t width = span.end - span.begin;
     for (int64_t r = begin; r < begin + n; ++r) {
       float* row = scores + r * tile.key_tile + span.begin;
+      if (p.k_scale.is_per_token) scale_scores(row, tile.k_scale + span.begin, width);
       if (p.soft_cap > 0) cap_scores(row, width, p.soft_cap);
       if (p.alibi_slopes != nullptr) add_alibi<1>(row, tile.first + span.begin, width, rows, r);
       const int64_t lo = rows.lo[r] - tile.first - span.begin, hi = rows.hi[r] - tile.first - span.begin;
@@ -746,6 +871,7 @@ void softmax_tile(const AttentionParams& p, const Rows& rows, const PackedTile<T
         hide_scores(row, 1, tile.first + span.begin, width, rows, r);
       }
       softmax_step(row, width, rows.m + r, rows.l + r, rows.o + r * rows.stride, rows.stride);
+      if (p.v_scale.is_per_token) scale_scores(row, tile.v_scale + span.begin, width);
     }
   });
 }
@@ -776,14 +902,21 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
   const int64_t tile_keys = key_tile(p.head_dim);
   float* const scores = scratch + rows_floats(rows.num_rows, p.head_dim);           // (rows, tile_keys)
   float* const packed = scores + round_up(rows.num_rows, kLineFloats) * tile_keys;  // K, and when S is done V
-  start_rows<T, false>(p, item, rows.num_rows, &rows);
+  start_rows<T>(p, item, rows.num_rows, &rows);
 
   PackedTile<T> tiles[2];
   const auto start_tile = [&](int64_t first, PackedTile<T>* tile) {
     tile->first = first;
     tile->num_keys = clamp(rows.kv_end - first, 0, tile_keys);
     tile->key_tile = tile_keys;
-    if (tile->num_keys > 0) locate_tile(p, item, rows, first, tile->num_keys, kTileCols, tile->k, tile->v);
+    if (tile->num_keys == 0) return;
+    locate_tile(p, item, rows, first, tile->num_keys, kTileCols, tile->k, tile->v);
+    if (p.k_scale.is_per_token) {
+      gather_tile_scales(p, p.k_scale, item, rows, first, tile->num_keys, kTileCols, tile->k_scale);
+    }
+    if (p.v_scale.is_per_token) {
+      gather_tile_scales(p, p.v_scale, item, rows, first, tile->num_keys, kTileCols, tile->v_scale);
+    }
   };
   int now = 0;
   const bool is_aligned = p.invariant && item.kv_begin < rows.kv_end;
@@ -828,13 +961,21 @@ void attend_typed(const AttentionParams& p, const WorkItem* items, int64_t num_i
 
 void attend(const AttentionParams& p, const WorkItem* items, int64_t num_items, void* scratch) {
   float* floats = static_cast<float*>(scratch);
-  switch (p.dtype) {
-    case DType::kFloat32:
+  switch (p.kv_dtype) {
+    case KvDType::kFloat32:
       return attend_typed<float>(p, items, num_items, floats);
-    case DType::kBFloat16:
+    case KvDType::kBFloat16:
       return attend_typed<BFloat16>(p, items, num_items, floats);
-    case DType::kFloat16:
+    case KvDType::kFloat16:
       return attend_typed<Float16>(p, items, num_items, floats);
+    case KvDType::kInt8:
+      return attend_typed<Int8>(p, items, num_items, floats);
+    case KvDType::kFloat8E4M3:
+      return attend_typed<Float8E4M3>(p, items, num_items, floats);
+    case KvDType::kFloat8E5M2:
+      return attend_typed<Float8E5M2>(p, items, num_items, floats);
+    case KvDType::kInt4:
+      return attend_typed<Int4Pair>(p, items, num_items, floats);
   }
 }
 

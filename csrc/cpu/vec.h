@@ -26,13 +26,25 @@
 namespace mixattn {
 namespace {
 
-// Element types of 2 bytes, as they lie in memory. Arithmetic is in float32 only.
+// Element types as they lie in memory; those of a byte and less are in vec_quantized.h. Arithmetic is in float32 only.
 struct BFloat16 {
   uint16_t bits;
 };
 struct Float16 {
   uint16_t bits;
 };
+struct Int4Pair {  // two elements of KvDType::kInt4
+  uint8_t bits;
+};
+
+// Where element d of the row is; of an Int4Pair row d is even.
+template <typename T>
+MIXATTN_INLINE const T* element_at(const T* row, int64_t d) {
+  return row + d;
+}
+MIXATTN_INLINE const Int4Pair* element_at(const Int4Pair* row, int64_t d) {
+  return row + d / 2;
+}
 
 MIXATTN_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p, 0, 3);
@@ -76,7 +88,7 @@ MIXATTN_INLINE void store8(Float16* p, __m256 x) {
 template <typename T>
 MIXATTN_INLINE void transpose8(const T* const* rows, int64_t offset, float* dst, int64_t stride) {
   __m256 r[8], t[8];
-  for (int i = 0; i < 8; ++i) r[i] = load8(rows[i] + offset);
+  for (int i = 0; i < 8; ++i) r[i] = load8(element_at(rows[i], offset));
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
@@ -177,6 +189,11 @@ MIXATTN_INLINE void interleave(Vec even, Vec odd, Vec* first, Vec* second) {
   *first = _mm512_permutex2var_ps(even, low, odd);
   *second = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd);
 }
+MIXATTN_INLINE void deinterleave(Vec first, Vec second, Vec* even, Vec* odd) {
+  const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  *even = _mm512_permutex2var_ps(first, evens, second);
+  *odd = _mm512_permutex2var_ps(first, _mm512_add_epi32(evens, _mm512_set1_epi32(1)), second);
+}
 // The 8 elements that a head_dim that is no multiple of 16 leaves over; lanes 8..15 are 0.
 template <typename T>
 MIXATTN_INLINE Vec load_half(const T* p) {
@@ -271,6 +288,12 @@ MIXATTN_INLINE void interleave(Vec even, Vec odd, Vec* first, Vec* second) {
   const Vec low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
   *first = _mm256_permute2f128_ps(low, high, 0x20);
   *second = _mm256_permute2f128_ps(low, high, 0x31);
+}
+MIXATTN_INLINE void deinterleave(Vec first, Vec second, Vec* even, Vec* odd) {
+  const Vec low = _mm256_permute2f128_ps(first, second, 0x20), high = _mm256_permute2f128_ps(first, second, 0x31);
+  // low is f0..f3, s0..s3 and high f4..f7, s4..s7; what shuffle_ps takes of both stays in its half.
+  *even = _mm256_shuffle_ps(low, high, 0x88);
+  *odd = _mm256_shuffle_ps(low, high, 0xdd);
 }
 // A head_dim is a multiple of 8: no half vector is ever left over. Declared for the text that all ISAs share.
 template <typename T>
@@ -418,6 +441,10 @@ MIXATTN_INLINE void interleave(Vec even, Vec odd, Vec* first, Vec* second) {
   *first = Vec{even[0], odd[0], even[1], odd[1]};
   *second = Vec{even[2], odd[2], even[3], odd[3]};
 }
+MIXATTN_INLINE void deinterleave(Vec first, Vec second, Vec* even, Vec* odd) {
+  *even = Vec{first[0], first[2], second[0], second[2]};
+  *odd = Vec{first[1], first[3], second[1], second[3]};
+}
 template <typename T>
 Vec load_half(const T* p);  // declared only, as for AVX2
 template <typename T>
@@ -426,7 +453,10 @@ void store_half(T* p, Vec x);
 template <typename T>
 MIXATTN_INLINE void transpose8(const T* const* rows, int64_t offset, float* dst, int64_t stride) {
   for (int i = 0; i < 8; ++i) {
-    for (int j = 0; j < 8; ++j) dst[j * stride + i] = to_float(rows[i][offset + j]);
+    for (int j = 0; j < 8; j += kLanes) {
+      const Vec x = load(element_at(rows[i], offset + j));
+      for (int lane = 0; lane < kLanes; ++lane) dst[(j + lane) * stride + i] = x[lane];
+    }
   }
 }
 
@@ -497,6 +527,12 @@ MIXATTN_INLINE void restore_pair(const BFloat16*, Vec* a, Vec* b) {
   interleave(*a, *b, a, b);
 }
 MIXATTN_INLINE void restore_pair(const void*, Vec*, Vec*) {}
+
+// The reverse: two vectors in the order of memory as load_pair of this type would give them.
+MIXATTN_INLINE void split_pair(const BFloat16*, Vec* a, Vec* b) {
+  deinterleave(*a, *b, a, b);
+}
+MIXATTN_INLINE void split_pair(const void*, Vec*, Vec*) {}
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;

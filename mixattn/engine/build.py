@@ -17,6 +17,7 @@ from mixattn.kv.page_pool import PagePool
 from mixattn.models.loader import LoadedModel
 from mixattn.models.tokenizer import Tokenizer
 from mixattn.ops.backends import choose_backend
+from mixattn.ops.kv_dtypes import check_kv_dtype_backend, kv_dtype_name
 from mixattn.sched.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -41,18 +42,21 @@ def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
 
     Raises:
         ValueError: a size is out of bounds, or the attention backend unknown; the message names it.
-        NotImplementedError: the attention backend cannot run here.
+        NotImplementedError: the attention backend cannot run here, or not with the cache's dtype.
     """
     if torch.get_num_threads() != env.num_threads():
         torch.set_num_threads(env.num_threads())
     model_config, page_size = loaded.config, config.cache.page_size
     scheduler_config = replace(config.scheduler, max_model_len=_max_model_len(config, model_config))
     dtype, device = loaded.dtype, loaded.device
-    choose_backend(device.type, config.attention_backend)  # complains now rather than in the first step
+    kv_dtype = kv_pool.kv_dtype(config.cache.kv_cache_dtype, dtype)
+    # These complain now rather than in the first step.
+    backend = choose_backend(device.type, config.attention_backend)
+    check_kv_dtype_backend(kv_dtype, "q", dtype, backend)
     num_pages = kv_pool.num_pages(
         config.cache,
         model_config,
-        dtype.itemsize,
+        kv_dtype,
         scheduler_config.max_model_len,
         scheduler_config.max_num_seqs,
         kv_pool.free_memory_bytes(),
@@ -63,18 +67,19 @@ def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
         num_pages=num_pages,
         page_size=page_size,
         max_model_len=scheduler_config.max_model_len,
-        dtype=dtype,
+        kv_dtype=kv_dtype,
         device=device,
     )
     core = EngineCore(Scheduler(scheduler_config, PagePool(num_pages, page_size)), config.seed)
     logger.info(
-        "engine: %d threads, %s on %s, KV pool of %d pages of %d tokens (%.0f MiB), context %d, budget %d tokens",
+        "engine: %d threads, %s on %s, KV pool of %d pages of %d tokens in %s (%.0f MiB), context %d, budget %d tokens",
         torch.get_num_threads(),
         dtype,
         device,
         num_pages,
         page_size,
-        num_pages * page_size * model_config.kv_bytes_per_token(dtype.itemsize) / 2**20,
+        kv_dtype_name(kv_dtype),
+        num_pages * kv_pool.page_bytes(model_config, page_size, kv_dtype) / 2**20,
         scheduler_config.max_model_len,
         scheduler_config.max_num_batched_tokens,
     )

@@ -64,7 +64,7 @@ class LLM:
 
     Args:
         model: a folder, a GGUF file, a Hugging Face name, or an alias such as ``smollm2``.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``: weights, activations and KV.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``: weights and activations.
         seed: of the requests that name none; the same prompts in the same order give the same tokens.
         max_model_len: the longest context, prompt and output; None is the model's own.
         max_num_seqs: requests that run at once.
@@ -72,6 +72,8 @@ class LLM:
         block_size: tokens per page of KV.
         num_gpu_blocks_override: pages of KV, on whatever device; None sizes the pool from ``kv_cache_memory_bytes``.
         kv_cache_memory_bytes: memory for KV; None takes a share of what is free.
+        kv_cache_dtype: what K and V are stored as: ``auto`` (as the model), ``float32``, ``bfloat16``, ``float16``,
+            ``int8``, ``fp8_e4m3``, ``fp8_e5m2`` or ``int4``; the last four with a scale per token and head.
         enable_chunked_prefill: False runs whole prompts in steps of their own while decodes wait.
         attention_backend: ``cpu``, ``triton`` or ``reference``; None is the fastest here.
         load_format: ``auto``, ``safetensors``, ``gguf`` or ``dummy``.
@@ -92,6 +94,7 @@ class LLM:
         block_size: int = CacheConfig.page_size,
         num_gpu_blocks_override: int | None = None,
         kv_cache_memory_bytes: int | None = None,
+        kv_cache_dtype: str = CacheConfig.kv_cache_dtype,
         enable_chunked_prefill: bool = True,
         attention_backend: str | None = None,
         load_format: str = "auto",
@@ -104,7 +107,7 @@ class LLM:
             dtype=dtype,
             seed=seed,
             max_model_len=max_model_len,
-            cache=CacheConfig(block_size, num_gpu_blocks_override, kv_cache_memory_bytes),
+            cache=CacheConfig(block_size, num_gpu_blocks_override, kv_cache_memory_bytes, kv_cache_dtype),
             scheduler=SchedulerConfig(
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_num_seqs=max_num_seqs,

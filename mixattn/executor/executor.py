@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mixattn.config import ModelConfig
 from mixattn.executor.inputs import InputBuilder, StepInputs
-from mixattn.executor.kv_pool import KvCache, allocate
+from mixattn.executor.kv_pool import allocate
+from mixattn.ops.kv_dtypes import KvCache
 from mixattn.ops.metadata import AttentionMetadata
 from mixattn.ops.plan import WorkPlan, plan
 from mixattn.ops.sampling import SamplingRow, sample
@@ -36,7 +37,7 @@ class LocalExecutor:
         config: the model's shape.
         num_pages, page_size: of the KV pool; the scheduler hands out ids in [0, num_pages).
         max_model_len: the longest kv_len, in tokens.
-        dtype: of K and V; the model's.
+        kv_dtype: of the cache tensors; quantised ones get scales per token and head.
     """
 
     def __init__(
@@ -47,14 +48,14 @@ class LocalExecutor:
         num_pages: int,
         page_size: int,
         max_model_len: int,
-        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._model = model
         self._config = config
-        self._dtype = dtype
+        self._kv_dtype = kv_dtype
         self._device = device
-        self._kv = allocate(config, num_pages, page_size, dtype, device)
+        self._kv = allocate(config, num_pages, page_size, kv_dtype, device)
         self._inputs = InputBuilder(page_size, max_model_len)
         self._last_token_ids: dict[str, int] = {}
 
@@ -95,7 +96,7 @@ class LocalExecutor:
             num_q_heads=self._config.num_q_heads,
             num_kv_heads=self._config.num_kv_heads,
             head_dim=self._config.head_dim,
-            kv_element_bytes=self._dtype.itemsize,
+            kv_element_bytes=self._kv_dtype.itemsize,
             window_left=window_left,
         )
 

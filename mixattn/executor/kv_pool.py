@@ -9,54 +9,86 @@ import torch
 from torch import Tensor
 
 from mixattn.config import CacheConfig, ModelConfig
+from mixattn.ops.kv_dtypes import QUANTIZED, KvCache
 
 logger = logging.getLogger(__name__)
 
-KvCache = tuple[Tensor, Tensor]
-"""One layer's k_cache and v_cache, each [num_pages, page_size, num_kv_heads, head_dim]."""
-
+_KV_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "int4": torch.uint8,
+}
+"""``config.KV_CACHE_DTYPES``, apart from ``auto``."""
+_SCALE_BYTES = 4
 _DEFAULT_SHARE_OF_FREE = 0.4
 """The rest is for the weights' page cache, activations and the user's other programs."""
 _DEFAULT_MAX_BYTES = 4 << 30
 
 
+def kv_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the cache tensors that ``CacheConfig.kv_cache_dtype`` names."""
+    return model_dtype if name == "auto" else _KV_DTYPES[name]
+
+
+def page_bytes(model: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes of K and V of a page over all layers, scales included."""
+    row_bytes = _stored_dim(model, dtype) * dtype.itemsize + (_SCALE_BYTES if dtype in QUANTIZED else 0)
+    return page_size * model.kv_bytes_per_token(row_bytes)
+
+
+def _stored_dim(model: ModelConfig, dtype: torch.dtype) -> int:
+    """Elements of a cache tensor per row of a head; of int4, a uint8 holds two."""
+    return model.head_dim // 2 if dtype == torch.uint8 else model.head_dim
+
+
 def num_pages(
-    cache: CacheConfig, model: ModelConfig, element_bytes: int, max_model_len: int, max_num_seqs: int, free_bytes: int
+    cache: CacheConfig, model: ModelConfig, dtype: torch.dtype, max_model_len: int, max_num_seqs: int, free_bytes: int
 ) -> int:
     """The pages of the pool: as configured, or what memory allows and the running requests can use.
 
     Args:
-        element_bytes: of the KV dtype.
+        dtype: of the cache tensors.
         free_bytes: memory that can be had; counts when neither pages nor bytes are configured.
     Raises:
         ValueError: the memory does not hold a page.
     """
     if cache.num_pages is not None:
         return cache.num_pages
-    page_bytes = cache.page_size * model.kv_bytes_per_token(element_bytes)
+    bytes_each = page_bytes(model, cache.page_size, dtype)
     if cache.kv_cache_memory_bytes is not None:
         budget_bytes = cache.kv_cache_memory_bytes
     else:
         budget_bytes = min(int(_DEFAULT_SHARE_OF_FREE * free_bytes), _DEFAULT_MAX_BYTES)
-    fitting = budget_bytes // page_bytes
+    fitting = budget_bytes // bytes_each
     if fitting < 1:
         raise ValueError(
-            f"kv_cache_memory_bytes must be >= {page_bytes}, a page of {cache.page_size} tokens, got {budget_bytes}"
+            f"kv_cache_memory_bytes must be >= {bytes_each}, a page of {cache.page_size} tokens, got {budget_bytes}"
         )
     usable = max_num_seqs * -(-max_model_len // cache.page_size)
     return min(fitting, usable)
 
 
 def allocate(model: ModelConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> list[KvCache]:
-    """One pair of caches per layer. They are not filled: no key is read before it is written."""
-    shape = (pages, page_size, model.num_kv_heads, model.head_dim)
+    """The caches of each layer. They are not filled: no key is read before it is written."""
+    rows = (pages, page_size, model.num_kv_heads)
+
+    def rows_of(*row: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty((*rows, *row), dtype=dtype, device=device)
+
+    def layer() -> KvCache:
+        k_cache, v_cache = (rows_of(_stored_dim(model, dtype), dtype=dtype) for _ in range(2))
+        if dtype not in QUANTIZED:
+            return KvCache(k_cache, v_cache)
+        return KvCache(k_cache, v_cache, rows_of(dtype=torch.float32), rows_of(dtype=torch.float32))
+
     try:
-        return [
-            (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-            for _ in range(model.num_layers)
-        ]
+        return [layer() for _ in range(model.num_layers)]
     except RuntimeError as error:
-        total_bytes = pages * page_size * model.kv_bytes_per_token(dtype.itemsize)
+        total_bytes = pages * page_bytes(model, page_size, dtype)
         raise ValueError(
             f"num_pages ({pages}) of {page_size} tokens need {total_bytes / 2**30:.1f} GiB of memory, "
             f"which {device} does not have"

@@ -13,6 +13,7 @@ from mixattn.config import ModelConfig
 from mixattn.models.layers import GatedMlp, Linear, RmsNorm, WeightSlots
 from mixattn.ops.attention import attention
 from mixattn.ops.kv_cache import append_kv
+from mixattn.ops.kv_dtypes import KvCache
 from mixattn.ops.metadata import AttentionMetadata
 from mixattn.ops.rope import rope_cos_sin
 
@@ -47,31 +48,32 @@ class LlamaAttention(nn.Module):
         q, k, v = torch.split(heads, self.num_heads, dim=1)
         return q, k, v
 
-    def forward(
-        self, x: Tensor, positions: Tensor, rope_table: Tensor, kv: tuple[Tensor, Tensor], meta: AttentionMetadata
-    ) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, rope_table: Tensor, kv: KvCache, meta: AttentionMetadata) -> Tensor:
         q, k, v = self.project(x)
-        k_cache, v_cache = kv
         q = append_kv(
             k,
             v,
-            k_cache,
-            v_cache,
+            kv.k_cache,
+            kv.v_cache,
             meta.slot_mapping,
             q=q,
             positions=positions,
             rope_cos_sin=rope_table,
             interleaved=self.is_interleaved,
+            k_scale=kv.k_scale,
+            v_scale=kv.v_scale,
             backend=self.backend,
         )
         out = attention(
             q,
-            k_cache,
-            v_cache,
+            kv.k_cache,
+            kv.v_cache,
             cu_seqlens_q=meta.cu_seqlens_q,
             seq_lens=meta.seq_lens,
             block_table=meta.block_table,
             window_left=self.window_left,
+            k_scale=kv.k_scale,
+            v_scale=kv.v_scale,
             plan=meta.plan(self.window_left),
             backend=self.backend,
         )
@@ -95,7 +97,7 @@ class LlamaLayer(nn.Module):
         self.mlp = GatedMlp(config.hidden_size, config.intermediate_size, dtype=dtype, device=device)
 
     def forward(
-        self, hidden: Tensor, positions: Tensor, rope_table: Tensor, kv: tuple[Tensor, Tensor], meta: AttentionMetadata
+        self, hidden: Tensor, positions: Tensor, rope_table: Tensor, kv: KvCache, meta: AttentionMetadata
     ) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions, rope_table, kv, meta)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
@@ -146,15 +148,13 @@ class LlamaModel(nn.Module):
         self.register_buffer("rope_table", table, persistent=False)
 
     @torch.inference_mode()
-    def forward(
-        self, input_ids: Tensor, positions: Tensor, kv: list[tuple[Tensor, Tensor]], meta: AttentionMetadata
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, kv: list[KvCache], meta: AttentionMetadata) -> Tensor:
         """Hidden states after the last norm, of every row of the step.
 
         Args:
             input_ids: [total_q] int64.
             positions: [total_q] int64, each below ``config.max_model_len``.
-            kv: each layer's k_cache and v_cache; the rows' keys and values are written to their slots.
+            kv: each layer's pages; the rows' keys and values are written to their slots.
             meta: the step's batch.
         Returns:
             [total_q, hidden_size] in the model's dtype.

@@ -27,8 +27,9 @@ from mixattn.ops.checks import (
     check_no_grad,
     check_tensor,
 )
+from mixattn.ops.kv_dtypes import Scale, split_scale
 from mixattn.ops.library import is_plain, register_op
-from mixattn.ops.plan import H100, WorkPlan, cpu_hardware
+from mixattn.ops.plan import H100, Hardware, WorkPlan, cpu_hardware
 from mixattn.ops.plan import plan as make_plan
 from mixattn.ops.reference import attention_reference
 
@@ -49,6 +50,8 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     invariant: bool = False,
     plan: WorkPlan | Tensor | None = None,
     out: Tensor | None = None,
@@ -73,6 +76,8 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     invariant: bool = False,
     plan: WorkPlan | Tensor | None = None,
     out: Tensor | None = None,
@@ -96,6 +101,8 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     invariant: bool = False,
     plan: WorkPlan | Tensor | None = None,
     out: Tensor | None = None,
@@ -111,8 +118,10 @@ def attention(
 
     Args:
         q: [total_q, num_q_heads, head_dim] float32, bfloat16 or float16; the slices' rows one after another.
-        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim] in q's dtype; any strides, the last dimension
-            contiguous. num_q_heads is a multiple of num_kv_heads; head_dim a multiple of 8 up to 256.
+        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], both float32, bfloat16, float16, int8,
+            float8_e4m3fn, float8_e5m2, or uint8 that holds int4: head_dim / 2 bytes, the even element in the low
+            nibble, value = nibble - 8. Any strides, the last dimension contiguous. num_q_heads is a multiple of
+            num_kv_heads; head_dim a multiple of 8 up to 256.
         cu_seqlens_q: [num_seqs + 1] int32; slice s has the rows cu_seqlens_q[s] to cu_seqlens_q[s + 1].
         seq_lens: [num_seqs] int32, the keys of each sequence, this step's included.
         block_table: [num_seqs, max_pages] int32, page ids; entries past a sequence's last page are never read.
@@ -128,6 +137,9 @@ def attention(
             own (bit 0 is itself). Keys before the slice's first row, and keys 64 or more before the row, are seen
             whatever the bits, so that -1 is plain causal and chunks go beside the trees of speculative verification.
             ``mixattn.tree_mask`` makes a tree's words. Needs ``causal``. None for off.
+        k_scale, v_scale: what the elements of a quantised cache are multiplied with: one float, [num_kv_heads] float32,
+            or [num_pages, page_size, num_kv_heads] float32 (any strides), a scale per token and head. None is 1, for
+            float8 only; int8 and int4 need scales, other caches take none.
         invariant: whether a row's bits are to depend on its own q and keys alone: not on the rest of the batch, the
             chunks its prompt came in, the page size, the block table, or the number of threads. Slower
             (docs/decisions/0005-invariant-attention.md).
@@ -154,8 +166,13 @@ def attention(
     for name, optional in (("alibi_slopes", alibi_slopes), ("sinks", sinks), ("tree_mask", tree_mask)):
         if optional is not None:
             check_tensor(name, optional)
-    tensors = (q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, words, alibi_slopes, sinks, tree_mask)
-    inputs = (*tensors, softmax_scale, causal, window_left, soft_cap, invariant, backend)
+    k_scales, k_scale_value = split_scale("k_scale", k_scale)
+    v_scales, v_scale_value = split_scale("v_scale", v_scale)
+    tensors = (
+        q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, words, alibi_slopes, sinks, tree_mask,
+        k_scales, v_scales,
+    )  # fmt: skip
+    inputs = (*tensors, k_scale_value, v_scale_value, softmax_scale, causal, window_left, soft_cap, invariant, backend)
     if out is None and return_lse:
         new_out, new_lse = torch.ops.mixattn.attention(*inputs)
         return new_out, new_lse
@@ -168,24 +185,27 @@ def attention(
     return out if lse is None else (out, lse)
 
 
+def device_hardware(device: torch.device) -> Hardware:
+    """The workers that a plan for tensors on this device is to be balanced over."""
+    if device.type != "cuda":
+        return cpu_hardware()
+    return dataclasses.replace(H100, num_workers=torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def _default_plan(call: AttentionCall) -> Tensor:
     """The words of a plan for the workers of q's device; on a GPU this waits for the lengths to arrive on the host."""
     q = call.q
-    hardware = cpu_hardware()
-    if q.is_cuda:
-        num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
-        hardware = dataclasses.replace(H100, num_workers=num_sms)
     work_plan = make_plan(
         call.cu_seqlens_q.cpu(),
         call.seq_lens.cpu(),
         num_q_heads=q.shape[1],
         num_kv_heads=call.k_cache.shape[2],
         head_dim=q.shape[2],
-        kv_element_bytes=q.element_size(),
+        kv_element_bytes=call.k_cache.element_size(),
         causal=call.causal,
         window_left=call.window_left,
         invariant=call.invariant,
-        hardware=hardware,
+        hardware=device_hardware(q.device),
     )
     return torch.from_numpy(work_plan.buffer)
 
@@ -229,6 +249,8 @@ def _run_reference(call: AttentionCall, out: Tensor, lse: Tensor | None) -> None
         alibi_slopes=call.alibi_slopes,
         sinks=call.sinks,
         tree_mask=call.tree_mask,
+        k_scale=call.k_scale_value if call.k_scale is None else call.k_scale,
+        v_scale=call.v_scale_value if call.v_scale is None else call.v_scale,
     )
     out.copy_(exact_out)
     if lse is not None:
@@ -248,6 +270,8 @@ def _run_cpu(
         q=call.q.data_ptr(),
         k_cache=call.k_cache.data_ptr(),
         v_cache=call.v_cache.data_ptr(),
+        k_scale=0 if call.k_scale is None else call.k_scale.data_ptr(),
+        v_scale=0 if call.v_scale is None else call.v_scale.data_ptr(),
         out=out.data_ptr(),
         lse=_address(lse),
         cu_seqlens_q=call.cu_seqlens_q.data_ptr(),
@@ -336,9 +360,9 @@ def _attention_out_fake(*arguments: Any) -> None:
 
 _INPUTS = (
     "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seq_lens, Tensor block_table, Tensor? plan, "
-    "Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask, "
-    "float? softmax_scale, bool causal, int? window_left, float? soft_cap, bool invariant, "
-    "str? backend"
+    "Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask, Tensor? k_scale, Tensor? v_scale, "
+    "float? k_scale_value, float? v_scale_value, "
+    "float? softmax_scale, bool causal, int? window_left, float? soft_cap, bool invariant, str? backend"
 )
 register_op(f"attention({_INPUTS}) -> (Tensor out, Tensor lse)", _attention, _attention_fake)
 register_op(f"attention_out({_INPUTS}, Tensor(a!) out, Tensor(b!)? lse) -> ()", _attention_out, _attention_out_fake)

@@ -22,9 +22,16 @@ from mixattn.ops.checks import (
     check_last_contiguous,
     check_no_overlap,
     check_positive_finite,
-    check_same_float_dtype,
     layout_of,
     optional_layout,
+)
+from mixattn.ops.kv_dtypes import (
+    ScaleLayout,
+    check_caches,
+    check_kv_dtype_backend,
+    check_scales,
+    kv_dtype_name,
+    scale_sizes,
 )
 from mixattn.ops.library import DTYPE_NAMES
 
@@ -42,6 +49,10 @@ class AttentionCall(NamedTuple):
     alibi_slopes: Tensor | None
     sinks: Tensor | None
     tree_mask: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    k_scale_value: float | None
+    v_scale_value: float | None
     softmax_scale: float | None
     causal: bool
     window_left: int | None
@@ -72,6 +83,8 @@ class AttentionLayout(NamedTuple):
     alibi_slopes: Layout | None
     sinks: Layout | None
     tree_mask: Layout | None
+    k_scale: ScaleLayout
+    v_scale: ScaleLayout
     out: Layout | None
     lse: Layout | None
     softmax_scale: float | None
@@ -115,6 +128,8 @@ def attention_layout(call: AttentionCall, out: Tensor | None, lse: Tensor | None
         optional_layout(call.alibi_slopes),
         optional_layout(call.sinks),
         optional_layout(call.tree_mask),
+        ScaleLayout(optional_layout(call.k_scale), call.k_scale_value),
+        ScaleLayout(optional_layout(call.v_scale), call.v_scale_value),
         optional_layout(out),
         optional_layout(lse),
         call.softmax_scale,
@@ -130,8 +145,7 @@ def check_attention(layout: AttentionLayout) -> None:
     q = layout.q
     dims = Dims()
     dims.check("q", q, ("total_q", "num_q_heads", "head_dim"))
-    dims.check("k_cache", layout.k_cache, ("num_pages", "page_size", "num_kv_heads", "head_dim"))
-    dims.check("v_cache", layout.v_cache, ("num_pages", "page_size", "num_kv_heads", "head_dim"))
+    check_caches(dims, layout.k_cache, layout.v_cache, "q", q)
     dims.check("seq_lens", layout.seq_lens, ("num_seqs",))
     dims.check("block_table", layout.block_table, ("num_seqs", "max_pages"))
     dims.check("cu_seqlens_q", layout.cu_seqlens_q, ("num_seqs + 1",))
@@ -145,15 +159,9 @@ def check_attention(layout: AttentionLayout) -> None:
             f"num_q_heads must be a multiple of num_kv_heads ({num_kv_heads}), both >= 1, got {num_q_heads}"
         )
     check_head_dim(dims["head_dim"])
-    if dims["page_size"] < 1:
-        raise ValueError(f"page_size must be >= 1, got {dims['page_size']}")
-
     check_float_dtype("q", q)
     check_last_contiguous("q", q)
-    for name, cache in (("k_cache", layout.k_cache), ("v_cache", layout.v_cache)):
-        check_device(name, cache, "q", q)
-        check_same_float_dtype(name, cache, "q", q)
-        check_last_contiguous(name, cache)
+    check_scales(dims, layout.k_scale, layout.v_scale, layout.k_cache)
     check_index_layout("cu_seqlens_q", layout.cu_seqlens_q, torch.int32, "q", q)
     check_index_layout("seq_lens", layout.seq_lens, torch.int32, "q", q)
     check_index_layout("block_table", layout.block_table, torch.int32, "q", q)
@@ -205,6 +213,7 @@ def _check_score_options(layout: AttentionLayout, dims: Dims) -> None:
 
 def check_features(call: AttentionCall, backend: str) -> None:
     """Raises NotImplementedError if the call has an argument that this backend does not have yet."""
+    check_kv_dtype_backend(call.k_cache.dtype, "q", call.q.dtype, backend)
     for name, having in BACKENDS_WITH.items():
         value = getattr(call, name)
         if value is not None and value is not False and backend not in having:
@@ -221,10 +230,12 @@ def native_sizes(layout: AttentionLayout) -> Mapping[str, Any]:
     """
     check_attention(layout)
     q, k_cache, v_cache, alibi = layout.q, layout.k_cache, layout.v_cache, layout.alibi_slopes
+    k_scale, v_scale = scale_sizes(layout.k_scale), scale_sizes(layout.v_scale)
     assert layout.out is not None
     return MappingProxyType(
         {
             "dtype": DTYPE_NAMES[q.dtype],
+            "kv_dtype": kv_dtype_name(k_cache.dtype),
             "total_q": q.shape[0],
             "num_seqs": layout.seq_lens.shape[0],
             "num_q_heads": q.shape[1],
@@ -237,6 +248,8 @@ def native_sizes(layout: AttentionLayout) -> Mapping[str, Any]:
             "out_strides": layout.out.strides[:2],
             "k_strides": k_cache.strides[:3],
             "v_strides": v_cache.strides[:3],
+            "k_scale_sizes": k_scale,
+            "v_scale_sizes": v_scale,
             "lse_stride": 0 if layout.lse is None else layout.lse.strides[0],
             "block_table_stride": layout.block_table.strides[0],
             "alibi_seq_stride": 0 if alibi is None or len(alibi.shape) == 1 else alibi.strides[0],

@@ -27,6 +27,17 @@ from mixattn.ops.checks import (
     check_same_float_dtype,
     check_tensor,
     layout_of,
+    optional_layout,
+)
+from mixattn.ops.kv_dtypes import (
+    Scale,
+    ScaleLayout,
+    check_caches,
+    check_kv_dtype_backend,
+    check_scales,
+    kv_dtype_name,
+    scale_sizes,
+    split_scale,
 )
 from mixattn.ops.library import DTYPE_NAMES, is_plain, register_op
 from mixattn.ops.reference import append_kv_reference
@@ -44,6 +55,8 @@ def append_kv(
     positions: Tensor | None = None,
     rope_cos_sin: Tensor | None = None,
     interleaved: bool = False,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     backend: str | None = None,
 ) -> Tensor: ...
 
@@ -60,6 +73,8 @@ def append_kv(
     positions: Tensor | None = None,
     rope_cos_sin: Tensor | None = None,
     interleaved: bool = False,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     backend: str | None = None,
 ) -> None: ...
 
@@ -75,6 +90,8 @@ def append_kv(
     positions: Tensor | None = None,
     rope_cos_sin: Tensor | None = None,
     interleaved: bool = False,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     backend: str | None = None,
 ) -> Tensor | None:
     """The rotated q (None without q); every row of k, rotated, and of v is stored in its slot.
@@ -82,13 +99,16 @@ def append_kv(
     Args:
         k, v: [total_q, num_kv_heads, head_dim] float32, bfloat16 or float16; any strides, the last dimension
             contiguous.
-        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim] in k's dtype; written.
+        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], of a dtype that ``attention`` takes; written.
         slot_mapping: [total_q] int64, page_id * page_size + offset of each row; no slot twice.
         q: [total_q, num_q_heads, head_dim] in k's dtype, to be rotated in the same pass; left as it is.
         positions: [total_q] int64, the row of ``rope_cos_sin`` for each row of k and q.
         rope_cos_sin: [max_positions, rotary_dim] float32, rotary_dim / 2 cosines then as many sines (``ops.rope``); the
             leading rotary_dim dimensions of each head are rotated. None stores k as it is.
         interleaved: whether the pairs that turn together are (2i, 2i + 1); else (i, i + rotary_dim / 2).
+        k_scale, v_scale: of a quantised cache, as for ``attention``. Stored is x / scale, rounded to nearest and
+            saturated. Scales per token and head are written: a row's largest |x| / the largest stored value, or NaN if
+            the row is not finite. With other scales int8 and int4 store NaN as 0.
         backend: as for ``attention``.
     Returns:
         [total_q, num_q_heads, head_dim], q rotated and rounded once, or None.
@@ -108,9 +128,11 @@ def append_kv(
     q_out = None
     if q is not None:
         q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    tensors = (k, v, k_cache, v_cache, slot_mapping, q, positions, rope_cos_sin)
+    k_scales, k_scale_value = split_scale("k_scale", k_scale)
+    v_scales, v_scale_value = split_scale("v_scale", v_scale)
+    tensors = (k, v, k_cache, v_cache, slot_mapping, q, positions, rope_cos_sin, k_scales, v_scales)
     run = _append_kv if is_plain(*tensors) else torch.ops.mixattn.append_kv
-    run(*tensors, interleaved, backend, q_out)
+    run(*tensors, k_scale_value, v_scale_value, interleaved, backend, q_out)
     return q_out
 
 
@@ -125,6 +147,10 @@ class _Call(NamedTuple):
     q: Tensor | None
     positions: Tensor | None
     rope_cos_sin: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    k_scale_value: float | None
+    v_scale_value: float | None
     interleaved: bool
     backend: str | None
     q_out: Tensor | None
@@ -141,6 +167,8 @@ class _Layout(NamedTuple):
     q: Layout | None
     positions: Layout | None
     rope_cos_sin: Layout | None
+    k_scale: ScaleLayout
+    v_scale: ScaleLayout
     q_out: Layout | None
 
 
@@ -151,10 +179,12 @@ def _layout(call: _Call) -> _Layout:
         layout_of(call.k_cache),
         layout_of(call.v_cache),
         layout_of(call.slot_mapping),
-        None if call.q is None else layout_of(call.q),
-        None if call.positions is None else layout_of(call.positions),
-        None if call.rope_cos_sin is None else layout_of(call.rope_cos_sin),
-        None if call.q_out is None else layout_of(call.q_out),
+        optional_layout(call.q),
+        optional_layout(call.positions),
+        optional_layout(call.rope_cos_sin),
+        ScaleLayout(optional_layout(call.k_scale), call.k_scale_value),
+        ScaleLayout(optional_layout(call.v_scale), call.v_scale_value),
+        optional_layout(call.q_out),
     )
 
 
@@ -164,19 +194,17 @@ def _check(layout: _Layout) -> None:
     dims = Dims()
     dims.check("k", k, ("total_q", "num_kv_heads", "head_dim"))
     dims.check("v", layout.v, ("total_q", "num_kv_heads", "head_dim"))
-    dims.check("k_cache", layout.k_cache, ("num_pages", "page_size", "num_kv_heads", "head_dim"))
-    dims.check("v_cache", layout.v_cache, ("num_pages", "page_size", "num_kv_heads", "head_dim"))
+    check_caches(dims, layout.k_cache, layout.v_cache, "k", k)
     dims.check("slot_mapping", layout.slot_mapping, ("total_q",))
     check_head_dim(dims["head_dim"])
-    for name in ("num_kv_heads", "page_size"):
-        if dims[name] < 1:
-            raise ValueError(f"{name} must be >= 1, got {dims[name]}")
+    if dims["num_kv_heads"] < 1:
+        raise ValueError(f"num_kv_heads must be >= 1, got {dims['num_kv_heads']}")
     check_float_dtype("k", k)
     check_last_contiguous("k", k)
-    for name, tensor in (("v", layout.v), ("k_cache", layout.k_cache), ("v_cache", layout.v_cache)):
-        check_device(name, tensor, "k", k)
-        check_same_float_dtype(name, tensor, "k", k)
-        check_last_contiguous(name, tensor)
+    check_device("v", layout.v, "k", k)
+    check_same_float_dtype("v", layout.v, "k", k)
+    check_last_contiguous("v", layout.v)
+    check_scales(dims, layout.k_scale, layout.v_scale, layout.k_cache, is_written=True)
     check_no_overlap("k_cache", layout.k_cache)
     check_no_overlap("v_cache", layout.v_cache)
     check_index_layout("slot_mapping", layout.slot_mapping, torch.int64, "k", k)
@@ -217,6 +245,7 @@ def _native_sizes(layout: _Layout) -> Mapping[str, Any]:
     return MappingProxyType(
         {
             "dtype": DTYPE_NAMES[layout.k.dtype],
+            "kv_dtype": kv_dtype_name(layout.k_cache.dtype),
             "num_tokens": layout.k.shape[0],
             "num_q_heads": 0 if q is None else q.shape[1],
             "num_kv_heads": layout.k.shape[1],
@@ -231,6 +260,8 @@ def _native_sizes(layout: _Layout) -> Mapping[str, Any]:
             "q_out_strides": (0, 0) if q_out is None else q_out.strides[:2],
             "k_cache_strides": layout.k_cache.strides[:3],
             "v_cache_strides": layout.v_cache.strides[:3],
+            "k_scale_sizes": scale_sizes(layout.k_scale),
+            "v_scale_sizes": scale_sizes(layout.v_scale),
             "rope_stride": 0 if rope is None else rope.strides[0],
         }
     )
@@ -242,6 +273,7 @@ def _append_kv(*arguments: Any) -> None:
     sizes = _native_sizes(_layout(call))
     check_no_grad(call.k, call.v, call.k_cache, call.v_cache, call.q)
     backend = choose_backend(call.k.device.type, call.backend)
+    check_kv_dtype_backend(call.k_cache.dtype, "k", call.k.dtype, backend)
     if sizes["num_tokens"] == 0:
         return
     if backend == "cpu":
@@ -253,22 +285,24 @@ def _append_kv(*arguments: Any) -> None:
         )
         if call.positions is not None:
             check_indices("positions", call.positions, "max_positions", sizes["max_positions"])
-    append = append_kv_reference
+    inputs = (call.k, call.v, call.k_cache, call.v_cache, call.slot_mapping)
+    options: dict[str, Any] = {
+        "q": call.q,
+        "positions": call.positions,
+        "rope_cos_sin": call.rope_cos_sin,
+        "interleaved": call.interleaved,
+    }
     if backend == "triton":
         from mixattn.triton_kernels import kv_cache as triton_kv_cache
 
-        append = triton_kv_cache.append_kv
-    rotated = append(
-        call.k,
-        call.v,
-        call.k_cache,
-        call.v_cache,
-        call.slot_mapping,
-        q=call.q,
-        positions=call.positions,
-        rope_cos_sin=call.rope_cos_sin,
-        interleaved=call.interleaved,
-    )
+        rotated = triton_kv_cache.append_kv(*inputs, **options)
+    else:
+        rotated = append_kv_reference(
+            *inputs,
+            **options,
+            k_scale=call.k_scale_value if call.k_scale is None else call.k_scale,
+            v_scale=call.v_scale_value if call.v_scale is None else call.v_scale,
+        )
     if call.q_out is not None and rotated is not None:
         call.q_out.copy_(rotated)
 
@@ -281,6 +315,8 @@ def _append_kv_cpu(call: _Call, sizes: Mapping[str, Any]) -> None:
         v=call.v.data_ptr(),
         k_cache=call.k_cache.data_ptr(),
         v_cache=call.v_cache.data_ptr(),
+        k_scale=0 if call.k_scale is None else call.k_scale.data_ptr(),
+        v_scale=0 if call.v_scale is None else call.v_scale.data_ptr(),
         slot_mapping=call.slot_mapping.data_ptr(),
         q=0 if call.q is None else call.q.data_ptr(),
         q_out=0 if call.q_out is None else call.q_out.data_ptr(),
@@ -298,7 +334,8 @@ def _append_kv_fake(*arguments: Any) -> None:
 
 register_op(
     "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, Tensor? q, "
-    "Tensor? positions, Tensor? rope_cos_sin, bool interleaved, str? backend, Tensor(c!)? q_out) -> ()",
+    "Tensor? positions, Tensor? rope_cos_sin, Tensor(c!)? k_scale, Tensor(d!)? v_scale, float? k_scale_value, "
+    "float? v_scale_value, bool interleaved, str? backend, Tensor(e!)? q_out) -> ()",
     _append_kv,
     _append_kv_fake,
 )

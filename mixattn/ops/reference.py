@@ -8,8 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixattn.ops.kv_dtypes import MIN_ROW_SCALE, QUANTIZED, Scale
+
 TREE_MASK_BITS = 64
 """Of a ``tree_mask`` word: bit d is for the key d positions before the row's own."""
+INT4_ZERO = 8
+"""The nibble that stands for 0."""
 
 
 def visible_keys(
@@ -38,9 +42,62 @@ def visible_keys(
 
 
 def gather_keys(cache: Tensor, block_table_row: Tensor, kv_len: int) -> Tensor:
-    """The first ``kv_len`` rows of one sequence, out of its pages: [kv_len, num_kv_heads, head_dim]."""
+    """One sequence's first ``kv_len`` rows, out of pages of K, V or their scales: [kv_len, *cache.shape[2:]]."""
     num_pages_used = -(-kv_len // cache.shape[1])
     return cache[block_table_row[:num_pages_used].long()].flatten(0, 1)[:kv_len]
+
+
+def dequantize_reference(stored: Tensor, scale: Scale, *, compute_dtype: torch.dtype = torch.float32) -> Tensor:
+    """Real values: stored ones of any dtype that a cache may have, times their scale; in ``compute_dtype``.
+
+    Args:
+        stored: [..., num_kv_heads, head_dim]; uint8 holds int4, [..., head_dim / 2].
+        scale: one for all (None: 1), [num_kv_heads], or one per head of each token, [..., num_kv_heads].
+    """
+    if stored.dtype == torch.uint8:
+        nibbles = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)
+        stored = nibbles.to(torch.int8) - INT4_ZERO
+    real = stored.to(compute_dtype)
+    if scale is None:
+        return real
+    if isinstance(scale, Tensor):
+        return real * scale.to(compute_dtype).unsqueeze(-1)
+    return real * scale
+
+
+def quantize_reference(
+    x: Tensor, dtype: torch.dtype, scale: float | Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """What a cache of this dtype stores for real values, and the scales of the rows if they were to be found.
+
+    Stored is x / scale in float32, rounded to nearest (ties to even) and saturated. A scale that is found is the row's
+    largest |x| / ``row_max``, at least ``MIN_ROW_SCALE``, and NaN for a row that is not finite, so that NaN comes out
+    of it again. int8 and int4 store NaN as 0, float8 as 0x7f.
+
+    Args:
+        x: [num_tokens, num_kv_heads, head_dim].
+        dtype: a quantised one; uint8 is int4, two elements in a byte.
+        scale: one for all, or [num_kv_heads]; None finds one per row, a head of a token.
+    Returns:
+        [num_tokens, num_kv_heads, head_dim] of ``dtype`` (int4: head_dim / 2), and [num_tokens, num_kv_heads] float32
+        or None.
+    """
+    quantization = QUANTIZED[dtype]
+    x = x.float()
+    row_scales = None
+    if scale is None:
+        largest = (x.abs().amax(dim=-1) / quantization.row_max).clamp(min=MIN_ROW_SCALE)
+        row_scales = torch.where(x.isfinite().all(dim=-1), largest, torch.nan)
+        scale = row_scales
+    divisor = scale.unsqueeze(-1) if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32)
+    scaled = (x / divisor).clamp(quantization.low, quantization.high)
+    if dtype.is_floating_point:
+        return torch.where(scaled.isnan(), torch.nan, scaled).to(dtype), row_scales
+    integers = scaled.round().nan_to_num(0.0).to(torch.int8)
+    if dtype == torch.uint8:
+        nibbles = (integers + INT4_ZERO).to(torch.uint8)
+        integers = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+    return integers, row_scales
 
 
 def attention_reference(
@@ -58,6 +115,8 @@ def attention_reference(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``ops.attention`` computed one sequence at a time, and its log-sum-exp.
@@ -70,7 +129,7 @@ def attention_reference(
     """
     total_q, num_q_heads, head_dim = q.shape
     group_size = num_q_heads // k_cache.shape[2]
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     out = torch.zeros(total_q, num_q_heads, head_dim, dtype=compute_dtype, device=q.device)
     if sinks is None:
         sinks = torch.full((num_q_heads,), -torch.inf, device=q.device)
@@ -89,13 +148,13 @@ def attention_reference(
         # A slot that no row may see can hold NaN, and 0 * NaN would carry it into the sum.
         is_seen = visible.any(dim=0)[:, None, None]
         keys, values = (
-            torch.where(is_seen, gather_keys(cache, block_table[seq_idx], kv_len).to(compute_dtype), 0.0)
+            torch.where(is_seen, _real_keys(cache, scale, block_table[seq_idx], kv_len, compute_dtype), 0.0)
             .repeat_interleave(group_size, dim=1)
             .transpose(0, 1)
-            for cache in (k_cache, v_cache)
+            for cache, scale in ((k_cache, k_scale), (v_cache, v_scale))
         )  # [num_q_heads, kv_len, head_dim]
         queries = q[rows].to(compute_dtype).transpose(0, 1)  # [num_q_heads, q_len, head_dim]
-        scores = queries @ keys.transpose(1, 2) * scale  # [num_q_heads, q_len, kv_len]
+        scores = queries @ keys.transpose(1, 2) * softmax_scale  # [num_q_heads, q_len, kv_len]
         if soft_cap is not None:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         if alibi_slopes is not None:
@@ -111,6 +170,13 @@ def attention_reference(
         out[rows] = (probabilities @ values).transpose(0, 1)
         lse[rows] = scores.logsumexp(dim=-1).transpose(0, 1)
     return out, lse
+
+
+def _real_keys(cache: Tensor, scale: Scale, block_table_row: Tensor, kv_len: int, compute_dtype: torch.dtype) -> Tensor:
+    """The first ``kv_len`` rows of one sequence, dequantised: [kv_len, num_kv_heads, head_dim]."""
+    if isinstance(scale, Tensor) and scale.dim() == 3:
+        scale = gather_keys(scale, block_table_row, kv_len)
+    return dequantize_reference(gather_keys(cache, block_table_row, kv_len), scale, compute_dtype=compute_dtype)
 
 
 def rope_reference(
@@ -155,9 +221,11 @@ def append_kv_reference(
     positions: Tensor | None = None,
     rope_cos_sin: Tensor | None = None,
     interleaved: bool = False,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor | None:
-    """The rotated q (None without q); k, rotated, and v are stored in their slots of the caches.
+    """The rotated q in ``compute_dtype`` (None without q); k, rotated, and v are stored in their slots of the caches.
 
     Args: as ``ops.append_kv``; the rotation is computed in ``compute_dtype`` and rounded once.
     """
@@ -167,9 +235,17 @@ def append_kv_reference(
         k = rope_reference(k, positions, rope_cos_sin, interleaved=interleaved, compute_dtype=compute_dtype)
         if q is not None:
             q = rope_reference(q, positions, rope_cos_sin, interleaved=interleaved, compute_dtype=compute_dtype)
-    k_cache[page, offset] = k.to(k_cache.dtype)
-    v_cache[page, offset] = v.to(v_cache.dtype)
-    return None if q is None else q.to(k_cache.dtype)
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        if cache.dtype not in QUANTIZED:
+            cache[page, offset] = x.to(cache.dtype)
+            continue
+        is_per_token = isinstance(scale, Tensor) and scale.dim() == 3
+        given = None if is_per_token else 1.0 if scale is None else scale
+        stored, row_scales = quantize_reference(x, cache.dtype, given)
+        cache[page, offset] = stored
+        if isinstance(scale, Tensor) and row_scales is not None:
+            scale[page, offset] = row_scales
+    return q
 
 
 def merge_states_reference(

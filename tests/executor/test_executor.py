@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mixattn.config import ModelConfig, RopeConfig
 from mixattn.executor.executor import LocalExecutor
+from mixattn.ops.kv_dtypes import KvCache
 from mixattn.ops.metadata import AttentionMetadata
 from mixattn.types import BatchPlan, SamplingParams, Slice
 
@@ -39,11 +40,9 @@ class SuccessorModel:
         self.distance = distance
         self.metas: list[AttentionMetadata] = []
 
-    def forward(
-        self, input_ids: Tensor, positions: Tensor, kv: list[tuple[Tensor, Tensor]], meta: AttentionMetadata
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, kv: list[KvCache], meta: AttentionMetadata) -> Tensor:
         self.metas.append(meta)
-        for k_cache, v_cache in kv:
+        for k_cache, v_cache, *_ in kv:
             k_cache.view(-1, 2, 8)[meta.slot_mapping] = positions.float()[:, None, None]
             v_cache.view(-1, 2, 8)[meta.slot_mapping] = input_ids.float()[:, None, None]
         return input_ids[:, None].float().expand(-1, 8)
@@ -55,7 +54,7 @@ class SuccessorModel:
 
 def make_executor(model: SuccessorModel) -> LocalExecutor:
     return LocalExecutor(
-        model, CONFIG, num_pages=8, page_size=4, max_model_len=64, dtype=torch.float32, device=torch.device("cpu")
+        model, CONFIG, num_pages=8, page_size=4, max_model_len=64, kv_dtype=torch.float32, device=torch.device("cpu")
     )
 
 
@@ -127,6 +126,6 @@ def test_execute_same_seed_same_token_whatever_the_place_in_the_batch() -> None:
 def test_execute_rows_are_written_to_their_slots() -> None:
     executor = make_executor(SuccessorModel())
     executor.execute(BatchPlan(0, (make_slice("a", [11, 12, 13, 14, 15], 5),)))
-    k_cache, v_cache = executor._kv[2]
+    k_cache, v_cache, *_ = executor._kv[2]
     assert k_cache[7, :, 0, 0].tolist() == [0, 1, 2, 3]  # page_ids[0]
     assert v_cache[2, 0, 1, 7] == 15  # page_ids[1]

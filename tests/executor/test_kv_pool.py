@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixattn.config import CacheConfig, ModelConfig, RopeConfig
+from mixattn.config import KV_CACHE_DTYPES, CacheConfig, ModelConfig, RopeConfig
 from mixattn.executor import kv_pool
 
 MODEL = ModelConfig(
@@ -27,8 +27,10 @@ PAGE_BYTES = 16 * (2 * 2 * 2 * 16) * 4  # tokens, (K and V, layers, heads, head_
 GIB = 1 << 30
 
 
-def size(cache: CacheConfig, *, free_bytes: int = GIB, max_num_seqs: int = 10**6) -> int:
-    return kv_pool.num_pages(cache, MODEL, 4, max_model_len=1000, max_num_seqs=max_num_seqs, free_bytes=free_bytes)
+def size(
+    cache: CacheConfig, *, dtype: torch.dtype = torch.float32, free_bytes: int = GIB, max_num_seqs: int = 10**6
+) -> int:
+    return kv_pool.num_pages(cache, MODEL, dtype, max_model_len=1000, max_num_seqs=max_num_seqs, free_bytes=free_bytes)
 
 
 def test_num_pages_configured_count_is_taken_as_it_is() -> None:
@@ -57,8 +59,37 @@ def test_num_pages_less_than_one_page_names_the_bound(cache: CacheConfig) -> Non
 def test_allocate_gives_a_pair_per_layer_in_the_agreed_layout() -> None:
     caches = kv_pool.allocate(MODEL, 5, 16, torch.bfloat16, torch.device("cpu"))
     assert len(caches) == 2
-    for pair in caches:
-        assert all(cache.shape == (5, 16, 2, 16) and cache.dtype == torch.bfloat16 for cache in pair)
+    for k_cache, v_cache, k_scale, v_scale in caches:
+        assert all(cache.shape == (5, 16, 2, 16) and cache.dtype == torch.bfloat16 for cache in (k_cache, v_cache))
+        assert k_scale is None and v_scale is None
+
+
+QUANTIZED_PAGE_BYTES = {
+    "int8": 16 * (2 * 2 * 2) * (16 + 4),  # tokens, (K and V, layers, heads), elements of a row and its scale
+    "fp8_e4m3": 16 * (2 * 2 * 2) * (16 + 4),
+    "fp8_e5m2": 16 * (2 * 2 * 2) * (16 + 4),
+    "int4": 16 * (2 * 2 * 2) * (8 + 4),
+}
+
+
+@pytest.mark.parametrize(("name", "bytes_each"), QUANTIZED_PAGE_BYTES.items())
+def test_quantised_pages_have_scales_beside_them_that_the_pool_counts(name: str, bytes_each: int) -> None:
+    dtype = kv_pool.kv_dtype(name, torch.float32)
+    caches = kv_pool.allocate(MODEL, 3, 16, dtype, torch.device("cpu"))
+    assert sum(tensor.nbytes for layer in caches for tensor in layer if tensor is not None) == 3 * bytes_each
+    for cache in caches:
+        assert cache.k_scale is not None and cache.v_scale is not None
+        assert cache.k_scale.shape == cache.v_scale.shape == (3, 16, 2) and cache.k_scale.dtype == torch.float32
+    config = CacheConfig(16, kv_cache_memory_bytes=5 * bytes_each - 1, kv_cache_dtype=name)
+    assert size(config, dtype=dtype) == 4
+
+
+def test_kv_dtype_auto_is_the_model_s() -> None:
+    assert kv_pool.kv_dtype("auto", torch.bfloat16) == torch.bfloat16
+
+
+def test_kv_dtype_has_every_name_of_the_configuration() -> None:
+    assert len({kv_pool.kv_dtype(name, torch.float64) for name in KV_CACHE_DTYPES}) == len(KV_CACHE_DTYPES)
 
 
 def test_allocate_more_than_there_is_names_the_pages() -> None:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from mixattn.executor.kv_pool import allocate
 from mixattn.models.llama import LlamaModel
 from mixattn.ops.metadata import AttentionMetadata
 from mixattn.ops.plan import plan
@@ -25,12 +26,11 @@ class PagedRun:
         pages_per_seq = -(-max_len // page_size)
         order = torch.randperm(num_seqs * pages_per_seq, generator=torch.Generator().manual_seed(0))
         self.block_table = order.view(num_seqs, pages_per_seq).int()
-        config = model.config
-        shape = (num_seqs * pages_per_seq, page_size, config.num_kv_heads, config.head_dim)
-        self.kv = [
-            (torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype))
-            for _ in range(config.num_layers)
-        ]
+        self.kv = allocate(model.config, num_seqs * pages_per_seq, page_size, dtype, torch.device("cpu"))
+        for layer in self.kv:
+            for tensor in layer:
+                if tensor is not None and tensor.is_floating_point():
+                    tensor.fill_(torch.nan)  # of integers the scales
         self.lens = [0] * num_seqs
 
     def step(self, chunks: Sequence[Sequence[int]]) -> list[Tensor]:

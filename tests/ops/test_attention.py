@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,16 @@ from torch import Tensor
 import mixattn
 from mixattn import _C, env
 from mixattn.ops.plan import Hardware, WorkPlan, cpu_hardware
-from tests.cases import CASES, SCORE_CASES, AttentionCase, AttentionInputs, assert_attention_close, make_inputs
+from tests.cases import (
+    CASES,
+    QUANTIZED_FORMATS,
+    SCORE_CASES,
+    AttentionCase,
+    AttentionInputs,
+    KvFormat,
+    assert_attention_close,
+    make_inputs,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = ["scalar", "avx2", "avx512"]
@@ -43,7 +53,7 @@ def make_plan(case: AttentionCase, inputs: AttentionInputs) -> WorkPlan | None:
         inputs.cu_seqlens_q,
         inputs.seq_lens,
         **case.plan_options,
-        kv_element_bytes=inputs.q.element_size(),
+        kv_element_bytes=inputs.k_cache.element_size(),
         hardware=splitting_hardware(case.num_workers),
     )
     assert plan.num_merges > 0, "a case that names its workers is there for its splits"
@@ -54,7 +64,7 @@ def run(case: AttentionCase, inputs: AttentionInputs, backend: str = "cpu") -> t
     """out and lse of the case; what was in ``out`` before is NaN."""
     out = torch.full_like(inputs.q, torch.nan)
     result, lse = mixattn.attention(
-        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **inputs.score_tensors,
+        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **inputs.score_tensors, **inputs.scales,
         **case.options, plan=make_plan(case, inputs), out=out, return_lse=True, backend=backend,
     )  # fmt: skip
     assert result is out
@@ -74,6 +84,48 @@ def test_attention_of_named_case_is_within_twice_eager(case: AttentionCase, dtyp
 def test_reference_backend_of_named_case_is_within_twice_eager(case: AttentionCase, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
     out, lse = run(case, inputs, backend="reference")
+    assert_attention_close(case, inputs, out, lse)
+
+
+def quantized_cases() -> list[Any]:
+    """Every case with two of the quantised dtypes, and those about splits, windows and page edges with all four."""
+    made = []
+    for idx, case in enumerate(CASES + SCORE_CASES):
+        has_all = case.num_workers is not None or case.window_left is not None or len(set(case.kv_lens)) > 2
+        for offset in range(4 if has_all else 2):
+            kv = QUANTIZED_FORMATS[(5 * idx + offset) % len(QUANTIZED_FORMATS)]
+            dtype = DTYPES[(idx + offset) % len(DTYPES)]
+            made.append(pytest.param(case, dtype, kv, id=f"{case.id}-{str(dtype).removeprefix('torch.')}-{kv.id}"))
+    return made
+
+
+@pytest.mark.parametrize(("case", "dtype", "kv"), quantized_cases())
+def test_attention_of_named_case_with_quantized_kv_is_within_twice_eager(
+    case: AttentionCase, dtype: torch.dtype, kv: KvFormat, isa: str
+) -> None:
+    inputs = make_inputs(case, dtype, kv=kv)
+    out, lse = run(case, inputs)
+    assert_attention_close(case, inputs, out, lse)
+
+
+@pytest.mark.parametrize(("case", "dtype", "kv"), quantized_cases()[::7])
+def test_reference_backend_of_named_case_with_quantized_kv_is_within_twice_eager(
+    case: AttentionCase, dtype: torch.dtype, kv: KvFormat
+) -> None:
+    inputs = make_inputs(case, dtype, kv=kv)
+    out, lse = run(case, inputs, backend="reference")
+    assert_attention_close(case, inputs, out, lse)
+
+
+@pytest.mark.parametrize("kv_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_of_float_kv_beside_q_of_any_dtype_is_within_twice_eager(
+    dtype: torch.dtype, kv_dtype: torch.dtype, isa: str
+) -> None:
+    case = next(c for c in CASES if c.id == "chunk-beside-decodes")
+    inputs = make_inputs(case, dtype, kv=KvFormat(kv_dtype))
+    out, lse = run(case, inputs)
+    assert out.dtype == dtype
     assert_attention_close(case, inputs, out, lse)
 
 
@@ -134,19 +186,23 @@ def random_cases(draw: st.DrawFn) -> AttentionCase:
 
 @settings(max_examples=60)
 @given(
-    case=random_cases(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31), num_workers=st.sampled_from([1, 64])
+    case=random_cases(),
+    dtype=st.sampled_from(DTYPES),
+    kv=st.none() | st.sampled_from(QUANTIZED_FORMATS),
+    seed=st.integers(0, 2**31),
+    num_workers=st.sampled_from([1, 64]),
 )
 def test_attention_of_random_batch_is_within_twice_eager(
-    case: AttentionCase, dtype: torch.dtype, seed: int, num_workers: int
+    case: AttentionCase, dtype: torch.dtype, kv: KvFormat | None, seed: int, num_workers: int
 ) -> None:
-    inputs = make_inputs(case, dtype, seed=seed)
+    inputs = make_inputs(case, dtype, seed=seed, kv=kv)
     plan = mixattn.plan(
-        inputs.cu_seqlens_q, inputs.seq_lens, **case.plan_options, kv_element_bytes=inputs.q.element_size(),
+        inputs.cu_seqlens_q, inputs.seq_lens, **case.plan_options, kv_element_bytes=inputs.k_cache.element_size(),
         hardware=splitting_hardware(num_workers),
     )  # fmt: skip
     out, lse = mixattn.attention(
-        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **inputs.score_tensors, **case.options,
-        plan=plan, return_lse=True,
+        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **inputs.score_tensors, **inputs.scales,
+        **case.options, plan=plan, return_lse=True,
     )  # fmt: skip
     assert_attention_close(case, inputs, out, lse)
 

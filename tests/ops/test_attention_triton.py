@@ -16,7 +16,7 @@ import torch
 
 import mixattn
 from mixattn.ops.plan import cpu_hardware
-from tests.cases import CASES, assert_attention_close, make_inputs
+from tests.cases import CASES, KvFormat, assert_attention_close, make_inputs
 
 
 def run(case_id, hardware=None):
@@ -54,6 +54,13 @@ for name, value in (
         assert str(error).startswith(f"{name} is not supported by backend 'triton'; backends that have it: "), error
     else:
         raise AssertionError(f"the Triton kernel has no {name} and ran")
+int8 = make_inputs(CASES[0], torch.bfloat16, kv=KvFormat(torch.int8, "token"))
+try:
+    mixattn.attention(int8.q, int8.k_cache, int8.v_cache, **int8.index_tensors, **int8.scales, backend="triton")
+except NotImplementedError as error:
+    assert str(error).startswith("k_cache is torch.int8 and q is torch.bfloat16: backend 'triton' supports"), error
+else:
+    raise AssertionError("the Triton kernel has no int8 and ran")
 try:
     run("q129-kv130-page7-mha", dataclasses.replace(cpu, block_rows=(256, 128, 16)))
 except ValueError as error:

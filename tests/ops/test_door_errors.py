@@ -75,7 +75,9 @@ BAD_ATTENTION = [
     ("q", torch.zeros(4, 4, 64).double(), NotImplementedError, "q is torch.float64; supported are float32"),
     ("q", torch.zeros(4, 4, 128)[..., ::2], ValueError, r"last dimension of q must be contiguous \(stride 1\), got 2"),
     ("q", torch.zeros(4, 4, 64, requires_grad=True), NotImplementedError, "no backward"),
-    ("k_cache", lambda a: a["k_cache"].half(), NotImplementedError, "k_cache is .*16 and q is .*32"),
+    ("k_cache", lambda a: a["k_cache"].double(), NotImplementedError, "k_cache is .*64; supported are float32"),
+    ("k_cache", lambda a: a["k_cache"].half(), NotImplementedError, "v_cache is .*32 and k_cache is .*16"),
+    ("k_scale", 1.0, NotImplementedError, "k_scale is given and k_cache is torch.float32; .* nearest here is None"),
     ("v_cache", torch.zeros(9, 8, 2, 64), ValueError, "v_cache .* with num_pages 9, but k_cache has num_pages"),
     ("v_cache", torch.zeros(1, device="meta"), ValueError, r"v_cache must be \[num_pages, page_size, "),
     ("v_cache", lambda a: a["v_cache"].to("meta"), ValueError, "v_cache must be on q's device cpu, got meta"),
@@ -208,7 +210,8 @@ BAD_APPEND = [
     ("v", torch.zeros(3, 3, 64), ValueError, "v .* with num_kv_heads 3, but k has num_kv_heads 2"),
     ("v", torch.zeros(3, 2, 64).half(), NotImplementedError, "v is torch.float16 and k is torch.float32"),
     ("v", torch.zeros(3, 2, 128)[..., ::2], ValueError, "last dimension of v must be contiguous"),
-    ("k_cache", torch.zeros(4, 16, 2, 64).half(), NotImplementedError, "k_cache is torch.float16 and k is .*32"),
+    ("k_cache", torch.zeros(4, 16, 2, 64).half(), NotImplementedError, "v_cache is .*32 and k_cache is .*16"),
+    ("v_scale", torch.ones(2), NotImplementedError, "v_scale is given and k_cache is torch.float32; .* None"),
     ("v_cache", torch.zeros(4, 8, 2, 64), ValueError, "v_cache .* with page_size 8, but k_cache has page_size 16"),
     ("slot_mapping", [0, 1, 2], TypeError, "slot_mapping must be a torch.Tensor, got list"),
     ("slot_mapping", torch.tensor([0, 1]), ValueError, "slot_mapping .* with total_q 2, but k has total_q 3"),
@@ -241,6 +244,62 @@ def test_append_kv_of_bad_argument_names_it_and_writes_nothing(
     with pytest.raises(error, match=message):
         mixattn.append_kv(**arguments)
     assert bool((k_cache == 7.0).all()) and bool((v_cache == 7.0).all())
+
+
+def quantized(dtype: torch.dtype, width: int = 64) -> dict[str, Any]:
+    """Caches of the dtype with scales per head, for both doors."""
+    cache = torch.full((6, 16, 2, width), 0x33, dtype=torch.uint8).view(dtype)
+    return {"k_cache": cache, "v_cache": cache.clone(), "k_scale": torch.ones(2), "v_scale": torch.ones(2)}
+
+
+INT8, INT4 = quantized(torch.int8), quantized(torch.uint8, 32)
+BAD_SCALES = [
+    (INT8, "k_scale", None, ValueError, "k_scale must be a float, .* with k_cache of int8, got None"),
+    (INT4, "v_scale", None, ValueError, "v_scale must be a float, .* with k_cache of int4, got None"),
+    (INT8, "k_scale", 0.0, ValueError, "k_scale must be finite and > 0, got 0.0"),
+    (INT8, "v_scale", -1, ValueError, "v_scale must be finite and > 0, got -1"),
+    (INT8, "v_scale", float("nan"), ValueError, "v_scale must be finite and > 0, got nan"),
+    (INT8, "v_scale", float("inf"), ValueError, "v_scale must be finite and > 0, got inf"),
+    (INT8, "k_scale", [1.0], TypeError, "k_scale must be a torch.Tensor, got list"),
+    (INT8, "k_scale", torch.ones(3), ValueError, "k_scale .* with num_kv_heads 3, but .* has num_kv_heads 2"),
+    (INT8, "k_scale", torch.ones(()), ValueError, r"k_scale must be \[num_pages, page_size, num_kv_heads\], got"),
+    (INT8, "v_scale", torch.ones(6, 2), ValueError, r"v_scale must be \[num_pages, page_size, num_kv_heads\], got"),
+    (INT8, "v_scale", torch.ones(5, 16, 2), ValueError, "v_scale .* with num_pages 5, but k_cache has num_pages 6"),
+    (INT8, "v_scale", torch.ones(6, 8, 2), ValueError, "v_scale .* with page_size 8, but k_cache has page_size 16"),
+    (INT8, "v_scale", torch.ones(2).half(), ValueError, "v_scale must be torch.float32, got torch.float16"),
+    (INT8, "v_scale", torch.ones(2, device="meta"), ValueError, "v_scale must be on k_cache's device cpu, got meta"),
+    (INT8, "v_cache", INT4["v_cache"], NotImplementedError, "v_cache is .*uint8 and k_cache is .*int8; .* one dtype"),
+    (INT8, "v_cache", quantized(torch.float8_e5m2)["v_cache"], NotImplementedError, "v_cache is .* k_cache is .*int8"),
+    (
+        INT4,
+        "k_cache",
+        INT8["k_cache"].view(torch.uint8),
+        ValueError,
+        "k_cache holds int4, .* head_dim / 2 = 32, got 64",
+    ),
+    (INT8, "backend", "triton", NotImplementedError, "triton"),
+]
+
+
+@pytest.mark.parametrize("door", ["attention", "append_kv"])
+@pytest.mark.parametrize(("quantization", "argument", "value", "error", "message"), BAD_SCALES)
+def test_doors_of_bad_scale_or_cache_name_it_and_write_nothing(
+    quantization: dict[str, Any], argument: str, value: Any, error: type[Exception], message: str, door: str
+) -> None:
+    given = attention_arguments() if door == "attention" else append_arguments()
+    arguments = {**given, **quantization, argument: value}
+    before = {name: arguments[name].clone() for name in ("k_cache", "v_cache")}
+    with pytest.raises(error, match=message):
+        (mixattn.attention if door == "attention" else mixattn.append_kv)(**arguments)
+    for name, cache in before.items():
+        assert torch.equal(arguments[name].view(torch.uint8), cache.view(torch.uint8))
+
+
+def test_append_kv_into_scales_that_share_memory_says_so() -> None:
+    scale = torch.ones(6, 16, 1).expand(6, 16, 2)
+    arguments = {**append_arguments(), **INT8, "k_scale": scale}
+    with pytest.raises(ValueError, match="k_scale is written and must not have stride 0"):
+        mixattn.append_kv(**arguments)
 
 
 def test_append_kv_of_q_without_rope_says_that_q_is_only_rotated() -> None:

@@ -15,14 +15,16 @@ import mixattn.ops.attention  # the ops are registered when their doors are impo
 import mixattn.ops.kv_cache
 import mixattn.ops.merge
 from mixattn.config import RopeConfig
+from mixattn.ops.kv_dtypes import Scale
 from mixattn.ops.plan import WorkPlan
 from mixattn.ops.rope import rope_cos_sin
 from tests.cases import AttentionCase, AttentionInputs, assert_attention_close, make_inputs
 
 CASE = AttentionCase("compile", (1, 5, 1), (20, 7, 33), num_q_heads=4, num_kv_heads=2, head_dim=64, page_size=16)
 OPTIONS = (0.2, True, 12, 30.0, False)  # softmax_scale, causal, window_left, soft_cap, invariant
-NO_SCORE_TENSORS = (None, None, None)  # alibi_slopes, sinks, tree_mask
-SCORE_TENSORS = (torch.rand(4), torch.randn(4), torch.tensor([-1, 1, 3, 5, 0, 17, -1]))
+NO_SCALES = (None, None, None, None)  # k_scale, v_scale, k_scale_value, v_scale_value
+NO_SCORE_TENSORS = (None, None, None, *NO_SCALES)  # alibi_slopes, sinks, tree_mask
+SCORE_TENSORS = (torch.rand(4), torch.randn(4), torch.tensor([-1, 1, 3, 5, 0, 17, -1]), *NO_SCALES)
 
 
 @pytest.fixture
@@ -80,10 +82,22 @@ def append_arguments() -> dict[str, Tensor]:
 def test_append_kv_op_passes_opcheck() -> None:
     arguments = append_arguments()
     torch.library.opcheck(
-        torch.ops.mixattn.append_kv.default, (*arguments.values(), False, "cpu", torch.zeros(3, 4, 64))
+        torch.ops.mixattn.append_kv.default, (*arguments.values(), *NO_SCALES, False, "cpu", torch.zeros(3, 4, 64))
     )
-    without_rope = (*list(arguments.values())[:5], None, None, None, False, None, None)
+    without_rope = (*list(arguments.values())[:5], None, None, None, *NO_SCALES, False, None, None)
     torch.library.opcheck(torch.ops.mixattn.append_kv.default, without_rope)
+
+
+@pytest.mark.parametrize("scales", ["tensors", "values"])
+def test_ops_with_quantized_caches_pass_opcheck(inputs: AttentionInputs, scales: str) -> None:
+    caches = [torch.ones(6, 16, 2, 64, dtype=torch.int8) for _ in "kv"]
+    given = (torch.ones(6, 16, 2), torch.ones(6, 16, 2), None, None) if scales == "tensors" else (None, None, 0.5, 2.0)
+    attention_arguments = (inputs.q, *caches, *inputs.index_tensors.values(), None, None, None, None, *given, *OPTIONS)
+    torch.library.opcheck(torch.ops.mixattn.attention.default, (*attention_arguments, "cpu"))
+    k, v, _, _, slot_mapping = list(append_arguments().values())[:5]
+    torch.library.opcheck(
+        torch.ops.mixattn.append_kv.default, (k, v, *caches, slot_mapping, None, None, None, *given, False, "cpu", None)
+    )
 
 
 def test_merge_states_op_passes_opcheck() -> None:
@@ -164,6 +178,29 @@ def test_compiled_layer_without_graph_breaks_equals_eager(
     torch.testing.assert_close(lse, expected_lse)
 
 
+@pytest.mark.parametrize("has_scale_tensors", [True, False])
+def test_compiled_quantized_layer_without_graph_breaks_equals_eager(
+    inputs: AttentionInputs, has_scale_tensors: bool
+) -> None:
+    def quantized_layer(
+        k_cache: Tensor, v_cache: Tensor, k_scale: Scale, v_scale: Scale, arguments: dict[str, Tensor]
+    ) -> Tensor:
+        scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
+        mixattn.append_kv(arguments["k"] * 2, arguments["v"], k_cache, v_cache, arguments["slot_mapping"], **scales)
+        return mixattn.attention(inputs.q, k_cache, v_cache, **inputs.index_tensors, **scales) + 1
+
+    shape = inputs.k_cache.shape
+    results = []
+    for run in (quantized_layer, torch.compile(quantized_layer, backend="aot_eager", fullgraph=True)):
+        torch._dynamo.reset()
+        caches = [torch.ones(shape, dtype=torch.int8) for _ in "kv"]
+        scales = [torch.ones(shape[:3]) if has_scale_tensors else 0.05 for _ in "kv"]
+        with torch.no_grad():
+            results.append((run(*caches, *scales, layer_arguments(inputs)), *caches))
+    for expected, compiled in zip(*results, strict=True):
+        assert torch.equal(expected, compiled)
+
+
 def test_compiled_layer_serves_another_batch_of_the_same_shape(inputs: AttentionInputs) -> None:
     """The lengths and the plan are data of the graph, not constants in it."""
     torch._dynamo.reset()
@@ -224,7 +261,7 @@ def test_compiled_attention_into_out_writes_it(inputs: AttentionInputs) -> None:
 
 def test_compiled_attention_with_score_tensors_equals_eager(inputs: AttentionInputs) -> None:
     torch._dynamo.reset()
-    alibi_slopes, sinks, words = SCORE_TENSORS
+    alibi_slopes, sinks, words, *_ = SCORE_TENSORS
 
     def call(scale: Tensor) -> Tensor:
         return mixattn.attention(

@@ -1,0 +1,218 @@
+"""Quantised K and V element by element: every stored code is read as its value, and every value stored as its code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mixattn
+from mixattn import _C, env
+from mixattn.config import RopeConfig
+from mixattn.ops.kv_dtypes import MIN_ROW_SCALE, QUANTIZED
+from mixattn.ops.reference import append_kv_reference, dequantize_reference, quantize_reference
+from mixattn.ops.rope import rope_cos_sin
+
+ISAS = ["scalar", "avx2", "avx512"]
+DTYPES = list(QUANTIZED)
+NUM_PAGES, PAGE_SIZE = 3, 16
+
+
+def name_of(value: object) -> str | None:
+    return QUANTIZED[value].name if isinstance(value, torch.dtype) and value in QUANTIZED else None
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Forces one ISA on the test; skips where the CPU lacks it."""
+    name: str = request.param
+    available = _C.cpu_info()["available"]
+    if name not in available:
+        pytest.skip(f"this CPU has no {name} (it has {', '.join(available)})")
+    monkeypatch.setattr(env, "cpu_isa", lambda: name)
+    return name
+
+
+def all_codes(dtype: torch.dtype, head_dim: int) -> Tensor:
+    """One key's rows that hold all 256 bytes: [1, 1, num_kv_heads, head_dim] (int4: head_dim / 2)."""
+    width = head_dim // 2 if dtype == torch.uint8 else head_dim
+    return torch.arange(256, dtype=torch.int16).to(torch.uint8).view(dtype).reshape(1, 1, -1, width)
+
+
+@pytest.mark.parametrize("head_dim", [8, 32, 64, 256])
+@pytest.mark.parametrize("num_rows", [1, 3, 40], ids=["direct1", "direct4", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_attention_over_one_key_returns_v_of_every_code_exactly(
+    dtype: torch.dtype, num_rows: int, head_dim: int, isa: str
+) -> None:
+    """Subnormals and signed zeros included; a softmax over one key has weight 1.
+
+    NaN and infinity come out as either: rows that fill up a block of keys have weight 0, and 0 * inf is NaN.
+    """
+    v_cache = all_codes(dtype, head_dim)
+    num_kv_heads = v_cache.shape[2]
+    out = mixattn.attention(
+        torch.ones(1, num_rows * num_kv_heads, head_dim), torch.zeros_like(v_cache), v_cache,
+        cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32), seq_lens=torch.tensor([1], dtype=torch.int32),
+        block_table=torch.zeros(1, 1, dtype=torch.int32), k_scale=1.0, v_scale=0.5,
+    )  # fmt: skip
+    expected = dequantize_reference(v_cache, 0.5).view(1, num_kv_heads, head_dim).repeat_interleave(num_rows, dim=1)
+    is_finite = expected.isfinite()
+    assert torch.equal(out.isfinite(), is_finite) and bool(is_finite.all()) != dtype.is_floating_point
+    assert torch.equal(out[is_finite], expected[is_finite])
+
+
+@pytest.mark.parametrize("num_rows", [1, 40], ids=["direct", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_attention_over_one_key_scores_every_code(dtype: torch.dtype, num_rows: int, isa: str) -> None:
+    """lse over one key is its score, and a one-hot q picks one element of it."""
+    head_dim = 64
+    k_cache = all_codes(dtype, head_dim)
+    if dtype.is_floating_point:  # 0 * NaN would be NaN, and so would 0 * inf
+        k_cache = torch.where(k_cache.float().isfinite(), k_cache.float(), 0.0).to(dtype)
+    num_kv_heads = k_cache.shape[2]
+    q = torch.eye(head_dim).repeat_interleave(num_rows, dim=0)[:, None].expand(-1, num_kv_heads, -1)
+    batch = {
+        "cu_seqlens_q": torch.arange(0, len(q) + 1, num_rows, dtype=torch.int32),
+        "seq_lens": torch.ones(head_dim, dtype=torch.int32),
+        "block_table": torch.zeros(head_dim, 1, dtype=torch.int32),
+        "causal": False,
+    }
+    _, lse = mixattn.attention(
+        q, k_cache, torch.zeros_like(k_cache), **batch, softmax_scale=0.25, k_scale=2.0, v_scale=1.0, return_lse=True
+    )
+    values = dequantize_reference(k_cache, 0.5).view(num_kv_heads, head_dim)
+    torch.testing.assert_close(lse, values.T.repeat_interleave(num_rows, dim=0), rtol=3e-7, atol=0)
+
+
+def make_rows(dtype: torch.dtype, head_dim: int) -> Tensor:
+    """[num_tokens, 2, head_dim] with what rounding, saturation and scales find hard."""
+    generator = torch.Generator().manual_seed(5)
+    rows = 3 * torch.randn(40, 2, head_dim, generator=generator)
+    rows[0] = 0.0
+    rows[1, 0, ::2] = -0.0
+    rows[2] *= 1e-30
+    rows[3] *= 1e-42  # subnormal in float32
+    rows[4] *= 1e30
+    rows[5] = torch.linspace(-9.0, 9.0, head_dim).mul(8).round() / 8  # ties, at scale 1
+    rows[6] = torch.linspace(-1.0, 1.0, head_dim).mul(32).round() / 2**14  # around float8's subnormals
+    rows[7, 0, 3] = torch.nan
+    rows[8, 1, 0] = torch.inf
+    rows[9, 1, 5] = -torch.inf
+    rows[10] = torch.linspace(-500.0, 500.0, head_dim)  # past e4m3's largest
+    return rows.to(dtype)
+
+
+def make_scale(kind: str, num_heads: int) -> Any:
+    if kind == "one":
+        return 0.02
+    return {
+        "none": None,
+        "unit": 1.0,
+        "head": torch.tensor([0.02, 0.5, 1.0, 0.125])[:num_heads],
+        "token": torch.full((NUM_PAGES, PAGE_SIZE, num_heads), 7.0),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["none", "unit", "one", "head", "token"])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [8, 40, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_append_kv_stores_the_bits_of_the_reference(
+    dtype: torch.dtype, head_dim: int, x_dtype: torch.dtype, kind: str, isa: str
+) -> None:
+    """No product is fused on either side, so the rotation has one result too. What is not written stays."""
+    if kind == "none" and QUANTIZED[dtype].needs_scale:
+        kind = "unit"
+    k, v = make_rows(x_dtype, head_dim), make_rows(x_dtype, head_dim).flip(0)
+    generator = torch.Generator().manual_seed(6)
+    width = head_dim // 2 if dtype == torch.uint8 else head_dim
+    rotation = {
+        "positions": torch.randint(0, 64, (len(k),), generator=generator),
+        "rope_cos_sin": rope_cos_sin(RopeConfig(rotary_dim=8), 64),
+    }
+    results = []
+    for append in (mixattn.append_kv, append_kv_reference):
+        caches = [torch.full((NUM_PAGES, PAGE_SIZE, 2, width), 0x33, dtype=torch.uint8).view(dtype) for _ in "kv"]
+        scales = {"k_scale": make_scale(kind, 2), "v_scale": make_scale(kind, 2)}
+        slots = torch.randperm(NUM_PAGES * PAGE_SIZE, generator=torch.Generator().manual_seed(7))[: len(k)]
+        append(k, v, *caches, slots, **rotation, **scales)
+        results.append((*caches, *(scale for scale in scales.values() if isinstance(scale, Tensor))))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours.view(torch.uint8), expected.view(torch.uint8)) or (
+            ours.dtype == torch.float32 and torch.equal(ours.nan_to_num(9.0), expected.nan_to_num(9.0))
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_quantize_reference_of_a_row_is_within_half_a_step(dtype: torch.dtype) -> None:
+    """The scale puts the row's largest on the largest code; the rest is off by half a step of its own."""
+    x = torch.randn(50, 3, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    stored, scales = quantize_reference(x, dtype)
+    assert scales is not None
+    real = dequantize_reference(stored, scales, compute_dtype=torch.float64)
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    # Relative: half of the last mantissa bit; absolute: half of the smallest step, in units of the scale.
+    relative, smallest = {
+        torch.int8: (0.0, 1.0),
+        torch.uint8: (0.0, 1.0),
+        torch.float8_e4m3fn: (2.0**-4, 2.0**-9),
+        torch.float8_e5m2: (2.0**-3, 2.0**-16),
+    }[dtype]
+    step = torch.maximum(relative * x.abs(), smallest / 2 * scales.double().unsqueeze(-1))
+    assert bool(((real - x).abs() <= step + 1e-6 * largest).all())
+    torch.testing.assert_close(real.abs().amax(dim=-1, keepdim=True), largest, rtol=1e-6, atol=0)
+
+
+def test_row_scales_of_zeros_and_of_rows_that_are_not_finite() -> None:
+    x = torch.zeros(4, 1, 8)
+    x[1, 0, 2], x[2, 0, 3], x[3, 0, 4] = torch.nan, torch.inf, 1e-44
+    _, scales = quantize_reference(x, torch.int8)
+    assert scales is not None
+    assert scales[0] == scales[3] == MIN_ROW_SCALE
+    assert bool(scales[1:3].isnan().all())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_attention_over_a_row_that_was_not_finite_is_nan_for_every_row_that_sees_it(
+    dtype: torch.dtype, poison: float, backend: str
+) -> None:
+    """Scales per token keep NaN, whatever the elements can hold; rows of earlier tokens do not see it."""
+    k, v = torch.ones(20, 1, 8), torch.ones(20, 1, 8)
+    v[12, 0, 5] = poison
+    width = 4 if dtype == torch.uint8 else 8
+    caches = [torch.zeros(2, 16, 1, width, dtype=dtype) for _ in "kv"]
+    scales = {"k_scale": torch.zeros(2, 16, 1), "v_scale": torch.zeros(2, 16, 1)}
+    mixattn.append_kv(k, v, *caches, torch.arange(20), **scales, backend=backend)
+    batch = {"block_table": torch.tensor([[0, 1]] * 2, dtype=torch.int32), "causal": True}
+    out = mixattn.attention(
+        torch.ones(2, 1, 8), *caches, **batch, **scales, cu_seqlens_q=torch.tensor([0, 1, 2], dtype=torch.int32),
+        seq_lens=torch.tensor([12, 13], dtype=torch.int32), backend=backend,
+    )  # fmt: skip
+    assert bool(out[0].isfinite().all()) and bool(out[1].isnan().all())
+
+
+def test_attention_and_append_kv_with_scales_of_any_strides_give_the_bits_of_contiguous(isa: str) -> None:
+    """Scales head-major, and K's and V's in one tensor."""
+    k, v = (torch.randn(40, 2, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    q = torch.randn(20, 6, 64, generator=torch.Generator().manual_seed(3))
+    both = torch.full((2, NUM_PAGES, 2, PAGE_SIZE), torch.nan)
+    outs = []
+    for k_scale, v_scale in (
+        (torch.zeros(NUM_PAGES, PAGE_SIZE, 2), torch.zeros(NUM_PAGES, PAGE_SIZE, 2)),
+        (both[0].transpose(1, 2), both[1].transpose(1, 2)),
+    ):
+        caches = [torch.zeros(NUM_PAGES, PAGE_SIZE, 2, 64, dtype=torch.int8) for _ in "kv"]
+        mixattn.append_kv(k, v, *caches, torch.arange(40), k_scale=k_scale, v_scale=v_scale)
+        outs.append(
+            mixattn.attention(
+                q, *caches, cu_seqlens_q=torch.tensor([0, 1, 20], dtype=torch.int32),
+                seq_lens=torch.tensor([40, 30], dtype=torch.int32),
+                block_table=torch.tensor([[0, 1, 2]] * 2, dtype=torch.int32), k_scale=k_scale, v_scale=v_scale,
+            )
+        )  # fmt: skip
+    assert torch.equal(*outs)
