@@ -80,6 +80,11 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
             ["generate", *TINY, "--prompt", "a", "--kv-cache-memory-bytes", "1k"],
             "kv_cache_memory_bytes must be >= 8192",
         ),
+        (["generate", *TINY, "--prompt", "a", "--kv-cache-dtype", "fp9"], "invalid choice: 'fp9'"),
+        (
+            ["generate", *TINY, "--prompt", "a", "--kv-cache-dtype", "int4", "--kv-cache-memory-bytes", "1k"],
+            "kv_cache_memory_bytes must be >= 1536",
+        ),
         (["bench", *TINY, "--num-prompts", "0"], "num_prompts must be >= 1, got 0"),
         (["bench", *TINY, "--input-len", "500"], "input_len + output_len must be <= 512, the context, got 564"),
         (["chat", *TINY, "--message", "hi"], "no chat template"),

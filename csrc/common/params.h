@@ -36,13 +36,13 @@ struct KvScale {
 };
 
 struct AttentionParams {
-  DType dtype;          // of q and out
-  KvDType kv_dtype;     // of k_cache and v_cache
-  const void* q;        // [total_q, num_q_heads, head_dim]
-  const void* k_cache;  // [num_pages, page_size, num_kv_heads, head_dim]; int4: bytes, head_dim / 2
-  const void* v_cache;  // the same
-  KvScale k_scale;
-  KvScale v_scale;
+  DType dtype;                  // of q and out
+  KvDType kv_dtype;             // of k_cache and v_cache
+  const void* q;                // [total_q, num_q_heads, head_dim]
+  const void* k_cache;          // [num_pages, page_size, num_kv_heads, head_dim]; int4: bytes, head_dim / 2
+  const void* v_cache;          // the same
+  KvScale k_scale;              // of k_cache
+  KvScale v_scale;              // of v_cache
   void* out;                    // [total_q, num_q_heads, head_dim]
   float* lse;                   // [total_q, num_q_heads], natural log; nullptr: not wanted
   const int32_t* cu_seqlens_q;  // [num_seqs + 1]
@@ -74,14 +74,14 @@ struct AttentionParams {
 };
 
 struct AppendKvParams {
-  DType dtype;       // of k, v, q and q_out
-  KvDType kv_dtype;  // of k_cache and v_cache
-  const void* k;     // [num_tokens, num_kv_heads, head_dim]
-  const void* v;     // the same
-  void* k_cache;     // [num_pages, page_size, num_kv_heads, head_dim]; int4: bytes, head_dim / 2
-  void* v_cache;     // the same
-  KvScale k_scale;
-  KvScale v_scale;
+  DType dtype;                  // of k, v, q and q_out
+  KvDType kv_dtype;             // of k_cache and v_cache
+  const void* k;                // [num_tokens, num_kv_heads, head_dim]
+  const void* v;                // the same
+  void* k_cache;                // [num_pages, page_size, num_kv_heads, head_dim]; int4: bytes, head_dim / 2
+  void* v_cache;                // the same
+  KvScale k_scale;              // of k_cache
+  KvScale v_scale;              // of v_cache
   const int64_t* slot_mapping;  // [num_tokens]
   const void* q;                // [num_tokens, num_q_heads, head_dim] or nullptr
   void* q_out;                  // the same; may be q

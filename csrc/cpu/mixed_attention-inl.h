@@ -315,6 +315,7 @@ MIXATTN_INLINE void gather_scales(const AttentionParams& p, const KvScale& scale
     const float* source =
         scale.data + *pages * scale.page_stride + slot * scale.token_stride + item.kv_head * scale.head_stride;
     const int64_t end = clamp(i + p.page_size - slot, 0, num_keys);
+#pragma GCC unroll 8
     for (; i < end; ++i, source += scale.token_stride) scales[i] = *source;
   }
 }

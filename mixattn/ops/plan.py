@@ -279,7 +279,7 @@ def plan(
         seq_lens: [num_seqs] integers >= 0: the keys of each sequence, this step's included.
         num_q_heads, num_kv_heads, head_dim: the shape of the attention.
         dtype: ``float32``, ``bfloat16`` or ``float16``: what q, k and v are held in.
-        kv_element_bytes: bytes of an element of K and V if not those of ``dtype``.
+        kv_element_bytes: bytes of an element of K and V if not those of ``dtype``; of int4, priced as if in bytes, 1.
         causal: whether a row sees no key behind its own position.
         window_left: how many keys before its own position a row sees; None for all.
         invariant: whether the plan is for ``attention(invariant=True)``. It needs more partial rows: for each row as

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mixattn.config import CacheConfig, EngineConfig, PolicyName, SchedulerConfig
+from mixattn.config import KV_CACHE_DTYPES, CacheConfig, EngineConfig, PolicyName, SchedulerConfig
 from mixattn.engine.llm import LLM
 from mixattn.models.loader import LoadedModel, load_model
 from mixattn.types import BatchPlan, SamplingParams, StepResult
@@ -159,6 +159,23 @@ def test_generate_unchunked_policy_gives_the_same_tokens(loaded: LoadedModel) ->
     assert tokens(unchunked, PROMPTS, GREEDY) == tokens(make_llm(loaded), PROMPTS, GREEDY)
 
 
+@pytest.mark.parametrize("name", KV_CACHE_DTYPES)
+def test_generate_with_kv_of_any_dtype_gives_the_same_tokens_however_prompts_are_batched(
+    loaded: LoadedModel, name: str
+) -> None:
+    def run(budget: int) -> list[list[int]]:
+        cache = CacheConfig(16, 64, kv_cache_dtype=name)
+        limits = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=8)
+        llm = LLM.from_config(EngineConfig("tiny-llama", max_model_len=256, cache=cache, scheduler=limits), loaded)
+        results = tokens(llm, PROMPTS, GREEDY)
+        check_idle(llm)
+        return results
+
+    results = run(8)
+    assert all(len(result) == GREEDY.max_tokens for result in results)
+    assert results == run(64)
+
+
 def test_stream_grows_token_by_token_to_what_generate_gives(llm: LLM) -> None:
     outputs = list(llm.stream("some words", GREEDY))
     assert [len(one.outputs[0].token_ids) for one in outputs] == list(range(1, 9))
@@ -283,6 +300,7 @@ def test_generate_step_that_fails_or_is_interrupted_gives_its_pages_back(
     [
         ({"max_model_len": 4096}, "max_model_len must be .*2048"),
         ({"num_gpu_blocks_override": 0}, "num_pages must be >= 1"),
+        ({"kv_cache_dtype": "fp16"}, "kv_cache_dtype must be one of auto, float32, .*, int4, got 'fp16'"),
         ({"kv_cache_memory_bytes": 1000}, "kv_cache_memory_bytes must be >= 8192, a page of 16 tokens, got 1000"),
         ({"block_size": 0}, "page_size must be >= 1"),
         ({"max_num_seqs": 32, "max_num_batched_tokens": 16}, r"max_num_batched_tokens \(16\) must be >= max_num_seqs"),

@@ -90,8 +90,11 @@ def test_append_kv_op_passes_opcheck() -> None:
 
 @pytest.mark.parametrize("scales", ["tensors", "values"])
 def test_ops_with_quantized_caches_pass_opcheck(inputs: AttentionInputs, scales: str) -> None:
-    caches = [torch.ones(6, 16, 2, 64, dtype=torch.int8) for _ in "kv"]
-    given = (torch.ones(6, 16, 2), torch.ones(6, 16, 2), None, None) if scales == "tensors" else (None, None, 0.5, 2.0)
+    shape = inputs.k_cache.shape
+    caches = [torch.ones(shape, dtype=torch.int8) for _ in "kv"]
+    given = (torch.ones(shape[:3]), torch.ones(shape[:3]), None, None)
+    if scales == "values":
+        given = (None, None, 0.5, 2.0)
     attention_arguments = (inputs.q, *caches, *inputs.index_tensors.values(), None, None, None, None, *given, *OPTIONS)
     torch.library.opcheck(torch.ops.mixattn.attention.default, (*attention_arguments, "cpu"))
     k, v, _, _, slot_mapping = list(append_arguments().values())[:5]
