@@ -93,14 +93,27 @@ def _build(
         shapes = make(model_config, dtype=dtype, device=torch.device("meta"))
         check_weights(dict(shapes.weight_slots()), weights)
     model = make(model_config, backend=config.attention_backend, dtype=dtype, device=device)
+    is_packed = dtype == torch.float32 and device.type == "cpu"
+    if is_packed:
+        _store_matrices(model, weights)
     slots = dict(model.weight_slots())
     if weights is not None:
         load_weights(slots, weights, show_progress=show_progress)
     else:
         fill_randomly(slots, config.seed)
+    if is_packed:
+        for _, matrix in model.matrices():
+            matrix.pack()
     if config.chat_template is not None:
         tokenizer.set_chat_template(_template_source(config.chat_template))
     return LoadedModel(model.eval(), tokenizer, model_config, dtype, device)
+
+
+def _store_matrices(model: LlamaModel, weights: WeightSource | None) -> None:
+    """Gives every matrix the form that its parts have in the checkpoint; float32 where these differ."""
+    for names, matrix in model.matrices():
+        forms = {"float32"} if weights is None else {weights.form(name) for name in names}
+        matrix.store_as(forms.pop() if len(forms) == 1 else "float32")
 
 
 def _with_special_tokens(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
