@@ -210,6 +210,14 @@ def silu_mul(
     isa: str | None = None,
 ) -> None: ...
 
+class Recording:
+    """Calls of attention, append_kv and the linear maps, kept to be run again (csrc/bindings/recording.h)."""
+
+    def begin(self) -> None: ...  # from here on this thread's calls are recorded, and not run
+    def end(self) -> None: ...
+    def run(self) -> None: ...  # in order, on the same addresses
+    def __len__(self) -> int: ...
+
 class CpuInfo(TypedDict):
     isa: str  # what a call without ``isa`` gets
     available: list[str]  # best first

@@ -48,7 +48,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
     model_config, page_size = loaded.config, config.cache.page_size
     scheduler_config = replace(config.scheduler, max_model_len=_max_model_len(config, model_config))
     dtype, device = loaded.dtype, loaded.device
-    choose_backend(device.type, config.attention_backend)  # complains now rather than in the first step
+    backend = choose_backend(device.type, config.attention_backend)  # complains now rather than in the first step
     num_pages = kv_pool.num_pages(
         config.cache,
         model_config,
@@ -65,6 +65,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
         max_model_len=scheduler_config.max_model_len,
         dtype=dtype,
         device=device,
+        is_recorded=backend == "cpu" and dtype == torch.float32,
     )
     core = EngineCore(Scheduler(scheduler_config, PagePool(num_pages, page_size)), config.seed)
     logger.info(
