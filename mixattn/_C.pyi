@@ -216,6 +216,7 @@ class Recording:
     def begin(self) -> None: ...  # from here on this thread's calls are recorded, and not run
     def end(self) -> None: ...
     def run(self) -> None: ...  # in order, on the same addresses
+    def run_timed(self) -> list[tuple[str, float]]: ...  # each call's name and microseconds
     def __len__(self) -> int: ...
 
 class CpuInfo(TypedDict):

@@ -96,7 +96,7 @@ void attention(const std::string& dtype, uintptr_t q, uintptr_t k_cache, uintptr
   p.causal = causal;
   p.invariant = invariant;
   const IsaKernels& kernels = kernels_for(isa);
-  mixattn::run_or_record([=, &kernels] { mixattn::cpu::mixed_attention(kernels, p, num_threads); });
+  mixattn::run_or_record("attention", [=, &kernels] { mixattn::cpu::mixed_attention(kernels, p, num_threads); });
 }
 
 void append_kv(const std::string& dtype, uintptr_t k, uintptr_t v, uintptr_t k_cache, uintptr_t v_cache,
@@ -141,7 +141,7 @@ void append_kv(const std::string& dtype, uintptr_t k, uintptr_t v, uintptr_t k_c
   p.rope_stride = rope_stride;
   p.interleaved = interleaved;
   const IsaKernels& kernels = kernels_for(isa);
-  mixattn::run_or_record([=, &kernels] { mixattn::cpu::append_kv(kernels, p, num_threads); });
+  mixattn::run_or_record("append_kv", [=, &kernels] { mixattn::cpu::append_kv(kernels, p, num_threads); });
 }
 
 void merge_states(const std::string& dtype, uintptr_t outs, uintptr_t lses, uintptr_t out, uintptr_t lse,

@@ -2,6 +2,8 @@
 
 #include "bindings/recording.h"
 
+#include <pybind11/stl.h>
+
 namespace py = pybind11;
 
 void bind_recording(py::module_& m) {
@@ -11,5 +13,6 @@ void bind_recording(py::module_& m) {
       .def("begin", [](Recording& self) { mixattn::active_recording = &self; })
       .def("end", [](Recording&) { mixattn::active_recording = nullptr; })
       .def("run", &Recording::run)
+      .def("run_timed", &Recording::run_timed)
       .def("__len__", &Recording::size);
 }

@@ -69,9 +69,7 @@ class RecordedForward:
         result: Tensor = found.recording.result
         return result
 
-    def _record(
-        self, input_ids: Tensor, positions: Tensor, kv: list[KvCache], meta: AttentionMetadata
-    ) -> _Recorded:
+    def _record(self, input_ids: Tensor, positions: Tensor, kv: list[KvCache], meta: AttentionMetadata) -> _Recorded:
         plans = {window: with_room(plan) for window, plan in meta.plans.items()}
         recorded_meta = replace(meta, plans=plans)
         with torch.inference_mode():
