@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixattn import __version__, env
-from mixattn.config import CacheConfig, EngineConfig, PolicyName, SchedulerConfig, ServerConfig
+from mixattn.config import QUANTIZATIONS, CacheConfig, EngineConfig, PolicyName, SchedulerConfig, ServerConfig
 from mixattn.types import SamplingParams
 
 with contextlib.suppress(ImportError):  # not every Python has it; with it, input() has line editing and a history
@@ -141,6 +141,12 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("model", help="a folder, a GGUF file, a Hugging Face name, or smollm2")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    group.add_argument(
+        "--quantization",
+        default="auto",
+        choices=QUANTIZATIONS,
+        help="auto holds matrices as the checkpoint does, none in float32, int8 and int4 round them (CPU, float32)",
+    )
     group.add_argument("--seed", type=int, default=0, help="of requests that name none (%(default)s)")
     group.add_argument("--max-model-len", type=_size, metavar="N", help="longest context (the model's own)")
     group.add_argument(
@@ -214,6 +220,7 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
     return EngineConfig(
         model=arguments.model,
         dtype=arguments.dtype,
+        quantization=arguments.quantization,
         seed=arguments.seed,
         max_model_len=arguments.max_model_len,
         cache=CacheConfig(arguments.block_size, arguments.num_gpu_blocks_override, arguments.kv_cache_memory_bytes),

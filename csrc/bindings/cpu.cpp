@@ -163,8 +163,7 @@ void merge_states(const std::string& dtype, uintptr_t outs, uintptr_t lses, uint
   p.lses_state_stride = lses_strides[0];
   p.lses_token_stride = lses_strides[1];
   const IsaKernels& kernels = kernels_for(isa);
-  const py::gil_scoped_release unlocked;
-  mixattn::cpu::merge_states(kernels, p, num_threads);
+  mixattn::run_or_record("merge_states", [=, &kernels] { mixattn::cpu::merge_states(kernels, p, num_threads); });
 }
 
 py::dict cpu_info() {

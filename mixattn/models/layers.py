@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import gguf
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,6 +73,20 @@ class Linear(nn.Module):
         else:
             stored = torch.empty(num_rows, row_bytes(form, self.in_features), dtype=torch.uint8)
         self.weight = nn.Parameter(stored, requires_grad=False)
+
+    def quantise(self, form: str) -> None:
+        """Rounds the loaded rows, which are float32, to blocks of a quantised form."""
+        assert self.form == "float32" and self.weight is not None, "store_as('float32') comes first"
+        rows = gguf.quantize(self.weight.data.numpy(), gguf.GGMLQuantizationType[form.upper()])
+        self.weight = nn.Parameter(torch.from_numpy(rows), requires_grad=False)
+        self.form = form
+
+    @property
+    def num_bytes(self) -> int:
+        """What W takes."""
+        held = self.weight if self.packed is None else self.packed.panels
+        assert held is not None
+        return held.nbytes
 
     def pack(self) -> None:
         """Packs the loaded rows and drops them."""

@@ -24,15 +24,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mixattn import _C
 from mixattn.ops.library import kernel_of
 
-_NEW_TENSORS = {
+_NEW_EMPTY = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
     torch.ops.aten.empty_strided.default,
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
-    torch.ops.aten.zeros.default,
 }
-"""What may make tensors. Zeros are written once, when they are recorded: for tickets, which every call leaves zero."""
+_NEW_ZEROS = {torch.ops.aten.zeros.default}
+"""Written once, when they are recorded: for tickets, which every call leaves zero. Their memory serves zeros alone."""
+_Buffer = npt.NDArray[np.uint8]
 _REFERENCES_WHEN_FREE = 3
 """Of a buffer that no tensor lies in: the list's, the loop variable's and that of getrefcount's argument."""
 
@@ -58,8 +59,8 @@ class Recording:
                 self.result = function(*arguments)
         finally:
             self._calls.end()
-        self._buffers = mode.buffers
-        self.num_bytes = sum(buffer.nbytes for buffer in mode.buffers)
+        self._buffers = [*mode.empty_buffers, *mode.zero_buffers]
+        self.num_bytes = sum(buffer.nbytes for buffer in self._buffers)
 
     def run(self) -> None:
         """Runs the calls with what their tensors hold now."""
@@ -77,11 +78,12 @@ class Recording:
 
 
 class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sends operators of ours to their kernels, gives new tensors memory from ``buffers``, refuses what computes."""
+    """Sends operators of ours to their kernels, gives new tensors memory from buffers, refuses what computes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.buffers: list[npt.NDArray[np.uint8]] = []
+        self.empty_buffers: list[_Buffer] = []
+        self.zero_buffers: list[_Buffer] = []
 
     def __torch_dispatch__(
         self,
@@ -95,25 +97,28 @@ class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:  # the kernel's own new tensors come here, too
                 return kernel(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        if func in _NEW_TENSORS:
-            return self._moved(result)
+        if func in _NEW_EMPTY:
+            return _moved(result, self.empty_buffers)
+        if func in _NEW_ZEROS:
+            return _moved(result, self.zero_buffers)
         if not func.is_view:
             raise RuntimeError(f"{func} computes outside of mixattn's operators: it cannot be recorded")
         return result
 
-    def _moved(self, tensor: Tensor) -> Tensor:
-        """``tensor``, contents included, in memory that the recording keeps."""
-        num_bytes = tensor.untyped_storage().nbytes()
-        if num_bytes == 0:
-            return tensor
-        moved = torch.from_numpy(self._free_buffer(num_bytes)).view(tensor.dtype)
-        moved = moved.as_strided(tensor.size(), tensor.stride())
-        return moved.copy_(tensor)
 
-    def _free_buffer(self, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """[num_bytes]. A tensor from ``torch.from_numpy`` holds a reference to its array as long as any view lives."""
-        for buffer in self.buffers:
-            if buffer.nbytes == num_bytes and sys.getrefcount(buffer) == _REFERENCES_WHEN_FREE:
-                return buffer
-        self.buffers.append(torch.empty(num_bytes, dtype=torch.uint8).numpy())
-        return self.buffers[-1]
+def _moved(tensor: Tensor, buffers: list[_Buffer]) -> Tensor:
+    """``tensor``, contents included, in one of these buffers."""
+    num_bytes = tensor.untyped_storage().nbytes()
+    if num_bytes == 0:
+        return tensor
+    moved = torch.from_numpy(_free_buffer(num_bytes, buffers)).view(tensor.dtype)
+    return moved.as_strided(tensor.size(), tensor.stride()).copy_(tensor)
+
+
+def _free_buffer(num_bytes: int, buffers: list[_Buffer]) -> _Buffer:
+    """[num_bytes]. A tensor from ``torch.from_numpy`` holds a reference to its array as long as any view lives."""
+    for buffer in buffers:
+        if buffer.nbytes == num_bytes and sys.getrefcount(buffer) == _REFERENCES_WHEN_FREE:
+            return buffer
+    buffers.append(torch.empty(num_bytes, dtype=torch.uint8).numpy())
+    return buffers[-1]

@@ -112,6 +112,21 @@ def test_recording_of_more_layers_keeps_no_more_memory() -> None:
     assert len(many) == 30 and 0 < few.num_bytes == many.num_bytes
 
 
+def test_recording_gives_the_memory_of_zeros_to_zeros_only() -> None:
+    """Nobody zeroes the tickets of attention again: what else was written there would be taken for tickets."""
+    addresses: dict[str, list[int]] = {"zeros": [], "empty": []}
+
+    def make() -> None:
+        for _ in range(3):
+            for name, new in (("zeros", torch.zeros), ("empty", torch.empty)):
+                addresses[name].append(new(16).data_ptr())
+
+    recording = Recording(make)
+    assert recording.num_bytes == 2 * 16 * 4
+    assert len(set(addresses["zeros"])) == len(set(addresses["empty"])) == 1
+    assert addresses["zeros"][0] != addresses["empty"][0]
+
+
 def test_recording_of_torch_arithmetic_raises() -> None:
     with pytest.raises(RuntimeError, match=r"aten::add\.Tensor|aten\.add\.Tensor computes outside of mixattn's"):
         Recording(lambda x: silu_mul(x) + 1, torch.zeros(2, 4))
