@@ -29,7 +29,7 @@ def exact(token_ids: list[int]) -> Tensor:
 
 
 def test_auto_loses_nothing_of_a_gguf_file(smollm2: LoadedModel, token_ids: list[int], exact: Tensor) -> None:
-    """Its blocks as they are: a fifth of the bytes of float32, and the same weights (test_smollm2), summed otherwise."""
+    """Its blocks as they are: a fifth of float32's bytes, and the same weights (test_smollm2), summed otherwise."""
     assert {matrix.form for _, matrix in smollm2.model.matrices()} == {"q8_0", "q4_1"}
     logits = text_logits(smollm2, token_ids)
     torch.testing.assert_close(logits, exact, rtol=1e-3, atol=2e-3)
