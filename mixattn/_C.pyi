@@ -154,6 +154,84 @@ def merge_states(
     isa: str | None = None,
 ) -> None: ...
 
+# Linear maps (csrc/bindings/linear.cpp). ``form`` is one of ops.linear.WEIGHT_FORMS; floats are float32.
+
+def weight_row_bytes(form: str, depth: int) -> int: ...
+def weight_panel_bytes(form: str, depth: int, isa: str | None = None) -> int: ...
+def panel_cols(isa: str | None = None) -> int: ...
+def pack_weight(
+    *,
+    form: str,
+    rows: int,  # [num_rows, weight_row_bytes]
+    num_rows: int,
+    depth: int,
+    panels: int,  # [ceil(num_rows / panel_cols), weight_panel_bytes]
+    num_threads: int,
+    isa: str | None = None,
+) -> None: ...
+def unpack_weight_rows(
+    *,
+    form: str,
+    panels: int,
+    num_rows: int,  # of the matrix
+    depth: int,
+    ids: int,  # [num_ids] int64
+    num_ids: int,
+    out: int,  # [num_ids, depth]
+    num_threads: int,
+    isa: str | None = None,
+) -> None: ...
+def linear(
+    *,
+    form: str,
+    panels: int,
+    x: int,  # [num_rows, depth]
+    bias: int,  # [num_cols]; 0: none
+    residual: int,  # [num_rows, num_cols]; 0: none
+    y: int,  # [num_rows, num_cols]
+    num_rows: int,
+    num_cols: int,
+    depth: int,
+    x_stride: int,
+    residual_stride: int,
+    y_stride: int,
+    num_threads: int,
+    isa: str | None = None,
+) -> None: ...
+def rms_norm(
+    *,
+    x: int,  # [num_rows, num_groups, size]
+    weight: int,  # [size]
+    y: int,  # as x, contiguous
+    num_rows: int,
+    num_groups: int,
+    size: int,
+    x_row_stride: int,
+    x_group_stride: int,
+    eps: float,
+    num_threads: int,
+    isa: str | None = None,
+) -> None: ...
+def silu_mul(
+    *,
+    gate_up: int,  # [num_rows, 2 * size]
+    y: int,  # [num_rows, size], contiguous
+    num_rows: int,
+    size: int,
+    gate_up_stride: int,
+    num_threads: int,
+    isa: str | None = None,
+) -> None: ...
+
+class Recording:
+    """Calls of attention, append_kv and the linear maps, kept to be run again (csrc/bindings/recording.h)."""
+
+    def begin(self) -> None: ...  # from here on this thread's calls are recorded, and not run
+    def end(self) -> None: ...
+    def run(self) -> None: ...  # in order, on the same addresses
+    def run_timed(self) -> list[tuple[str, float]]: ...  # each call's name and microseconds
+    def __len__(self) -> int: ...
+
 class CpuInfo(TypedDict):
     isa: str  # what a call without ``isa`` gets
     available: list[str]  # best first

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mixattn import __version__, env
 from mixattn.config import (
     KV_CACHE_DTYPES,
+    QUANTIZATIONS,
     CacheConfig,
     EngineConfig,
     PolicyName,
@@ -148,6 +149,12 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("model", help="a folder, a GGUF file, a Hugging Face name, or smollm2")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    group.add_argument(
+        "--quantization",
+        default="auto",
+        choices=QUANTIZATIONS,
+        help="auto holds matrices as the checkpoint does, none in float32, int8 and int4 round them (CPU, float32)",
+    )
     group.add_argument("--seed", type=int, default=0, help="of requests that name none (%(default)s)")
     group.add_argument("--max-model-len", type=_size, metavar="N", help="longest context (the model's own)")
     group.add_argument(
@@ -227,6 +234,7 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
     return EngineConfig(
         model=arguments.model,
         dtype=arguments.dtype,
+        quantization=arguments.quantization,
         seed=arguments.seed,
         max_model_len=arguments.max_model_len,
         cache=CacheConfig(

@@ -14,6 +14,10 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+QUANTIZATIONS = ("none", "auto", "int8", "int4")
+"""How the matrices of a float32 model on the CPU are held, see ``EngineConfig.quantization``."""
+
+
 class PolicyName(str, Enum):
     """How a step is filled; each is a pure function in ``sched/policy.py``."""
 
@@ -165,8 +169,16 @@ class EngineConfig:
     load_format: str = "auto"
     """``auto``, ``safetensors``, ``gguf`` or ``dummy`` (random weights)."""
     chat_template: str | None = None
+    quantization: str = "auto"
+    """``auto``: matrices as the checkpoint stores them, blocks of GGUF included; nothing is lost. ``none``: float32.
+    ``int8``, ``int4``: rounded to 8 or 4 bits in groups of 32 when they are loaded; int4 keeps 8 bits for the
+    vocabulary. Arithmetic is in float32 with all of them."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.quantization in QUANTIZATIONS,
+            f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}",
+        )
         _require(
             self.dtype in ("auto", "float32", "bfloat16", "float16"),
             f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}",

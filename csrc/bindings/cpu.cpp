@@ -9,6 +9,7 @@
 #include <string>
 #include <tuple>
 
+#include "bindings/recording.h"
 #include "common/params.h"
 #include "cpu/dispatch.h"
 #include "cpu/ops.h"
@@ -120,8 +121,7 @@ void attention(const std::string& dtype, const std::string& kv_dtype, uintptr_t 
   p.causal = causal;
   p.invariant = invariant;
   const IsaKernels& kernels = kernels_for(isa);
-  const py::gil_scoped_release unlocked;
-  mixattn::cpu::mixed_attention(kernels, p, num_threads);
+  mixattn::run_or_record("attention", [=, &kernels] { mixattn::cpu::mixed_attention(kernels, p, num_threads); });
 }
 
 void append_kv(const std::string& dtype, const std::string& kv_dtype, uintptr_t k, uintptr_t v, uintptr_t k_cache,
@@ -171,8 +171,7 @@ void append_kv(const std::string& dtype, const std::string& kv_dtype, uintptr_t 
   p.rope_stride = rope_stride;
   p.interleaved = interleaved;
   const IsaKernels& kernels = kernels_for(isa);
-  const py::gil_scoped_release unlocked;
-  mixattn::cpu::append_kv(kernels, p, num_threads);
+  mixattn::run_or_record("append_kv", [=, &kernels] { mixattn::cpu::append_kv(kernels, p, num_threads); });
 }
 
 void merge_states(const std::string& dtype, uintptr_t outs, uintptr_t lses, uintptr_t out, uintptr_t lse,
@@ -194,8 +193,7 @@ void merge_states(const std::string& dtype, uintptr_t outs, uintptr_t lses, uint
   p.lses_state_stride = lses_strides[0];
   p.lses_token_stride = lses_strides[1];
   const IsaKernels& kernels = kernels_for(isa);
-  const py::gil_scoped_release unlocked;
-  mixattn::cpu::merge_states(kernels, p, num_threads);
+  mixattn::run_or_record("merge_states", [=, &kernels] { mixattn::cpu::merge_states(kernels, p, num_threads); });
 }
 
 py::dict cpu_info() {

@@ -1,8 +1,10 @@
 // kernels-inl.h: one ISA's kernels and their table; the whole of a kernels_<isa>.cpp.
 #pragma once
 
+#include "cpu/elementwise-inl.h"
 #include "cpu/kernels.h"
 #include "cpu/kv_cache-inl.h"
+#include "cpu/linear-inl.h"
 #include "cpu/merge-inl.h"
 #include "cpu/mixed_attention-inl.h"
 #include "cpu/roof-inl.h"
@@ -23,6 +25,12 @@ const IsaKernels MIXATTN_ISA_KERNELS = {
     merge_splits,
     append_kv_rows,
     merge_states_rows,
+    linear_panels,
+    kTileCols,
+    kTileRows,
+    unpack_weight_row,
+    rms_norm_rows,
+    silu_mul_rows,
     fma_loop,
     read_loop,
     kFmaFlopsPerRound,

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/linear_params.h"
 #include "common/params.h"
 
 namespace mixattn {
@@ -36,6 +37,19 @@ struct IsaKernels {
   // Rows [begin, end) of the call.
   void (*append_kv)(const AppendKvParams& p, int64_t begin, int64_t end);
   void (*merge_states)(const MergeStatesParams& p, int64_t begin, int64_t end);
+
+  // Rows [row_begin, row_end) and panels [panel_begin, panel_end) of a linear map; a panel is panel_cols columns of y.
+  // If at most direct_rows rows are given, weights are widened in registers and never written.
+  void (*linear)(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);
+  int64_t panel_cols;
+  int64_t direct_rows;
+  // target [depth] = row `row` of the matrix in these panels.
+  void (*unpack_weight_row)(WeightForm form, const void* panels, int64_t panel_bytes, int64_t row, int64_t depth,
+                            float* target);
+
+  // Rows [begin, end) of the call.
+  void (*rms_norm)(const RmsNormParams& p, int64_t begin, int64_t end);
+  void (*silu_mul)(const SiluMulParams& p, int64_t begin, int64_t end);
 
   // Loops at the machine's limits. Both return a value that depends on all that was computed.
   float (*fma_loop)(int64_t rounds);                          // rounds * fma_flops_per_round flops

@@ -158,6 +158,15 @@ MIXATTN_INLINE Vec load(const BFloat16* p) {
 MIXATTN_INLINE Vec load(const Float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+MIXATTN_INLINE Vec load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+template <int kNibble>
+MIXATTN_INLINE Vec load_nibbles(const uint32_t* p) {
+  const __m512i words = _mm512_loadu_si512(p);
+  if (kNibble == 7) return _mm512_cvtepi32_ps(_mm512_srli_epi32(words, 28));
+  return _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xf << (4 * (kNibble % 7)))));
+}
 MIXATTN_INLINE __m256 low_half(Vec x) {
   return _mm512_castps512_ps256(x);
 }
@@ -270,6 +279,15 @@ template <typename T>
 MIXATTN_INLINE Vec load(const T* p) {
   return load8(p);
 }
+MIXATTN_INLINE Vec load(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+template <int kNibble>
+MIXATTN_INLINE Vec load_nibbles(const uint32_t* p) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if (kNibble == 7) return _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 28));
+  return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(0xf << (4 * (kNibble % 7)))));
+}
 template <typename T>
 MIXATTN_INLINE void store(T* p, Vec x) {
   store8(p, x);
@@ -356,6 +374,9 @@ constexpr int kTileRows = 6;  // as for AVX2: x86-64 has 16 registers; aarch64 h
 MIXATTN_INLINE float to_float(float x) {
   return x;
 }
+MIXATTN_INLINE float to_float(int8_t x) {
+  return static_cast<float>(x);
+}
 MIXATTN_INLINE float to_float(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float result;
@@ -421,6 +442,13 @@ MIXATTN_INLINE Vec load(const float* p) {
   Vec x;
   memcpy(&x, p, sizeof(x));
   return x;
+}
+template <int kNibble>
+MIXATTN_INLINE Vec load_nibbles(const uint32_t* p) {
+  IntVec words;
+  memcpy(&words, p, sizeof(words));
+  const IntVec nibbles = kNibble == 7 ? (words >> 28) & 0xf : words & (0xf << (4 * (kNibble % 7)));
+  return __builtin_convertvector(nibbles, Vec);
 }
 template <typename T>
 MIXATTN_INLINE void store(T* p, Vec x) {
@@ -533,6 +561,13 @@ MIXATTN_INLINE void split_pair(const BFloat16*, Vec* a, Vec* b) {
   deinterleave(*a, *b, a, b);
 }
 MIXATTN_INLINE void split_pair(const void*, Vec*, Vec*) {}
+
+// What load_nibbles<kNibble>, the unsigned value of bits [4 kNibble, 4 kNibble + 4) of each word where it stands, is to
+// be multiplied with. Left in place it needs no shift, but for the highest, which would be a sign.
+template <int kNibble>
+constexpr float nibble_unit() {
+  return kNibble == 7 ? 1.0f : 1.0f / static_cast<float>(int64_t{1} << (4 * kNibble));
+}
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;

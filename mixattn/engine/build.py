@@ -69,6 +69,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
         max_model_len=scheduler_config.max_model_len,
         kv_dtype=kv_dtype,
         device=device,
+        is_recorded=backend == "cpu" and dtype == torch.float32,
     )
     core = EngineCore(Scheduler(scheduler_config, PagePool(num_pages, page_size)), config.seed)
     logger.info(

@@ -10,6 +10,7 @@ from torch import Tensor
 from mixattn.config import ModelConfig
 from mixattn.executor.inputs import InputBuilder, StepInputs
 from mixattn.executor.kv_pool import allocate
+from mixattn.executor.recorded import RecordedForward
 from mixattn.ops.kv_dtypes import KvCache
 from mixattn.ops.metadata import AttentionMetadata
 from mixattn.ops.plan import WorkPlan, plan
@@ -38,6 +39,8 @@ class LocalExecutor:
         num_pages, page_size: of the KV pool; the scheduler hands out ids in [0, num_pages).
         max_model_len: the longest kv_len, in tokens.
         kv_dtype: of the cache tensors; quantised ones get scales per token and head.
+        is_recorded: whether small steps are recorded and run again (``recorded.py``); for models whose forward pass is
+            made of mixattn's operators, with the CPU kernels.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class LocalExecutor:
         max_model_len: int,
         kv_dtype: torch.dtype,
         device: torch.device,
+        is_recorded: bool = False,
     ) -> None:
         self._model = model
+        self._forward = RecordedForward(model).forward if is_recorded else model.forward
         self._config = config
         self._kv_dtype = kv_dtype
         self._device = device
@@ -67,7 +72,7 @@ class LocalExecutor:
             RuntimeError: the model's logits are not finite, or the device failed.
         """
         inputs = self._inputs.build(plan, self._last_token_ids)
-        hidden = self._model.forward(
+        hidden = self._forward(
             inputs.input_ids.to(self._device), inputs.positions.to(self._device), self._kv, self._metadata(inputs)
         )
         sampled = [part for part in plan.slices if part.is_sampled]

@@ -256,11 +256,15 @@ class GgufFile:
         """Writes the tensor's values, in the file's order, rounded to ``destination``'s dtype.
 
         Args:
-            destination: as many elements as the tensor has, contiguous.
+            destination: as many elements as the tensor has, contiguous; or uint8, as many as it has bytes, which gets
+                its blocks as they are.
         Raises:
             NotImplementedError: the ``gguf`` package cannot dequantise this type.
         """
         flat = destination.view(-1)
+        if destination.dtype == torch.uint8:
+            np.copyto(flat.numpy(), self.packed(name))
+            return
         begin = 0
         for values in self._dequantised_pieces(self.tensors[name]):
             piece = torch.from_numpy(values if values.flags.writeable else values.copy()).view(-1)

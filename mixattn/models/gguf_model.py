@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mixattn.config import ModelConfig, RopeConfig
 from mixattn.models.gguf import GgufFile
+from mixattn.ops.linear import QUANTISED_FORMS
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """``general.architecture``; the names are ours too."""
@@ -34,6 +35,8 @@ _STEMS = {
 }
 """Hugging Face's names to GGUF's, without layer and without ``.weight`` or ``.bias``."""
 _STEMS_BACK = {stem: name for name, stem in _STEMS.items()}
+_FORMS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", **{form.upper(): form for form in QUANTISED_FORMS}}
+"""ggml types to the forms of ``ops.linear``."""
 _EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -162,6 +165,9 @@ class GgufWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file.tensors[self._stored_names[name]].shape
+
+    def form(self, name: str) -> str:
+        return _FORMS.get(self._file.tensors[self._stored_names[name]].ggml_type.name, "float32")
 
     def read_into(self, name: str, destination: Tensor) -> None:
         stored = self._stored_names[name]

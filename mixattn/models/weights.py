@@ -28,8 +28,15 @@ class WeightSource(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    def form(self, name: str) -> str:
+        """How a matrix is stored, if ``ops.linear`` knows the form; else ``float32``, which holds it exactly."""
+        ...
+
     def read_into(self, name: str, destination: Tensor) -> None:
-        """Writes the tensor's values, rounded to the dtype of ``destination`` (contiguous). Called from threads."""
+        """Writes the tensor's values, rounded to the dtype of ``destination`` (contiguous). Called from threads.
+
+        A uint8 ``destination`` [rows, bytes of a row] gets the rows of a quantised form as they are stored.
+        """
 
 
 def check_weights(slots: Mapping[str, Tensor], source: WeightSource) -> None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """What every backend computes in, and the name that ``mixattn._C`` knows it by."""
 
+_KERNELS: dict[str, Callable[..., Any]] = {}
 _LIBRARY = torch.library.Library("mixattn", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -29,6 +30,12 @@ def register_op(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"mixattn::{name}", fake, lib=_LIBRARY)
+    _KERNELS[f"mixattn::{name}"] = kernel
+
+
+def kernel_of(op: Any) -> Callable[..., Any] | None:
+    """The kernel that an op of ours was registered with; None for an op of others."""
+    return _KERNELS.get(op.name())
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

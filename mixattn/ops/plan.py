@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -351,6 +351,17 @@ def _invariant_capacity(
         )
     num_items = num_kv_heads * int((num_tiles * np.maximum(num_splits, 1)).sum())
     return num_items, num_kv_heads * int(num_tiles[is_split].sum())
+
+
+def with_room(plan: WorkPlan) -> WorkPlan:
+    """The plan in a buffer of its own, whose header asks for more partial rows and merges than it needs.
+
+    For calls that are recorded with it and run with the plans of later steps, in which sequences have grown.
+    """
+    num_partial_rows, num_merges = 2 * plan.num_partial_rows + 16, 2 * plan.num_merges + 16
+    buffer = plan.buffer.copy()
+    buffer[[_HEADER_NUM_MERGES, _HEADER_NUM_PARTIAL_ROWS]] = num_merges, num_partial_rows
+    return replace(plan, buffer=buffer, num_partial_rows=num_partial_rows, num_merges=num_merges)
 
 
 def _int32_vector(name: str, values: npt.ArrayLike) -> Words:

@@ -1,0 +1,42 @@
+// linear_params.h: what a linear map and the small operations around it get; as params.h.
+#pragma once
+
+#include <cstdint>
+
+namespace mixattn {
+
+// How a weight matrix is stored. The quantised forms are GGUF's, blocks of kBlockDepth neighbouring elements of a row:
+// q8_0 w = d q, q in [-128, 127]; q4_0 w = d (q - 8); q4_1 w = d q + m, q in [0, 15]; d and m are float16.
+enum class WeightForm : int32_t { kFloat32, kBFloat16, kFloat16, kQ8_0, kQ4_0, kQ4_1 };
+
+constexpr int64_t kBlockDepth = 32;
+
+struct LinearParams {
+  WeightForm form;
+  const void* panels;     // [num_panels, panel_bytes], written by pack_panels
+  const float* x;         // [num_rows, depth]
+  const float* bias;      // [num_cols] or nullptr
+  const float* residual;  // [num_rows, num_cols] or nullptr; may be y
+  float* y;               // [num_rows, num_cols]
+  int64_t num_rows, num_cols, depth;
+  int64_t panel_bytes;
+  int64_t x_stride, residual_stride, y_stride;
+};
+
+struct RmsNormParams {
+  const float* x;       // [num_rows, num_groups, size]
+  const float* weight;  // [size]
+  float* y;             // the same as x; may be x
+  int64_t num_rows, num_groups, size;
+  int64_t x_row_stride, x_group_stride, y_row_stride, y_group_stride;
+  float eps;
+};
+
+struct SiluMulParams {
+  const float* gate_up;  // [num_rows, 2 size]: gates, then what they are multiplied with
+  float* y;              // [num_rows, size]
+  int64_t num_rows, size;
+  int64_t gate_up_stride, y_stride;
+};
+
+}  // namespace mixattn

@@ -1,0 +1,295 @@
+// linear-inl.h: y = x W^T + bias + residual in float32, W as it is stored, for one ISA.
+// Math    y[r][n] = sum_k x[r][k] w[n][k] (+ bias[n]) (+ residual[r][n]), every w as its form says, exact in float32
+// Method  W lies in panels of kTileCols columns of y (rows of W), deep first, so that a register tile reads one from
+//         front to back. Few rows (up to one register tile, a small decode batch): direct. Each vector of weights is
+//         widened in registers and serves all rows; bound by memory. More rows: widened. A piece of a panel is written
+//         as float32 into scratch that stays in L1, and register tiles pass over it; bound by FMA.
+// Grid    rows x panels; cpu/linear.cpp deals pieces of both to its threads
+// Shapes  as LinearParams
+// Memory  reads every panel once per kRowBlock rows, x once per panel. Scratch 4 kTileCols (kDepthPiece + kRowBlock)
+//         bytes on the stack: 22 KiB (AVX2), 44 KiB (AVX-512)
+// Limits  any number of rows and columns; depth a multiple of 32 in the quantised forms
+// Twins   truth: float64 products of the dequantised matrix (tests/ops/test_linear.py)
+// Source  GGUF blocks, https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h; register tiles, doi
+//         10.1145/1356052.1356053
+#pragma once
+
+#include "common/linear_params.h"
+#include "cpu/kernels.h"
+#include "cpu/mixed_attention-inl.h"
+#include "cpu/vec.h"
+
+namespace mixattn {
+namespace cpu {
+namespace {
+
+constexpr int64_t kDepthPiece = 256;  // of a widened panel: 16 KiB (AVX2) of L1, beside 6 rows of x
+constexpr int64_t kRowBlock = 96;     // rows that share a widening, which then costs 3 %; x stays in L2 at depth 576
+
+// A form's widen() gives use(i, w) the weights of kTileCols columns at depth i of a block, in order of depth.
+
+template <typename T>
+struct PlainForm {
+  static constexpr int kDepth = 4;  // that is unrolled; any will do
+  static constexpr int64_t kBytes = kDepth * kTileCols * sizeof(T);
+
+  template <int kCount, typename Use>
+  MIXATTN_INLINE void widen(const char* block, const Use& use) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      const T* row = reinterpret_cast<const T*>(block) + i * kTileCols;
+      const Vec w[kTileVecs] = {load(row), load(row + kLanes)};
+      use(i, w);
+    }
+  }
+};
+
+// A block of the panel: d of each column, then kBlockDepth rows of int8.
+struct Q8Form {
+  static constexpr int kDepth = kBlockDepth;
+  static constexpr int64_t kBytes = kTileCols * (2 + kBlockDepth);
+
+  template <int kCount, typename Use>
+  MIXATTN_INLINE void widen(const char* block, const Use& use) {
+    const Float16* d = reinterpret_cast<const Float16*>(block);
+    const Vec scale[kTileVecs] = {load(d), load(d + kLanes)};
+    const int8_t* q = reinterpret_cast<const int8_t*>(d + kTileCols);
+#pragma GCC unroll 32
+    for (int i = 0; i < kCount; ++i) {
+      const Vec w[kTileVecs] = {mul(load(q + i * kTileCols), scale[0]),
+                                mul(load(q + i * kTileCols + kLanes), scale[1])};
+      use(i, w);
+    }
+  }
+};
+
+// A block of the panel: d of each column, m of each column if there is one, then 4 rows of 32-bit words; nibble j of
+// word row i is depth 4 j + i. Nibbles are taken out where they stand, as q 16^j, and d / 16^j undoes that, exactly.
+template <bool kHasMin>
+struct Q4Form {
+  static constexpr int kDepth = kBlockDepth;
+  static constexpr int64_t kBytes = kTileCols * ((kHasMin ? 4 : 2) + kBlockDepth / 2);
+
+  template <int kCount, typename Use>
+  MIXATTN_INLINE void widen(const char* block, const Use& use) {
+    const Float16* d = reinterpret_cast<const Float16*>(block);
+    const Vec scale[kTileVecs] = {load(d), load(d + kLanes)};
+    Vec min[kTileVecs];
+#pragma GCC unroll 2
+    for (int c = 0; c < kTileVecs; ++c) {
+      min[c] = kHasMin ? load(d + kTileCols + c * kLanes) : mul(scale[c], broadcast(-8.0f));
+    }
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(d + (kHasMin ? 2 : 1) * kTileCols);
+    widen_nibble<0>(words, scale, min, use);
+    widen_nibble<1>(words, scale, min, use);
+    widen_nibble<2>(words, scale, min, use);
+    widen_nibble<3>(words, scale, min, use);
+    widen_nibble<4>(words, scale, min, use);
+    widen_nibble<5>(words, scale, min, use);
+    widen_nibble<6>(words, scale, min, use);
+    widen_nibble<7>(words, scale, min, use);
+  }
+
+  template <int kNibble, typename Use>
+  MIXATTN_INLINE void widen_nibble(const uint32_t* words, const Vec (&scale)[kTileVecs], const Vec (&min)[kTileVecs],
+                                   const Use& use) {
+    const Vec unit = broadcast(nibble_unit<kNibble>());
+    const Vec d[kTileVecs] = {mul(scale[0], unit), mul(scale[1], unit)};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t* row = words + i * kTileCols;
+      const Vec w[kTileVecs] = {fmadd(load_nibbles<kNibble>(row), d[0], min[0]),
+                                fmadd(load_nibbles<kNibble>(row + kLanes), d[1], min[1])};
+      use(4 * kNibble + i, w);
+    }
+  }
+};
+
+// Calls use(k, i, w) for the depth [0, depth) of a panel; i is what an unrolled loop knows of k.
+template <class Form, typename Use>
+MIXATTN_INLINE void for_each_depth(const char* panel, int64_t depth, const Use& use) {
+  int64_t k = 0;
+  for (; k + Form::kDepth <= depth; k += Form::kDepth, panel += Form::kBytes) {
+    Form::template widen<Form::kDepth>(
+        panel, [&](int i, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) { use(k + i, i, w); });
+  }
+  if constexpr (Form::kDepth < kBlockDepth) {  // quantised depths have no rest
+    for (; k < depth; ++k, panel += Form::kBytes / Form::kDepth) {
+      Form::template widen<1>(panel,
+                              [&](int, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) { use(k, 0, w); });
+    }
+  }
+}
+
+// c (kRows, kTileCols) = x (kRows, depth) times the panel. Few rows get several chains of sums each: 8 FMAs hide 4
+// cycles of latency on 2 ports.
+template <class Form, int kRows>
+void multiply_direct(const char* panel, const float* x, int64_t x_stride, int64_t depth, float* c) {
+  constexpr int kChains = kRows == 1 ? 4 : (kRows == 2 ? 2 : 1);
+  Vec acc[kChains][kRows][kTileVecs];
+#pragma GCC unroll 4
+  for (int n = 0; n < kChains; ++n) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) acc[n][r][0] = acc[n][r][1] = zero();
+  }
+  for_each_depth<Form>(panel, depth, [&](int64_t k, int i, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec value = broadcast(x[r * x_stride + k]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kTileVecs; ++j) acc[i % kChains][r][j] = fmadd(value, w[j], acc[i % kChains][r][j]);
+    }
+  });
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kTileVecs; ++j) {
+      Vec sum = acc[0][r][j];
+      if (kChains == 2) sum = add(sum, acc[kChains - 1][r][j]);
+      if (kChains == 4)
+        sum = add(add(sum, acc[1 % kChains][r][j]), add(acc[2 % kChains][r][j], acc[3 % kChains][r][j]));
+      store(c + r * kTileCols + j * kLanes, sum);
+    }
+  }
+}
+
+template <class Form>
+void multiply_few_rows(int64_t num_rows, const char* panel, const float* x, int64_t x_stride, int64_t depth, float* c) {
+  static_assert(kTileRows <= 8, "one case per number of rows");
+  switch (num_rows) {
+    case 1:
+      return multiply_direct<Form, 1>(panel, x, x_stride, depth, c);
+    case 2:
+      return multiply_direct<Form, 2>(panel, x, x_stride, depth, c);
+    case 3:
+      return multiply_direct<Form, 3>(panel, x, x_stride, depth, c);
+    case 4:
+      return multiply_direct<Form, 4>(panel, x, x_stride, depth, c);
+    case 5:
+      return multiply_direct<Form, 5>(panel, x, x_stride, depth, c);
+    case 6:
+      return multiply_direct<Form, 6>(panel, x, x_stride, depth, c);
+    case 7:
+      return multiply_direct < Form, kTileRows<7 ? 1 : 7>(panel, x, x_stride, depth, c);
+    default:
+      return multiply_direct < Form, kTileRows<8 ? 1 : 8>(panel, x, x_stride, depth, c);
+  }
+}
+
+// c (num_rows, kTileCols) = x (num_rows, depth) times the panel, a piece of its depth at a time.
+template <class Form>
+void multiply_many_rows(int64_t num_rows, const char* panel, const float* x, int64_t x_stride, int64_t depth,
+                        float* c) {
+  alignas(64) float widened[kDepthPiece * kTileCols];
+  for (int64_t begin = 0; begin < depth; begin += kDepthPiece, panel += kDepthPiece / Form::kDepth * Form::kBytes) {
+    const int64_t piece = clamp(depth - begin, 0, kDepthPiece);
+    for_each_depth<Form>(panel, piece, [&](int64_t k, int, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
+      store(widened + k * kTileCols, w[0]);
+      store(widened + k * kTileCols + kLanes, w[1]);
+    });
+    for (int64_t r = 0; r < num_rows;) {
+      const int n = tile_rows(num_rows - r);
+      const TileFunction multiply = begin == 0 ? tile_function<kTileVecs, false>(n) : tile_function<kTileVecs, true>(n);
+      multiply(x + r * x_stride + begin, x_stride, widened, piece, c + r * kTileCols, kTileCols);
+      r += n;
+    }
+  }
+}
+
+// y = c + bias + residual for the rows from `row` on and the columns of the panel.
+MIXATTN_INLINE void finish_panel(const LinearParams& p, const float* c, int64_t row, int64_t num_rows, int64_t panel) {
+  const int64_t col = panel * kTileCols, width = clamp(p.num_cols - col, 0, kTileCols);
+  for (int64_t r = 0; r < num_rows; ++r, c += kTileCols) {
+    float* y = p.y + (row + r) * p.y_stride + col;
+    const float* residual = p.residual == nullptr ? nullptr : p.residual + (row + r) * p.residual_stride + col;
+    if (width == kTileCols) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kTileCols; j += kLanes) {
+        Vec sum = load(c + j);
+        if (p.bias != nullptr) sum = add(sum, load(p.bias + col + j));
+        if (residual != nullptr) sum = add(sum, load(residual + j));
+        store(y + j, sum);
+      }
+      continue;
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      float sum = c[j];
+      if (p.bias != nullptr) sum += p.bias[col + j];
+      if (residual != nullptr) sum += residual[j];
+      y[j] = sum;
+    }
+  }
+}
+
+template <class Form>
+void linear_typed(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
+  alignas(64) float c[kRowBlock * kTileCols];
+  for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
+    const int64_t num_rows = clamp(row_end - row, 0, kRowBlock);
+    const float* x = p.x + row * p.x_stride;
+    for (int64_t n = panel_begin; n < panel_end; ++n) {
+      const char* panel = static_cast<const char*>(p.panels) + n * p.panel_bytes;
+      if (num_rows <= kTileRows) {
+        multiply_few_rows<Form>(num_rows, panel, x, p.x_stride, p.depth, c);
+      } else {
+        multiply_many_rows<Form>(num_rows, panel, x, p.x_stride, p.depth, c);
+      }
+      finish_panel(p, c, row, num_rows, n);
+    }
+  }
+}
+
+void linear_panels(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
+  switch (p.form) {
+    case WeightForm::kFloat32:
+      return linear_typed<PlainForm<float>>(p, row_begin, row_end, panel_begin, panel_end);
+    case WeightForm::kBFloat16:
+      return linear_typed<PlainForm<BFloat16>>(p, row_begin, row_end, panel_begin, panel_end);
+    case WeightForm::kFloat16:
+      return linear_typed<PlainForm<Float16>>(p, row_begin, row_end, panel_begin, panel_end);
+    case WeightForm::kQ8_0:
+      return linear_typed<Q8Form>(p, row_begin, row_end, panel_begin, panel_end);
+    case WeightForm::kQ4_0:
+      return linear_typed<Q4Form<false>>(p, row_begin, row_end, panel_begin, panel_end);
+    case WeightForm::kQ4_1:
+      return linear_typed<Q4Form<true>>(p, row_begin, row_end, panel_begin, panel_end);
+  }
+}
+
+// ---- unpacking ------------------------------------------------------------------------------------------------------
+
+// target[k] = w[row][k], by widening the panel that the row is a column of.
+template <class Form>
+void unpack_row(const char* panels, int64_t panel_bytes, int64_t row, int64_t depth, float* target) {
+  const int64_t lane = row % kTileCols;
+  alignas(64) float widened[kTileCols];
+  for_each_depth<Form>(panels + row / kTileCols * panel_bytes, depth,
+                       [&](int64_t k, int, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
+                         store(widened, w[0]);
+                         store(widened + kLanes, w[1]);
+                         target[k] = widened[lane];
+                       });
+}
+
+void unpack_weight_row(WeightForm form, const void* panels, int64_t panel_bytes, int64_t row, int64_t depth,
+                       float* target) {
+  const char* bytes = static_cast<const char*>(panels);
+  switch (form) {
+    case WeightForm::kFloat32:
+      return unpack_row<PlainForm<float>>(bytes, panel_bytes, row, depth, target);
+    case WeightForm::kBFloat16:
+      return unpack_row<PlainForm<BFloat16>>(bytes, panel_bytes, row, depth, target);
+    case WeightForm::kFloat16:
+      return unpack_row<PlainForm<Float16>>(bytes, panel_bytes, row, depth, target);
+    case WeightForm::kQ8_0:
+      return unpack_row<Q8Form>(bytes, panel_bytes, row, depth, target);
+    case WeightForm::kQ4_0:
+      return unpack_row<Q4Form<false>>(bytes, panel_bytes, row, depth, target);
+    case WeightForm::kQ4_1:
+      return unpack_row<Q4Form<true>>(bytes, panel_bytes, row, depth, target);
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace mixattn

@@ -1,0 +1,173 @@
+// linear.cpp: linear maps over packed weights, how they are packed, and the small operations around them.
+// Method  checks; then threads draw panels, or rows
+
+#include <algorithm>
+#include <climits>
+#include <cstring>
+
+#include "common/checks.h"
+#include "cpu/ops.h"
+#include "cpu/parallel.h"
+
+namespace mixattn {
+namespace cpu {
+namespace {
+
+// A draw of panels for a few rows: 65,536 weights, some 5 us of one core's reading; a thread is worth waking for it.
+constexpr int64_t kGrainWeights = 65536;
+constexpr int64_t kRowsPerDraw = 96;       // as linear-inl.h's kRowBlock: x of so many rows stays in L2
+constexpr int64_t kGrainElements = 16384;  // of the small operations, as in kv_cache.cpp
+
+int64_t element_bytes(WeightForm form) {
+  return form == WeightForm::kFloat32 ? 4 : 2;
+}
+
+bool is_quantised(WeightForm form) {
+  return form == WeightForm::kQ8_0 || form == WeightForm::kQ4_0 || form == WeightForm::kQ4_1;
+}
+
+// Of kBlockDepth elements in a checkpoint; a panel holds the same bytes in another order.
+int64_t block_bytes(WeightForm form) {
+  switch (form) {
+    case WeightForm::kQ8_0:
+      return 2 + kBlockDepth;
+    case WeightForm::kQ4_0:
+      return 2 + kBlockDepth / 2;
+    case WeightForm::kQ4_1:
+      return 4 + kBlockDepth / 2;
+    default:
+      return kBlockDepth * element_bytes(form);
+  }
+}
+
+void check_matrix(WeightForm form, int64_t num_rows, int64_t depth) {
+  check_range("num_rows of the matrix", num_rows, 1, INT32_MAX);
+  check_range("depth", depth, 1, INT32_MAX);
+  if (is_quantised(form) && depth % kBlockDepth != 0) {
+    throw std::invalid_argument("depth must be a multiple of 32 in a quantised form, got " + std::to_string(depth));
+  }
+}
+
+// panel[k][col] = row col's element k.
+void pack_plain(const char* rows, int64_t row_bytes, int64_t num_cols, int64_t depth, int64_t size, int64_t panel_cols,
+                char* panel) {
+  for (int64_t col = 0; col < num_cols; ++col) {
+    const char* row = rows + col * row_bytes;
+    for (int64_t k = 0; k < depth; ++k) std::memcpy(panel + (k * panel_cols + col) * size, row + k * size, size);
+  }
+}
+
+// Blocks as linear-inl.h's Q8Form and Q4Form read them.
+void pack_blocks(WeightForm form, const char* rows, int64_t row_bytes, int64_t num_cols, int64_t depth,
+                 int64_t panel_cols, char* panel) {
+  const int64_t bytes = block_bytes(form);
+  const int64_t num_scales = form == WeightForm::kQ4_1 ? 2 : 1;
+  for (int64_t n = 0; n < depth / kBlockDepth; ++n, panel += panel_cols * bytes) {
+    char* quants = panel + num_scales * 2 * panel_cols;
+    for (int64_t col = 0; col < num_cols; ++col) {
+      const char* block = rows + col * row_bytes + n * bytes;
+      for (int64_t i = 0; i < num_scales; ++i) {
+        std::memcpy(panel + 2 * (i * panel_cols + col), block + 2 * i, 2);
+      }
+      const char* q = block + 2 * num_scales;
+      if (form == WeightForm::kQ8_0) {
+        for (int64_t k = 0; k < kBlockDepth; ++k) quants[k * panel_cols + col] = q[k];
+        continue;
+      }
+      // Byte b of a GGUF block holds elements b (low nibble) and b + 16; word i of a panel's column the elements
+      // i, i + 4, ..., i + 28, from its lowest nibble up.
+      uint8_t pairs[kBlockDepth / 2];
+      std::memcpy(pairs, q, sizeof(pairs));
+      for (int64_t i = 0; i < 4; ++i) {
+        uint32_t word = 0;
+        for (int64_t j = 0; j < 4; ++j) {
+          const uint32_t pair = pairs[4 * j + i];
+          word |= (pair & 0xf) << (4 * j) | (pair >> 4) << (16 + 4 * j);
+        }
+        std::memcpy(quants + 4 * (i * panel_cols + col), &word, 4);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int64_t weight_row_bytes(WeightForm form, int64_t depth) {
+  return is_quantised(form) ? depth / kBlockDepth * block_bytes(form) : depth * element_bytes(form);
+}
+
+int64_t weight_panel_bytes(const IsaKernels& kernels, WeightForm form, int64_t depth) {
+  return kernels.panel_cols * weight_row_bytes(form, depth);
+}
+
+void pack_weight(const IsaKernels& kernels, WeightForm form, const void* rows, int64_t num_rows, int64_t depth,
+                 void* panels, int64_t num_threads) {
+  check_range("num_threads", num_threads, 1, INT_MAX);
+  check_matrix(form, num_rows, depth);
+  const int64_t cols = kernels.panel_cols;
+  const int64_t row_bytes = weight_row_bytes(form, depth), panel_bytes = weight_panel_bytes(kernels, form, depth);
+  parallel_for(num_threads, (num_rows + cols - 1) / cols, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const char* source = static_cast<const char*>(rows) + n * cols * row_bytes;
+      char* panel = static_cast<char*>(panels) + n * panel_bytes;
+      const int64_t num_cols = std::min(cols, num_rows - n * cols);
+      if (num_cols < cols) std::memset(panel, 0, static_cast<size_t>(panel_bytes));
+      if (is_quantised(form)) {
+        pack_blocks(form, source, row_bytes, num_cols, depth, cols, panel);
+      } else {
+        pack_plain(source, row_bytes, num_cols, depth, element_bytes(form), cols, panel);
+      }
+    }
+  });
+}
+
+void unpack_weight_rows(const IsaKernels& kernels, WeightForm form, const void* panels, int64_t num_rows, int64_t depth,
+                        const int64_t* ids, int64_t num_ids, float* out, int64_t num_threads) {
+  check_range("num_threads", num_threads, 1, INT_MAX);
+  check_matrix(form, num_rows, depth);
+  for (int64_t i = 0; i < num_ids; ++i) check_range(element("ids", i), ids[i], 0, num_rows - 1);
+  const int64_t panel_bytes = weight_panel_bytes(kernels, form, depth);
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / depth / 4);  // an element takes as long as four copies
+  parallel_for(num_threads, num_ids, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernels.unpack_weight_row(form, panels, panel_bytes, ids[i], depth, out + i * depth);
+    }
+  });
+}
+
+void linear(const IsaKernels& kernels, const LinearParams& p, int64_t num_threads) {
+  check_range("num_threads", num_threads, 1, INT_MAX);
+  check_range("num_rows", p.num_rows, 0, INT32_MAX);
+  check_matrix(p.form, p.num_cols, p.depth);
+  const int64_t cols = kernels.panel_cols, num_panels = (p.num_cols + cols - 1) / cols;
+  const bool is_direct = p.num_rows <= kernels.direct_rows;
+  const int64_t most = std::max<int64_t>(1, num_panels / (2 * num_threads));
+  const int64_t grain = is_direct ? std::clamp<int64_t>(kGrainWeights / (cols * p.depth), 1, most) : 1;
+  // Draws run through all panels for one block of rows, then the next.
+  const int64_t draws_per_block = (num_panels + grain - 1) / grain;
+  const int64_t num_blocks = (p.num_rows + kRowsPerDraw - 1) / kRowsPerDraw;
+  parallel_for(num_threads, num_blocks * draws_per_block, 1, [&](int64_t draw, int64_t) {
+    const int64_t row = draw / draws_per_block * kRowsPerDraw, panel = draw % draws_per_block * grain;
+    kernels.linear(p, row, std::min(row + kRowsPerDraw, p.num_rows), panel, std::min(panel + grain, num_panels));
+  });
+}
+
+void rms_norm(const IsaKernels& kernels, const RmsNormParams& p, int64_t num_threads) {
+  check_range("num_threads", num_threads, 1, INT_MAX);
+  check_range("num_rows", p.num_rows, 0, INT32_MAX);
+  check_range("num_groups", p.num_groups, 1, INT32_MAX);
+  check_range("size", p.size, 1, INT32_MAX);
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / (p.num_groups * p.size));
+  parallel_for(num_threads, p.num_rows, grain, [&](int64_t begin, int64_t end) { kernels.rms_norm(p, begin, end); });
+}
+
+void silu_mul(const IsaKernels& kernels, const SiluMulParams& p, int64_t num_threads) {
+  check_range("num_threads", num_threads, 1, INT_MAX);
+  check_range("num_rows", p.num_rows, 0, INT32_MAX);
+  check_range("size", p.size, 1, INT32_MAX);
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / (2 * p.size));
+  parallel_for(num_threads, p.num_rows, grain, [&](int64_t begin, int64_t end) { kernels.silu_mul(p, begin, end); });
+}
+
+}  // namespace cpu
+}  // namespace mixattn

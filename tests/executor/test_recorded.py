@@ -1,0 +1,144 @@
+"""Recorded steps: the bits of the model's own forward pass, whatever grows or moves between them."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixattn.config import EngineConfig
+from mixattn.executor import recorded
+from mixattn.executor.executor import LocalExecutor
+from mixattn.models.loader import LoadedModel, load_model
+from mixattn.models.registry import TINY_CONFIGS
+from mixattn.ops.elementwise import rms_norm, silu_mul
+from mixattn.ops.recording import Recording
+from mixattn.types import BatchPlan, SamplingParams, Slice
+
+GREEDY = SamplingParams(temperature=0)
+NUM_PAGES, PAGE_SIZE = 128, 16
+
+
+def make_executor(loaded: LoadedModel, is_recorded: bool) -> LocalExecutor:
+    torch.manual_seed(0)
+    executor = LocalExecutor(
+        loaded.model,
+        loaded.config,
+        num_pages=NUM_PAGES,
+        page_size=PAGE_SIZE,
+        max_model_len=2048,
+        dtype=loaded.dtype,
+        device=loaded.device,
+        is_recorded=is_recorded,
+    )
+    for k_cache, v_cache in executor._kv:
+        k_cache.normal_()
+        v_cache.normal_()
+    return executor
+
+
+def batch(lengths: list[tuple[int, int]], token_id: int = 7) -> BatchPlan:
+    """Slices of these (q_len, kv_len), each in pages of its own."""
+    slices, page = [], 0
+    for idx, (q_len, kv_len) in enumerate(lengths):
+        num_pages = -(-kv_len // PAGE_SIZE)
+        pages = array("i", range(page, page + num_pages))
+        page += num_pages
+        tokens = [(token_id + 13 * idx + i) % 256 for i in range(q_len)]
+        slices.append(Slice(f"r{idx}", q_len, kv_len, tokens, pages, True, GREEDY, 1, tokens, 0))
+    return BatchPlan(0, tuple(slices))
+
+
+STEPS = [
+    batch([(1, 20)]),
+    batch([(1, 21)], token_id=3),
+    batch([(1, 700)]),  # splits along the keys, more than the recording has room for
+    batch([(1, 1500)]),
+    batch([(1, 22)]),
+    batch([(1, 40), (1, 300), (5, 9)]),
+    batch([(1, 41), (1, 301), (5, 14)], token_id=50),
+    batch([(1, 42), (4, 303), (2, 16)]),  # as many rows and sequences, other lengths
+    batch([(70, 70)]),  # too long to be recorded
+    batch([(1, 23)]),
+    batch([(1, 30)] * 20),  # the input buffers grow: they move
+    batch([(1, 31)] * 20, token_id=9),
+    batch([(1, 24)]),
+]
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_recorded_steps_leave_the_bits_of_plain_ones(name: str) -> None:
+    loaded = load_model(EngineConfig(name, load_format="dummy"), show_progress=False)
+    plain, recording = make_executor(loaded, False), make_executor(loaded, True)
+    hidden: dict[LocalExecutor, Tensor] = {}
+    for executor in (plain, recording):
+        forward = executor._forward
+
+        def keep(*arguments: Any, executor: LocalExecutor = executor, forward: Any = forward) -> Tensor:
+            hidden[executor] = forward(*arguments)
+            return hidden[executor]
+
+        executor._forward = keep
+    for plan in STEPS:
+        assert plain.execute(plan).token_ids == recording.execute(plan).token_ids
+        assert torch.equal(hidden[plain], hidden[recording])
+    for ours, theirs in zip(plain._kv, recording._kv, strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def test_recordings_are_used_again_and_the_oldest_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "_MOST_RECORDINGS", 2)
+    loaded = load_model(EngineConfig("tiny-llama", load_format="dummy"), show_progress=False)
+    executor = make_executor(loaded, True)
+    calls = []
+    forward = loaded.model.forward
+    monkeypatch.setattr(loaded.model, "forward", lambda *rest: (calls.append(len(rest[0])), forward(*rest))[1])
+    for num_seqs in (1, 1, 2, 1, 2, 3, 2, 1):
+        executor.execute(batch([(1, 20)] * num_seqs))
+    assert calls == [1, 2, 3, 1]
+
+
+def test_recording_of_more_layers_keeps_no_more_memory() -> None:
+    def layers(x: Tensor, count: int) -> Tensor:
+        for _ in range(count):
+            x = rms_norm(x, weight, 1e-5)
+        return x
+
+    weight = torch.ones(64)
+    few, many = (Recording(layers, torch.ones(4, 64), count) for count in (3, 30))
+    assert len(many) == 30 and 0 < few.num_bytes == many.num_bytes
+
+
+def test_recording_gives_the_memory_of_zeros_to_zeros_only() -> None:
+    """Nobody zeroes the tickets of attention again: what else was written there would be taken for tickets."""
+    addresses: dict[str, list[int]] = {"zeros": [], "empty": []}
+
+    def make() -> None:
+        for _ in range(3):
+            for name, new in (("zeros", torch.zeros), ("empty", torch.empty)):
+                addresses[name].append(new(16).data_ptr())
+
+    recording = Recording(make)
+    assert recording.num_bytes == 2 * 16 * 4
+    assert len(set(addresses["zeros"])) == len(set(addresses["empty"])) == 1
+    assert addresses["zeros"][0] != addresses["empty"][0]
+
+
+def test_recording_of_torch_arithmetic_raises() -> None:
+    with pytest.raises(RuntimeError, match=r"aten::add\.Tensor|aten\.add\.Tensor computes outside of mixattn's"):
+        Recording(lambda x: silu_mul(x) + 1, torch.zeros(2, 4))
+    x = torch.tensor([[1.0, 2.0]])
+    assert silu_mul(x).item() != 0  # nothing is recorded any more: this runs
+
+
+def test_recording_reads_what_its_tensors_hold_when_it_runs() -> None:
+    x = torch.zeros(2, 4)
+    recording = Recording(lambda x: silu_mul(x)[:1], x)
+    assert len(recording) == 1
+    for value in (1.0, 2.0):
+        x.fill_(value)
+        recording.run()
+        assert torch.equal(recording.result, silu_mul(x)[:1])

@@ -1,0 +1,67 @@
+"""Forms of the weights: what loses nothing and what loses little, on a text that no model has seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.lib.quality import TEXT, greedy_agreement, perplexity, text_logits
+from mixattn.config import EngineConfig
+from mixattn.models.loader import LoadedModel, load_model
+from tests.models.hf_models import random_model, save_model
+
+NUM_TOKENS = 256
+
+
+def load(quantization: str, model: str = "smollm2", **options: str) -> LoadedModel:
+    return load_model(EngineConfig(model, quantization=quantization, **options), show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def token_ids(smollm2: LoadedModel) -> list[int]:
+    return smollm2.tokenizer.encode(TEXT.read_text())[:NUM_TOKENS]
+
+
+@pytest.fixture(scope="module")
+def exact(token_ids: list[int]) -> Tensor:
+    return text_logits(load("none"), token_ids)
+
+
+def test_auto_loses_nothing_of_a_gguf_file(smollm2: LoadedModel, token_ids: list[int], exact: Tensor) -> None:
+    """Its blocks as they are: a fifth of float32's bytes, and the same weights (test_smollm2), summed otherwise."""
+    assert {matrix.form for _, matrix in smollm2.model.matrices()} == {"q8_0", "q4_1"}
+    logits = text_logits(smollm2, token_ids)
+    torch.testing.assert_close(logits, exact, rtol=1e-3, atol=2e-3)
+    assert greedy_agreement(logits, exact) == 1.0
+
+
+# Measured, 2026-11-25, first 256 tokens: see bench/fidelity/bench_quantization.py for the whole text.
+@pytest.mark.parametrize(
+    ("quantization", "most_perplexity", "least_agreement"), [("int8", 1.01, 0.97), ("int4", 1.1, 0.85)]
+)
+def test_rounded_weights_stay_close_to_exact_ones(
+    quantization: str, most_perplexity: float, least_agreement: float, token_ids: list[int], exact: Tensor
+) -> None:
+    logits = text_logits(load(quantization), token_ids)
+    assert not torch.equal(logits, exact)
+    assert perplexity(logits, token_ids) < most_perplexity * perplexity(exact, token_ids)
+    assert greedy_agreement(logits, exact) > least_agreement
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_auto_keeps_the_dtype_of_a_checkpoint_and_computes_in_float32(tmp_path, dtype: str) -> None:  # type: ignore[no-untyped-def]
+    reference = random_model("llama").to(getattr(torch, dtype))
+    loaded = load("auto", str(save_model(reference, tmp_path)))
+    assert loaded.dtype == torch.float32
+    assert {matrix.form for _, matrix in loaded.model.matrices()} == {dtype}
+    state = reference.state_dict()
+    for name, values in loaded.model.weight_slots():
+        assert torch.equal(values, state[name].float()), name
+
+
+def test_quantization_that_cannot_be_had_names_the_nearest() -> None:
+    with pytest.raises(NotImplementedError, match=r"quantization 'int8' needs float32 on the CPU, got torch\.bfloat16"):
+        load("int8", "tiny-llama", load_format="dummy", dtype="bfloat16")
+    with pytest.raises(ValueError, match="quantization must be one of none, auto, int8, int4, got 'fp8'"):
+        EngineConfig("smollm2", quantization="fp8")

@@ -1,0 +1,176 @@
+"""Linear maps over packed weights: float64 products of the very values that are stored, for every form and ISA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mixattn import _C, env
+from mixattn.ops.linear import QUANTISED_FORMS, WEIGHT_FORMS, PackedWeight, linear, pack_weight, weight_rows
+
+ISAS = ["scalar", "avx2", "avx512"]
+# Depths of a quantised matrix are multiples of 32; 288 is more than one piece of a widened panel (256).
+SHAPES = [(1, 32), (7, 64), (16, 288), (33, 96), (100, 576)]
+ODD_SHAPES = [(1, 1), (5, 3), (17, 31), (31, 259)]
+NUM_ROWS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 97]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    available = _C.cpu_info()["available"]
+    if name not in available:
+        pytest.skip(f"this CPU has no {name} (it has {', '.join(available)})")
+    return name
+
+
+def stored_matrix(form: str, num_cols: int, depth: int) -> tuple[Tensor, Tensor]:
+    """The rows of a random matrix as a checkpoint of this form has them, and its values in float64."""
+    values = torch.randn(num_cols, depth, generator=torch.Generator().manual_seed(num_cols * depth))
+    if form not in QUANTISED_FORMS:
+        rows = values.to(getattr(torch, form))
+        return rows, rows.double()
+    kind = gguf.GGMLQuantizationType[form.upper()]
+    blocks = gguf.quantize(values.numpy(), kind)
+    return torch.from_numpy(blocks), torch.from_numpy(gguf.dequantize(blocks, kind)).double()
+
+
+def packed_matrix(form: str, num_cols: int, depth: int, isa: str) -> tuple[PackedWeight, Tensor]:
+    rows, values = stored_matrix(form, num_cols, depth)
+    return pack_weight(rows, form, depth, isa=isa), values
+
+
+def assert_within_rounding(y: Tensor, x: Tensor, values: Tensor, added: Tensor | float = 0.0) -> None:
+    """|y - truth| <= (depth + 3) u (|x| |W| + |added|), u = 2^-24: the bound of a float32 sum in any order.
+
+    Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, equation 3.5.
+    """
+    truth = x.double() @ values.T + added
+    magnitude = x.double().abs() @ values.abs().T + (added.abs() if isinstance(added, Tensor) else added)
+    assert y.shape == truth.shape and y.dtype == torch.float32
+    assert bool(((y - truth).abs() <= (x.shape[1] + 3) * 2.0**-24 * magnitude).all())
+
+
+@pytest.mark.parametrize("form", WEIGHT_FORMS)
+def test_linear_of_every_form_is_within_float32_rounding(form: str, isa: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for num_cols, depth in SHAPES + ([] if form in QUANTISED_FORMS else ODD_SHAPES):
+        weight, values = packed_matrix(form, num_cols, depth, isa)
+        for num_rows in NUM_ROWS:
+            x = torch.randn(num_rows, depth, generator=generator)
+            assert_within_rounding(linear(x, weight), x, values)
+
+
+@pytest.mark.parametrize("num_cols", [5, 64])
+@pytest.mark.parametrize("num_rows", [1, 9])
+def test_linear_adds_bias_and_residual(num_cols: int, num_rows: int, isa: str) -> None:
+    weight, values = packed_matrix("bfloat16", num_cols, 40, isa)
+    x, bias = torch.randn(num_rows, 40), torch.randn(num_cols)
+    residual = torch.randn(num_rows, 2 * num_cols)[:, num_cols:]
+    assert_within_rounding(linear(x, weight, bias), x, values, bias.double().expand(num_rows, -1))
+    assert_within_rounding(linear(x, weight, None, residual), x, values, residual.double())
+    assert_within_rounding(linear(x, weight, bias, residual), x, values, residual.double() + bias.double())
+
+
+def test_linear_of_strided_rows_gives_the_bits_of_contiguous(isa: str) -> None:
+    weight, _ = packed_matrix("q4_1", 48, 64, isa)
+    wide = torch.randn(10, 100)
+    assert torch.equal(linear(wide[:, 20:84], weight), linear(wide[:, 20:84].contiguous(), weight))
+
+
+def test_linear_on_several_threads_gives_the_bits_of_one(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _ = packed_matrix("q8_0", 400, 64, isa)
+    results = []
+    for num_threads in (1, 3):
+        monkeypatch.setattr(env, "num_threads", lambda n=num_threads: n)
+        results.append([linear(torch.ones(num_rows, 64), weight) for num_rows in (1, 200)])
+    for one, several in zip(*results, strict=True):
+        assert torch.equal(one, several)
+
+
+def test_linear_lets_nan_and_infinity_through(isa: str) -> None:
+    weight, _ = packed_matrix("q4_0", 20, 32, isa)
+    x = torch.ones(8, 32)
+    x[1, 3], x[2, 4] = torch.nan, torch.inf
+    y = linear(x, weight)
+    assert bool(y[1].isnan().all()) and not bool(y[2].isfinite().any())
+    assert bool(y[[0, 3, 4, 5, 6, 7]].isfinite().all())
+
+
+@pytest.mark.parametrize("form", WEIGHT_FORMS)
+def test_weight_rows_are_the_stored_values_exactly(form: str, isa: str) -> None:
+    weight, values = packed_matrix(form, 37, 96, isa)
+    ids = torch.tensor([36, 0, 5, 5, 16])
+    assert torch.equal(weight_rows(weight, ids).double(), values[ids])
+    assert weight_rows(weight, ids[:0]).shape == (0, 96)
+
+
+@pytest.mark.parametrize("form", QUANTISED_FORMS)
+def test_quantised_forms_cover_every_quant(form: str, isa: str) -> None:
+    """Blocks of all bytes, not only of those that a quantiser makes: -128, and every pair of nibbles."""
+    num_bytes = _C.weight_row_bytes(form, 32)
+    blocks = np.zeros((16, num_bytes), np.uint8)
+    num_scales = 4 if form == "q4_1" else 2
+    blocks[:, :num_scales] = np.frombuffer(np.array([0.37, -1.5][: num_scales // 2], np.float16).tobytes(), np.uint8)
+    num_quants = num_bytes - num_scales
+    blocks[:, num_scales:] = np.arange(16 * num_quants).reshape(16, -1) % 256
+    weight = pack_weight(torch.from_numpy(blocks), form, 32, isa=isa)
+    expected = gguf.dequantize(blocks, gguf.GGMLQuantizationType[form.upper()])
+    assert torch.equal(weight_rows(weight, torch.arange(16)), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"form": "q2_k"}, "form must be one of float32, bfloat16, float16, q8_0, q4_0, q4_1, got 'q2_k'"),
+        ({"depth": 33}, r"depth must be a positive multiple of 32 in q8_0, got 33"),
+        ({"rows": torch.zeros(4, 33, dtype=torch.uint8)}, r"rows must be \[num_cols >= 1, 34\] for q8_0 of depth 32"),
+        ({"rows": torch.zeros(0, 34, dtype=torch.uint8)}, r"got \[0, 34\]"),
+        ({"rows": torch.zeros(4, 34)}, "rows must be torch.uint8, got torch.float32"),
+        ({"rows": torch.zeros(34, 4, dtype=torch.uint8).T}, "rows must be contiguous"),
+        ({"isa": "neon"}, "isa must be one that this CPU runs"),
+    ],
+)
+def test_pack_weight_of_bad_input_names_the_bound(changes: dict[str, Any], message: str) -> None:
+    arguments = {"rows": torch.zeros(4, 34, dtype=torch.uint8), "form": "q8_0", "depth": 32, **changes}
+    with pytest.raises(ValueError, match=message):
+        pack_weight(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(32),), r"x must be \[num_rows, depth\], got shape \[32\]"),
+        ((torch.zeros(2, 32, dtype=torch.float64),), "x must be torch.float32, got torch.float64"),
+        ((torch.zeros(2, 64),), r"panels must be \d+ contiguous bytes on the CPU for 4 columns of depth 64"),
+        ((torch.zeros(32, 2).T,), "the last dimension of x must be contiguous"),
+        ((torch.zeros(2, 32), torch.zeros(5)), r"bias must have the shape \[4\], got \[5\]"),
+        ((torch.zeros(2, 32), None, torch.zeros(3, 4)), r"residual must have the shape \[2, 4\], got \[3, 4\]"),
+    ],
+)
+def test_linear_of_bad_input_names_the_bound(arguments: tuple[Any, ...], message: str) -> None:
+    weight, _ = packed_matrix("float32", 4, 32, _C.cpu_info()["isa"])
+    x, *rest = arguments
+    with pytest.raises(ValueError, match=message):
+        linear(x, weight, *rest)
+
+
+@pytest.mark.parametrize("bad_id", [-1, 4])
+def test_weight_rows_of_an_id_out_of_bounds_names_it(bad_id: int) -> None:
+    weight, _ = packed_matrix("float32", 4, 8, _C.cpu_info()["isa"])
+    with pytest.raises(ValueError, match=rf"ids\[1\] must be in \[0, 3\], got {bad_id}"):
+        weight_rows(weight, torch.tensor([0, bad_id]))
+
+
+def test_linear_ops_pass_opcheck() -> None:
+    weight, _ = packed_matrix("q4_1", 20, 64, _C.cpu_info()["isa"])
+    common = (weight.panels, weight.form, weight.num_cols)
+    for rest in ((None, None), (torch.randn(20), torch.randn(3, 20))):
+        torch.library.opcheck(torch.ops.mixattn.linear.default, (torch.randn(3, 64), *common, weight.isa, *rest))
+    ids = torch.tensor([3, 19])
+    torch.library.opcheck(torch.ops.mixattn.weight_rows.default, (*common, weight.depth, weight.isa, ids))
