@@ -11,6 +11,8 @@ import triton.language as tl
 
 LN_2 = tl.constexpr(0.6931471805599453)
 """lse in base 2 times this is lse in natural log."""
+MAX_ROWS_OF_COLUMN_SUMS = tl.constexpr(16)
+"""Those of an mma.sync: with more, a column's sums take as many registers as the scores."""
 
 
 @triton.jit
@@ -34,8 +36,34 @@ def weigh_scores(scores, scale_log2, row_max, MAY_BE_EMPTY: tl.constexpr):
 
 
 @triton.jit
+def new_row_sum(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Zeros that ``add_weights`` adds to: a sum per row, or, for few rows, [BLOCK_M, BLOCK_N].
+
+    The weights of a small tile are spread over all warps. To add them up in every tile would take barriers; to keep a
+    sum for each column and add those up at the end takes a multiply-add for each of a thread's few weights.
+    """
+    if BLOCK_M <= MAX_ROWS_OF_COLUMN_SUMS:
+        row_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+    return row_sum
+
+
+@triton.jit
+def add_weights(row_sum, rescale, weights):
+    """row_sum, rescaled, and weights [BLOCK_M, BLOCK_N] added, in the form that ``new_row_sum`` made."""
+    if len(row_sum.shape) == 2:
+        row_sum = row_sum * rescale[:, None] + weights
+    else:
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+    return row_sum
+
+
+@triton.jit
 def finish_rows(accumulator, row_max, row_sum):
     """(out, lse_log2) of rows: out [BLOCK_M, BLOCK_D] and lse_log2 [BLOCK_M]; 0 and -inf where row_sum is 0."""
+    if len(row_sum.shape) == 2:
+        row_sum = tl.sum(row_sum, 1)
     is_empty = row_sum == 0.0
     safe_sum = tl.where(is_empty, 1.0, row_sum)
     return accumulator * (1.0 / safe_sum)[:, None], tl.where(is_empty, -float("inf"), row_max + tl.log2(safe_sum))
