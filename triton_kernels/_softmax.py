@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""A score in natural log times this is one in base 2."""
 LN_2 = tl.constexpr(0.6931471805599453)
 """lse in base 2 times this is lse in natural log."""
 MAX_ROWS_OF_COLUMN_SUMS = tl.constexpr(16)
@@ -60,10 +62,16 @@ def add_weights(row_sum, rescale, weights):
 
 
 @triton.jit
-def finish_rows(accumulator, row_max, row_sum):
-    """(out, lse_log2) of rows: out [BLOCK_M, BLOCK_D] and lse_log2 [BLOCK_M]; 0 and -inf where row_sum is 0."""
+def sum_rows(row_sum):
+    """[BLOCK_M]: the sum per row, of what ``new_row_sum`` made."""
     if len(row_sum.shape) == 2:
         row_sum = tl.sum(row_sum, 1)
+    return row_sum
+
+
+@triton.jit
+def finish_rows(accumulator, row_max, row_sum):
+    """(out, lse_log2) of rows: out [BLOCK_M, BLOCK_D] and lse_log2 [BLOCK_M]; 0 and -inf where row_sum is 0."""
     is_empty = row_sum == 0.0
     safe_sum = tl.where(is_empty, 1.0, row_sum)
     return accumulator * (1.0 / safe_sum)[:, None], tl.where(is_empty, -float("inf"), row_max + tl.log2(safe_sum))
@@ -84,3 +92,9 @@ def absorb_state(accumulator, row_max, row_sum, state_out, state_lse_log2):
     rescale = tl.exp2(row_max - offset)
     weight = tl.exp2(state_lse_log2 - offset)
     return accumulator * rescale[:, None] + state_out * weight[:, None], new_row_max, row_sum * rescale + weight
+
+
+@triton.jit
+def absorb_sink(accumulator, row_max, row_sum, sink):
+    """(accumulator, row_max, row_sum) after one more logit, natural log, that has no value: sink [ROWS] float32."""
+    return absorb_state(accumulator, row_max, row_sum, 0.0, sink * LOG2_E)

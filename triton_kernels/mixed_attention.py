@@ -1,5 +1,6 @@
 # mixed_attention.py: paged attention over prefill chunks and decode rows in one launch.
-# Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys j that row i may see
+# Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys j that row i may see; soft cap, ALiBi, sinks
+#         and tree masks as ops/attention.py defines them, compiled in where they are used
 # Method  persistent programs draw the items of a plan (ops/plan.py) from a counter; online softmax over KV tiles: first
 #         those that every row sees whole, without any mask code, then those that it does not; items of split rows leave
 #         float32 partials, and the last of them to finish merges them in split order
@@ -33,10 +34,18 @@ import triton.language as tl
 from torch import Tensor
 
 from mixattn.triton_kernels._numeric import dot, narrow
-from mixattn.triton_kernels._softmax import LN_2, absorb_state, add_weights, finish_rows, new_row_sum, weigh_scores
+from mixattn.triton_kernels._softmax import (
+    LN_2,
+    LOG2_E,
+    absorb_sink,
+    absorb_state,
+    add_weights,
+    finish_rows,
+    new_row_sum,
+    sum_rows,
+    weigh_scores,
+)
 from mixattn.triton_kernels.tiles import choose_tiles
-
-LOG2_E = math.log2(math.e)
 
 # Word offsets of the plan: csrc/common/work_item.h.
 HEADER_WORDS = tl.constexpr(16)
@@ -60,6 +69,8 @@ MERGE_PARTIAL_ROW = tl.constexpr(4)
 MERGE_NUM_SPLITS = tl.constexpr(5)
 NUM_ROWS_MASK = tl.constexpr(0xFFFF)
 INT32_MAX = tl.constexpr(2**31 - 1)
+TREE_MASK_BITS = tl.constexpr(64)
+"""Of a row's word: bit d is for the key d before the row."""
 MAX_RUN = tl.constexpr(16)
 """Keys located through one page id at most. 8 warps hold the rows of a tile of 128 columns 16 apart, so that a thread
 has one offset inside a run for all of its rows; with longer runs it has one for each, and spills."""
@@ -114,13 +125,25 @@ def locate_keys(
 
 
 @triton.jit
+def apply_tree_mask(is_visible, key, row_position, row_word, slice_begin):
+    """is_visible [BLOCK_M, BLOCK_N], less keys of the slice, less than 64 before a row, whose bit in its word is 0."""
+    distance = row_position[:, None] - key[None, :]
+    has_bit = (key >= slice_begin)[None, :] & (distance >= 0) & (distance < TREE_MASK_BITS)
+    bit = row_word[:, None] >> (distance & (TREE_MASK_BITS - 1)).to(tl.int64) & 1
+    return is_visible & (~has_bit | (bit == 1))
+
+
+@triton.jit
 def attend_tile(
     query,
     accumulator,
     row_max,
     row_sum,
-    row_kv_begin,
+    row_position,
     row_kv_end,
+    row_slope,
+    row_word,
+    slice_begin,
     tile_begin,
     kv_begin,
     kv_end,
@@ -134,6 +157,7 @@ def attend_tile(
     PAGE_SIZE: tl.constexpr,
     K_STRIDES: tl.constexpr,
     V_STRIDES: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
     WINDOW_LEFT: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     IS_EDGE: tl.constexpr,
@@ -141,6 +165,7 @@ def attend_tile(
     """(accumulator, row_max, row_sum) after the keys [tile_begin, tile_begin + BLOCK_N).
 
     Without IS_EDGE every row sees every key of the tile; with it, each its own part of [kv_begin, kv_end).
+    row_slope (ALiBi's, in log2 units) and row_word (tree_mask's) are None where these are off.
     """
     BLOCK_M: tl.constexpr = query.shape[0]
     dim = tl.arange(0, query.shape[1])
@@ -157,12 +182,22 @@ def attend_tile(
         # tanh(x) = 1 - 2 / (exp(2x) + 1); score_scale holds 2 log2(e) / soft_cap. exp2 = inf gives 1.
         scores = 1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0)
         scale = score_cap
+    if row_slope is not None:
+        # float32 holds positions up to 2^24 exactly; to convert each distance would take as long as its exponential.
+        distance = key.to(tl.float32)[None, :] - row_position.to(tl.float32)[:, None]
+        if not IS_CAUSAL:
+            distance = -tl.abs(distance)
+        scores = scores * scale + row_slope[:, None] * distance
+        scale = 1.0
     if IS_EDGE:
         # Keys before the item's count as behind every row's end: one compare per score and not two.
         bounded_key = tl.where(key >= kv_begin, key, INT32_MAX)
         is_visible = bounded_key[None, :] < row_kv_end[:, None]
         if WINDOW_LEFT is not None:
-            is_visible = is_visible & (key[None, :] >= row_kv_begin[:, None])
+            is_visible = is_visible & (key[None, :] >= (row_position - WINDOW_LEFT)[:, None])
+        if row_word is not None:
+            is_visible = apply_tree_mask(is_visible, key, row_position, row_word, slice_begin)
+            is_key = is_key & (tl.max(is_visible.to(tl.int32), 0) == 1)  # what the tree hides from all may be NaN
         scores = tl.where(is_visible, scores, -float("inf"))
     weights, row_max, rescale = weigh_scores(scores, scale, row_max, IS_EDGE)
     row_sum = add_weights(row_sum, rescale, weights)
@@ -181,6 +216,7 @@ def store_rows(
     lse,
     partial_out,
     partial_lse,
+    sinks,
     item,
     first_row,
     cu_seqlens_q,
@@ -191,16 +227,23 @@ def store_rows(
     GROUP_SIZE: tl.constexpr,
 ):
     """The item's rows from first_row on, normalised, to out and lse, or to its rows of the partials."""
+    row_sum = sum_rows(row_sum)
+    row = first_row + tl.arange(0, accumulator.shape[0])
+    is_whole = tl.load(item + ITEM_MERGE_IDX) < 0
+    if sinks is not None:
+        sink_head = tl.load(item + ITEM_KV_HEAD) * GROUP_SIZE + (tl.load(item + ITEM_ROW_BEGIN) + row) % GROUP_SIZE
+        end_row = tl.where(is_whole, INT32_MAX, 0)  # split rows get theirs, once, in the merge
+        sink = tl.load(sinks + sink_head, mask=row < end_row, other=-float("inf"))
+        accumulator, row_max, row_sum = absorb_sink(accumulator, row_max, row_sum, sink)
     result, lse_log2 = finish_rows(accumulator, row_max, row_sum)
     # The item is read again, and volatile: the compiler would keep what these addresses are made from in registers, or
     # spill it, all through the walk over the keys.
     row_begin = tl.load(item + ITEM_ROW_BEGIN, volatile=True)
     num_rows = tl.load(item + ITEM_ROWS_AND_KIND, volatile=True) & NUM_ROWS_MASK
-    row = first_row + tl.arange(0, accumulator.shape[0])
     dim = tl.arange(0, accumulator.shape[1])
     is_row = row < num_rows
     is_value = is_row[:, None] & (dim < HEAD_DIM)[None, :]
-    if tl.load(item + ITEM_MERGE_IDX) < 0:
+    if is_whole:
         first_token = tl.load(cu_seqlens_q + tl.load(item + ITEM_SEQ_IDX, volatile=True))
         first_head = tl.load(item + ITEM_KV_HEAD, volatile=True) * GROUP_SIZE
         token = (first_token + (row_begin + row) // GROUP_SIZE).to(tl.int64)
@@ -219,7 +262,7 @@ def store_rows(
 
 @triton.jit
 def row_positions(item, first_row, cu_seqlens_q, seq_lens, BLOCK_M: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """The positions of the item's rows from first_row on, [BLOCK_M], and those of the first and the last of them."""
+    """(positions of the item's rows from first_row on [BLOCK_M], of the first, of the last, of the slice's first)."""
     seq_idx = tl.load(item + ITEM_SEQ_IDX, volatile=True)
     row_begin = tl.load(item + ITEM_ROW_BEGIN, volatile=True) + first_row
     num_rows = (tl.load(item + ITEM_ROWS_AND_KIND, volatile=True) & NUM_ROWS_MASK) - first_row
@@ -227,7 +270,8 @@ def row_positions(item, first_row, cu_seqlens_q, seq_lens, BLOCK_M: tl.constexpr
     slice_begin = tl.load(seq_lens + seq_idx) - q_len
     last_row = row_begin + tl.minimum(num_rows, BLOCK_M) - 1
     position = slice_begin + (row_begin + tl.arange(0, BLOCK_M)) // GROUP_SIZE
-    return position, slice_begin + row_begin // GROUP_SIZE, slice_begin + last_row // GROUP_SIZE
+    first_position = slice_begin + row_begin // GROUP_SIZE
+    return position, first_position, slice_begin + last_row // GROUP_SIZE, slice_begin
 
 
 @triton.jit
@@ -236,6 +280,8 @@ def attend_item(
     k_cache,
     v_cache,
     block_table,
+    alibi_slopes,
+    tree_mask,
     item,
     first_row,
     cu_seqlens_q,
@@ -245,6 +291,7 @@ def attend_item(
     stride_k_head,
     stride_v_head,
     stride_block_table,
+    stride_alibi_seq,
     score_scale,
     score_cap,
     HEAD_DIM: tl.constexpr,
@@ -264,7 +311,8 @@ def attend_item(
     seq_idx = tl.load(item + ITEM_SEQ_IDX)
     kv_head = tl.load(item + ITEM_KV_HEAD)
     row = tl.load(item + ITEM_ROW_BEGIN) + first_row + tl.arange(0, BLOCK_M)
-    is_row = first_row + tl.arange(0, BLOCK_M) < tl.load(item + ITEM_ROWS_AND_KIND) & NUM_ROWS_MASK
+    num_rows = tl.load(item + ITEM_ROWS_AND_KIND) & NUM_ROWS_MASK
+    is_row = first_row + tl.arange(0, BLOCK_M) < num_rows
     token = (tl.load(cu_seqlens_q + seq_idx) + row // GROUP_SIZE).to(tl.int64)
     head = (kv_head * GROUP_SIZE + row % GROUP_SIZE).to(tl.int64)
     q_rows = q + (token * stride_q_token + head * stride_q_head)[:, None]
@@ -276,24 +324,33 @@ def attend_item(
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = new_row_sum(BLOCK_M, BLOCK_N)
+    row_slope = None
+    if alibi_slopes is not None:
+        slopes = alibi_slopes + seq_idx.to(tl.int64) * stride_alibi_seq
+        row_slope = tl.load(slopes + head) * LOG2_E
+    row_word = None
+    if tree_mask is not None:
+        row_word = tl.load(tree_mask + token, mask=is_row, other=0)
     # First the tiles that all rows see whole, then those that the window or the causal edge cuts or that reach out of
     # the item. The bounds are made for each walk anew, from memory, so that the first holds nothing for the second.
     for is_edge in tl.static_range(2):
         kv_begin = tl.load(item + ITEM_KV_BEGIN, volatile=True)
         kv_end = tl.load(item + ITEM_KV_END, volatile=True)
-        position, first_position, last_position = row_positions(
+        position, first_position, last_position, slice_begin = row_positions(
             item, first_row, cu_seqlens_q, seq_lens, BLOCK_M, GROUP_SIZE
         )
         full_begin = kv_begin
         full_end = kv_end
-        row_kv_begin = None
         row_kv_end = tl.zeros([BLOCK_M], tl.int32) + kv_end
         if WINDOW_LEFT is not None:
-            row_kv_begin = position - WINDOW_LEFT
             full_begin = tl.minimum(tl.maximum(last_position - WINDOW_LEFT, kv_begin), kv_end)
         if IS_CAUSAL:
             row_kv_end = tl.minimum(position + 1, kv_end)
             full_end = tl.minimum(first_position + 1, kv_end)
+        if tree_mask is not None:
+            # All see whatever is before the slice, and what is 64 or more before the first of them.
+            full_end = tl.minimum(full_end, tl.maximum(slice_begin, first_position + 1 - TREE_MASK_BITS))
+            row_kv_end = tl.where(is_row, row_kv_end, 0)  # or rows past the last would see what the tree hides from all
         # Tiles start at multiples of BLOCK_N wherever the item's keys do, so that none straddles a page it need not.
         first_full = tl.cdiv(full_begin, BLOCK_N)
         num_full = tl.maximum(full_end // BLOCK_N - first_full, 0)
@@ -303,9 +360,9 @@ def attend_item(
             if is_edge:
                 tile += tl.where(tile < first_full, 0, num_full)
             accumulator, row_max, row_sum = attend_tile(
-                query, accumulator, row_max, row_sum, row_kv_begin, row_kv_end, tile * BLOCK_N, kv_begin, kv_end,
-                block_table_row, k_head, v_head, score_scale, score_cap, HEAD_DIM, BLOCK_N, PAGE_SIZE, K_STRIDES,
-                V_STRIDES, WINDOW_LEFT, HAS_SOFT_CAP, IS_EDGE=is_edge == 1,
+                query, accumulator, row_max, row_sum, position, row_kv_end, row_slope, row_word, slice_begin,
+                tile * BLOCK_N, kv_begin, kv_end, block_table_row, k_head, v_head, score_scale, score_cap, HEAD_DIM,
+                BLOCK_N, PAGE_SIZE, K_STRIDES, V_STRIDES, IS_CAUSAL, WINDOW_LEFT, HAS_SOFT_CAP, IS_EDGE=is_edge == 1,
             )  # fmt: skip
     return accumulator, row_max, row_sum
 
@@ -316,6 +373,7 @@ def merge_item(
     lse,
     partial_out,
     partial_lse,
+    sinks,
     merge,
     cu_seqlens_q,
     stride_out_token,
@@ -351,9 +409,11 @@ def merge_item(
                 cache_modifier=".cg",
             )  # (MERGE_BLOCK_ROWS, BLOCK_D)
             accumulator, row_max, row_sum = absorb_state(accumulator, row_max, row_sum, split_out, split_lse)
-        result, lse_log2 = finish_rows(accumulator, row_max, row_sum)
         token = (first_token + (row_begin + row) // GROUP_SIZE).to(tl.int64)
         head = (first_head + (row_begin + row) % GROUP_SIZE).to(tl.int64)
+        if sinks is not None:
+            accumulator, row_max, row_sum = absorb_sink(accumulator, row_max, row_sum, tl.load(sinks + head))
+        result, lse_log2 = finish_rows(accumulator, row_max, row_sum)
         out_rows = out + (token * stride_out_token + head * stride_out_head)[:, None]
         tl.store(out_rows + dim[None, :], narrow(result, out.dtype.element_ty), mask=is_row[:, None] & is_dim)
         if lse is not None:
@@ -369,6 +429,9 @@ def mixed_attention_kernel(
     seq_lens,
     block_table,
     plan_words,
+    alibi_slopes,
+    sinks,
+    tree_mask,
     out,
     lse,
     partial_out,
@@ -379,6 +442,7 @@ def mixed_attention_kernel(
     stride_k_head,
     stride_v_head,
     stride_block_table,
+    stride_alibi_seq,
     stride_out_token,
     stride_out_head,
     stride_lse_token,
@@ -413,13 +477,14 @@ def mixed_attention_kernel(
             if (num_rows <= most_rows) & (num_rows > too_few_rows):
                 for first_row in tl.range(0, num_rows, BLOCK_M[tile], num_stages=1, disable_licm=True):
                     accumulator, row_max, row_sum = attend_item(
-                        q, k_cache, v_cache, block_table, item, first_row, cu_seqlens_q, seq_lens, stride_q_token,
-                        stride_q_head, stride_k_head, stride_v_head, stride_block_table, score_scale,
-                        score_cap, HEAD_DIM, BLOCK_D, BLOCK_M[tile], BLOCK_N[tile], NUM_STAGES[tile], GROUP_SIZE,
-                        PAGE_SIZE, K_STRIDES, V_STRIDES, IS_CAUSAL, WINDOW_LEFT, HAS_SOFT_CAP,
+                        q, k_cache, v_cache, block_table, alibi_slopes, tree_mask, item, first_row, cu_seqlens_q,
+                        seq_lens, stride_q_token, stride_q_head, stride_k_head, stride_v_head, stride_block_table,
+                        stride_alibi_seq, score_scale, score_cap, HEAD_DIM, BLOCK_D, BLOCK_M[tile], BLOCK_N[tile],
+                        NUM_STAGES[tile], GROUP_SIZE, PAGE_SIZE, K_STRIDES, V_STRIDES, IS_CAUSAL, WINDOW_LEFT,
+                        HAS_SOFT_CAP,
                     )  # fmt: skip
                     store_rows(
-                        accumulator, row_max, row_sum, out, lse, partial_out, partial_lse, item, first_row,
+                        accumulator, row_max, row_sum, out, lse, partial_out, partial_lse, sinks, item, first_row,
                         cu_seqlens_q, stride_out_token, stride_out_head, stride_lse_token, HEAD_DIM, GROUP_SIZE,
                     )  # fmt: skip
         merge_idx = tl.load(item + ITEM_MERGE_IDX)
@@ -431,7 +496,7 @@ def mixed_attention_kernel(
             tl.debug_barrier()
             if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.load(merge + MERGE_NUM_SPLITS) - 1:
                 merge_item(
-                    out, lse, partial_out, partial_lse, merge, cu_seqlens_q, stride_out_token, stride_out_head,
+                    out, lse, partial_out, partial_lse, sinks, merge, cu_seqlens_q, stride_out_token, stride_out_head,
                     stride_lse_token, HEAD_DIM, BLOCK_D, GROUP_SIZE,
                 )  # fmt: skip
                 tl.store(ticket, 0)  # for the next launch: in this one nobody draws it again
@@ -459,6 +524,9 @@ def mixed_attention(
     causal: bool,
     window_left: int | None,
     soft_cap: float | None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     num_programs: int | None = None,
 ) -> None:
     """Runs the items of a plan, and the merges of its split rows, in one launch; writes every row of out and lse.
@@ -478,15 +546,18 @@ def mixed_attention(
         tickets: [at least 1 + the plan's num_merges] int32, zeros; zeros again when the launch has ended. Two launches
             that may overlap need one each, as of the partials.
         softmax_scale: > 0. window_left, soft_cap: None for off.
+        alibi_slopes: [num_q_heads] or [num_seqs, num_q_heads] float32; sinks: [num_q_heads] float32; tree_mask:
+            [total_q] int64; as for ``ops.attention``, None for off.
         num_programs: of the grid; None for as many as the SMs hold at once.
     """
     total_q, num_q_heads, head_dim = q.shape
     if total_q == 0:
         return
     page_size, num_kv_heads = k_cache.shape[1:3]
-    tiles = choose_tiles(head_dim, q.element_size(), _capability(q.device))
+    has_row_terms = alibi_slopes is not None or tree_mask is not None
+    tiles = choose_tiles(head_dim, q.element_size(), _capability(q.device), has_row_terms=has_row_terms)
     # In units of log2, so that the kernel's only exponential is exp2; with a cap, tanh's argument is doubled for exp.
-    score_scale = softmax_scale * LOG2_E if soft_cap is None else 2.0 * softmax_scale * LOG2_E / soft_cap
+    score_scale = softmax_scale * LOG2_E.value if soft_cap is None else 2.0 * softmax_scale * LOG2_E.value / soft_cap
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         mixed_attention_kernel[(num_programs or tiles.programs_per_sm * _num_sms(q.device),)](
             q,
@@ -496,6 +567,9 @@ def mixed_attention(
             seq_lens,
             block_table,
             plan_words,
+            alibi_slopes,
+            sinks,
+            tree_mask,
             out,
             lse,
             partial_out,
@@ -506,11 +580,12 @@ def mixed_attention(
             k_cache.stride(2),
             v_cache.stride(2),
             block_table.stride(0),
+            0 if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes.stride(0),
             out.stride(0),
             out.stride(1),
             0 if lse is None else lse.stride(0),
             score_scale,
-            (soft_cap or 0.0) * LOG2_E,
+            (soft_cap or 0.0) * LOG2_E.value,
             HEAD_DIM=head_dim,
             BLOCK_D=tiles.block_d,
             BLOCK_M=tiles.block_m,

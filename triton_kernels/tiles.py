@@ -50,7 +50,8 @@ class TileChoice:
         block_m: rows of a tile, descending; an item runs in the smallest that holds its rows.
         block_n: keys of a K or V tile, for each of block_m.
         num_stages: of the software pipeline over K and V tiles, for each of block_m. 2: the next tile is on its way
-            while one is in use. 3 (where the room for a copy is free only after its use): so are page ids before it.
+            while one is in use, its page ids read just before. (With 3 they too would go through the pipeline, and
+            shared memory, at the cost of 70 instructions per tile of 128 rows.)
         block_d: head_dim rounded up to a power of two, at least 16; the columns of every tile.
         num_warps: warps of a program.
         programs_per_sm: how many programs of these share an SM.
@@ -67,7 +68,7 @@ class TileChoice:
 
 
 def shared_bytes(tiles: TileChoice, element_bytes: int, capability: tuple[int, int]) -> int:
-    """Shared memory that a program takes, at most: Q, the tiles of K and V in flight and the one in use, page ids."""
+    """Shared memory that a program takes, at most: Q, the tiles of K and V in flight and in use, weights, results."""
     row_bytes = tiles.block_d * element_bytes
     most = 0
     for block_m, block_n, num_stages in zip(tiles.block_m, tiles.block_n, tiles.num_stages, strict=True):
@@ -76,18 +77,23 @@ def shared_bytes(tiles: TileChoice, element_bytes: int, capability: tuple[int, i
             num_kv_tiles += 4  # wgmma and tcgen05 read from shared memory: K and V in use, each split into two tf32
         if block_m < 64 or capability[0] not in (9, 10):
             num_kv_tiles -= 2  # mma.sync has its operands in registers: a tile in use is in shared memory no more
-        walk = (block_m + num_kv_tiles * block_n) * row_bytes + 4 * block_n * num_stages
+        walk = (block_m + num_kv_tiles * block_n) * row_bytes
         weights = block_m * block_n * element_bytes  # on their way from one product's layout to the next's
         float32_result = block_m * tiles.block_d * 4  # after the walk, on its way to coalesced stores
         most = max(most, walk + weights, float32_result)
     return most + KIB  # tcgen05's barriers and alignment; fewer elsewhere
 
 
-def choose_tiles(head_dim: int, element_bytes: int, capability: tuple[int, int]) -> TileChoice:
+def choose_tiles(
+    head_dim: int, element_bytes: int, capability: tuple[int, int], *, has_row_terms: bool = False
+) -> TileChoice:
     """The tiles for this head size and element size on a GPU of this compute capability.
 
     Of what shared memory holds: the most rows, then the most keys per tile.
 
+    Args:
+        has_row_terms: whether rows take ALiBi slopes or words of a tree mask along: with half of the registers they
+            spill (888 bytes on sm_90 at head_dim 128).
     Raises:
         NotImplementedError: the capability is below 8.0, which has no asynchronous copies, or the head is too large.
     """
@@ -98,7 +104,7 @@ def choose_tiles(head_dim: int, element_bytes: int, capability: tuple[int, int])
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     # wgmma's operands are in shared memory, which leaves registers for a second program; elsewhere it would spill.
-    is_shared = capability[0] == 9 and element_bytes == 2 and block_d <= 128
+    is_shared = capability[0] == 9 and element_bytes == 2 and block_d <= 128 and not has_row_terms
     most_keys = MAX_TILE_ELEMENTS // block_d // (element_bytes // 2)
     for block_m in (128, 64, 32, 16):
         if element_bytes == 4 and block_m > MAX_FLOAT32_BLOCK_ROWS:
@@ -114,7 +120,8 @@ def choose_tiles(head_dim: int, element_bytes: int, capability: tuple[int, int])
                 programs_per_sm=2 if is_shared else 1,
                 max_registers=HALF_OF_REGISTERS if is_shared else None,
             )
-            if tiles.programs_per_sm * shared_bytes(tiles, element_bytes, capability) <= limit:
+            # An SM has what one program may have at most, and for each program a KiB that the system takes.
+            if tiles.programs_per_sm * (shared_bytes(tiles, element_bytes, capability) + KIB) <= limit + KIB:
                 return tiles
             block_n //= 2
     raise NotImplementedError(

@@ -24,13 +24,13 @@ TRITON_DTYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 TYPES = {
     **dict.fromkeys(("cu_seqlens_q", "seq_lens", "block_table", "plan_words", "tickets"), "*i32"),
-    **dict.fromkeys(("lse", "lses", "partial_out", "partial_lse", "rope_cos_sin"), "*fp32"),
-    **dict.fromkeys(("slot_mapping", "positions"), "*i64"),
+    **dict.fromkeys(("alibi_slopes", "sinks", "lse", "lses", "partial_out", "partial_lse", "rope_cos_sin"), "*fp32"),
+    **dict.fromkeys(("slot_mapping", "positions", "tree_mask"), "*i64"),
     **dict.fromkeys(("score_scale", "score_cap"), "fp32"),
 }
 """By name of argument; the other pointers are to the dtype of q, k and v, and the rest are int32."""
 VALUES = ("q", "k", "v", "k_cache", "v_cache", "q_out", "out", "outs")
-UNALIGNED = re.compile(r"num_\w+|stride_(block_table|\w*lses?_\w+)|score_\w+")
+UNALIGNED = re.compile(r"num_\w+|stride_(block_table|alibi_seq|\w*lses?_\w+)|score_\w+")
 """No multiples of 16 as a rule; torch aligns every allocation, and head_dim makes the other strides multiples."""
 
 
@@ -52,14 +52,17 @@ def compile_mixed_attention(
     *,
     page_size: int = 16,
     num_kv_heads: int = 8,
+    features: tuple[str, ...] = (),
     **changed: Any,
 ) -> tuple[Binary, TileChoice]:
     """The attention kernel for a common call: causal, 4 query heads to a kv head, K and V contiguous.
 
     Args:
+        features: of alibi_slopes, sinks and tree_mask those that the call has.
         changed: constants of the kernel that are to be others than here.
     """
-    tiles = choose_tiles(head_dim, ELEMENT_BYTES[dtype], capability)
+    has_row_terms = not {"alibi_slopes", "tree_mask"}.isdisjoint(features)
+    tiles = choose_tiles(head_dim, ELEMENT_BYTES[dtype], capability, has_row_terms=has_row_terms)
     strides = (page_size * num_kv_heads * head_dim, num_kv_heads * head_dim)
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim,
@@ -74,6 +77,7 @@ def compile_mixed_attention(
         "IS_CAUSAL": True,
         "WINDOW_LEFT": None,
         "HAS_SOFT_CAP": False,
+        **dict.fromkeys({"alibi_slopes", "sinks", "tree_mask"} - set(features)),
         **changed,
     }
     options = {"num_warps": tiles.num_warps, "maxnreg": tiles.max_registers}

@@ -131,6 +131,14 @@ CONTRACTS: list[AttentionContract | SmallKernelContract] = [
         "sm_90-hd128-soft-cap", (9, 0), 128, "HGMMA", large=1300, small=2600, programs_per_sm=2, stack_bytes=8,
         local=(0, 2), changed={"HAS_SOFT_CAP": True},
     ),
+    AttentionContract(
+        "sm_90-hd128-sinks", (9, 0), 128, "HGMMA", large=900, small=2000, programs_per_sm=2, stack_bytes=8,
+        local=(0, 1), changed={"features": ("sinks",)},
+    ),
+    AttentionContract(
+        "sm_90-hd128-alibi-sinks-tree", (9, 0), 128, "HGMMA", large=1100, small=2300, stack_bytes=256, local=(0, 48),
+        changed={"features": ("alibi_slopes", "sinks", "tree_mask")},
+    ),
     SmallKernelContract("append_kv"),
     SmallKernelContract("merge_states"),
 ]  # fmt: skip

@@ -16,18 +16,18 @@ import torch
 
 import mixattn
 from mixattn.ops.plan import cpu_hardware
-from tests.cases import CASES, assert_attention_close, make_inputs
+from tests.cases import CASES, SCORE_CASES, assert_attention_close, make_inputs
 
 
 def run(case_id, hardware=None):
-    case = next(c for c in CASES if c.id == case_id)
+    case = next(c for c in CASES + SCORE_CASES if c.id == case_id)
     inputs = make_inputs(case, torch.bfloat16)
     plan = None
     if hardware is not None:
         plan = mixattn.plan(inputs.cu_seqlens_q, inputs.seq_lens, **case.plan_options, hardware=hardware)
     out, lse = mixattn.attention(
-        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **case.options, plan=plan, return_lse=True,
-        backend="triton",
+        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **inputs.score_tensors, **case.options,
+        plan=plan, return_lse=True, backend="triton",
     )
     assert_attention_close(case, inputs, out, lse)
     return plan
@@ -39,18 +39,7 @@ run("empty-slices-between")
 run("no-sequences")
 plan = run("soft-cap-window-splits", dataclasses.replace(cpu, num_workers=64, item_overhead_s=0.0))
 assert plan.num_merges > 0
-inputs = make_inputs(CASES[0], torch.bfloat16)
-for name, tensor in (
-    ("alibi_slopes", torch.zeros(8)), ("sinks", torch.zeros(8)), ("tree_mask", torch.zeros(1, dtype=torch.int64))
-):
-    try:
-        mixattn.attention(
-            inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, backend="triton", **{name: tensor}
-        )
-    except NotImplementedError as error:
-        assert str(error).startswith(f"{name} is not supported by backend 'triton'; backends that have it: "), error
-    else:
-        raise AssertionError(f"the Triton kernel has no {name} and ran")
+assert run("scores-tree-beside-chunk-and-decodes") is None
 try:
     run("q129-kv130-page7-mha", dataclasses.replace(cpu, block_rows=(256, 128, 16)))
 except ValueError as error:

@@ -26,7 +26,7 @@ def test_choose_tiles_every_supported_head_fits_shared_memory(capability: tuple[
         assert max(head_dim, 16) <= tiles.block_d < 2 * max(head_dim, 9)
         assert tiles.block_m[0] <= PLAN_BLOCK_ROWS[0] and tiles.block_m == tuple(sorted(tiles.block_m, reverse=True))
         assert all(is_power_of_two(size) and size >= 16 for size in (tiles.block_d, *tiles.block_m, *tiles.block_n))
-        assert tiles.programs_per_sm * shared_bytes(tiles, element_bytes, capability) <= limit
+        assert tiles.programs_per_sm * (shared_bytes(tiles, element_bytes, capability) + 1024) <= limit + 1024
 
 
 @pytest.mark.parametrize(("capability", "programs_per_sm", "max_registers"), [((8, 0), 1, None), ((9, 0), 2, 128)])
