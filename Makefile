@@ -10,11 +10,11 @@ MODEL  ?= smollm2
 PYTEST ?= OMP_NUM_THREADS=1 MIXATTN_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint format bench build env clean
+.PHONY: help run test test-slow lint format bench static build env clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
-	@echo 'make lint | format | bench | build | test-slow | clean'
+	@echo 'make lint | format | bench | static | build | test-slow | clean'
 
 # The environment is made anew when what it is made from changes.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt tools/make_env.sh
@@ -54,6 +54,10 @@ bench: build
 	$(PY) -m bench.kernels.bench_mixed_attention
 	$(PY) -m bench.serving.bench_scheduler
 	$(PY) -m bench.serving.bench_offline $(MODEL)
+
+# What the compilers make of the Triton kernels for GPUs that need not be there, against limits and record.
+static: build
+	$(PY) -m bench.static.contracts
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mixattn/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ pages are handed out in shuffled order, and block-table entries past a sequence'
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -289,14 +290,14 @@ CASES = [
     AttentionCase("q1-kv33-page16-mha", (1,), (33,), num_q_heads=2, num_kv_heads=2),
     AttentionCase("q1-kv100-page16-gqa3", (1,), (100,), num_q_heads=6, num_kv_heads=2),
     AttentionCase("q1-kv15,16,17-page16-gqa3", (1, 1, 1), (15, 16, 17), num_q_heads=3, num_kv_heads=1),
-    AttentionCase("q1-kv63,64,65-page64-gqa8", (1, 1, 1), (63, 64, 65), num_q_heads=8, num_kv_heads=1),
-    AttentionCase("q1-kv6,7,8-page7-gqa2", (1, 1, 1), (6, 7, 8)),
-    AttentionCase("q1-kv37-page1-gqa2", (1,), (37,)),
+    AttentionCase("q1-kv63,64,65-page64-gqa8", (1, 1, 1), (63, 64, 65), num_q_heads=8, num_kv_heads=1, page_size=64),
+    AttentionCase("q1-kv6,7,8-page7-gqa2", (1, 1, 1), (6, 7, 8), page_size=7),
+    AttentionCase("q1-kv37-page1-gqa2", (1,), (37,), page_size=1),
     # Chunks: whole prompts, chunks behind a context, rows around the tile sizes 16, 64 and 128.
     AttentionCase("q17-kv17-page16-gqa2", (17,), (17,)),
     AttentionCase("q65-kv200-page16-gqa3", (65,), (200,), num_q_heads=6, num_kv_heads=2),
-    AttentionCase("q129-kv130-page7-mha", (129,), (130,), num_q_heads=2, num_kv_heads=2),
-    AttentionCase("q40-kv100-page1-gqa8", (40,), (100,), num_q_heads=8, num_kv_heads=1),
+    AttentionCase("q129-kv130-page7-mha", (129,), (130,), num_q_heads=2, num_kv_heads=2, page_size=7),
+    AttentionCase("q40-kv100-page1-gqa8", (40,), (100,), num_q_heads=8, num_kv_heads=1, page_size=1),
     AttentionCase("q15,16,17-kv31,32,33-page16-gqa2", (15, 16, 17), (31, 32, 33)),
     # Mixed batches, what this project is for.
     AttentionCase("chunk-beside-decodes", (1, 1, 70, 1, 1), (40, 129, 150, 1, 300), num_q_heads=8, num_kv_heads=2),
@@ -392,3 +393,8 @@ SCORE_CASES = [
 ]  # fmt: skip
 """ALiBi, sinks and tree masks: the cases of the backends that have them (``attention_call.BACKENDS_WITH``)."""
 assert len({case.id for case in CASES + SCORE_CASES}) == len(CASES + SCORE_CASES)
+for _case in CASES + SCORE_CASES:
+    # An id says what is tested; a page size that is only in the name is not.
+    for _named, _actual in (("page", _case.page_size), ("gqa", _case.num_q_heads // _case.num_kv_heads)):
+        _found = re.search(rf"\b{_named}(\d+)", _case.id)
+        assert _found is None or int(_found[1]) == _actual, f"{_case.id} has {_named} {_actual}"

@@ -9,8 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""A score in natural log times this is one in base 2."""
 LN_2 = tl.constexpr(0.6931471805599453)
 """lse in base 2 times this is lse in natural log."""
+MAX_ROWS_OF_COLUMN_SUMS = tl.constexpr(16)
+"""Those of an mma.sync: with more, a column's sums take as many registers as the scores."""
 
 
 @triton.jit
@@ -31,6 +35,38 @@ def weigh_scores(scores, scale_log2, row_max, MAY_BE_EMPTY: tl.constexpr):
     weights = tl.exp2(scores * scale_log2 - offset[:, None])
     rescale = tl.exp2(row_max - offset)
     return weights, new_row_max, rescale
+
+
+@triton.jit
+def new_row_sum(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Zeros that ``add_weights`` adds to: a sum per row, or, for few rows, [BLOCK_M, BLOCK_N].
+
+    The weights of a small tile are spread over all warps. To add them up in every tile would take barriers; to keep a
+    sum for each column and add those up at the end takes a multiply-add for each of a thread's few weights.
+    """
+    if BLOCK_M <= MAX_ROWS_OF_COLUMN_SUMS:
+        row_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+    return row_sum
+
+
+@triton.jit
+def add_weights(row_sum, rescale, weights):
+    """row_sum, rescaled, and weights [BLOCK_M, BLOCK_N] added, in the form that ``new_row_sum`` made."""
+    if len(row_sum.shape) == 2:
+        row_sum = row_sum * rescale[:, None] + weights
+    else:
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+    return row_sum
+
+
+@triton.jit
+def sum_rows(row_sum):
+    """[BLOCK_M]: the sum per row, of what ``new_row_sum`` made."""
+    if len(row_sum.shape) == 2:
+        row_sum = tl.sum(row_sum, 1)
+    return row_sum
 
 
 @triton.jit
@@ -56,3 +92,9 @@ def absorb_state(accumulator, row_max, row_sum, state_out, state_lse_log2):
     rescale = tl.exp2(row_max - offset)
     weight = tl.exp2(state_lse_log2 - offset)
     return accumulator * rescale[:, None] + state_out * weight[:, None], new_row_max, row_sum * rescale + weight
+
+
+@triton.jit
+def absorb_sink(accumulator, row_max, row_sum, sink):
+    """(accumulator, row_max, row_sum) after one more logit, natural log, that has no value: sink [ROWS] float32."""
+    return absorb_state(accumulator, row_max, row_sum, 0.0, sink * LOG2_E)

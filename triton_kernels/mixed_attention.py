@@ -1,23 +1,23 @@
 # mixed_attention.py: paged attention over prefill chunks and decode rows in one launch.
-# Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys j that row i may see
-# Method  persistent programs draw the items of a plan (ops/plan.py) from a counter; online softmax over KV tiles, with
-#         masks only in tiles that some row does not see whole; items of split rows leave float32 partials, and the last
-#         of them to finish merges them in split order
-# Grid    one program of 8 warps per SM, whatever the batch; rows per tile by the item's kind; keys per tile and depth
-#         of the pipeline by tiles.py, chosen by the compilers' output below: no speed has been measured
+# Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys j that row i may see; soft cap, ALiBi, sinks
+#         and tree masks as ops/attention.py defines them, compiled in where they are used
+# Method  persistent programs draw the items of a plan (ops/plan.py) from a counter; online softmax over KV tiles: first
+#         those that every row sees whole, without any mask code, then those that it does not; items of split rows leave
+#         float32 partials, and the last of them to finish merges them in split order
+# Grid    programs of 8 warps, as many as the SMs hold at once, whatever the batch; an item runs in the smallest tile of
+#         tiles.py that holds its rows: 128 or 16. Tiles are chosen by the compilers' output: no speed has been measured
 # Shapes  q, out [total_q, num_q_heads, head_dim], k_cache, v_cache [num_pages, page_size, num_kv_heads, head_dim] in
 #         bf16, fp16 or fp32; lse [total_q, num_q_heads] fp32; partials [num_partial_rows, head_dim] fp32
 # Memory  an item reads 2 keys head_dim element_bytes, and reads and writes rows head_dim element_bytes; one of split
 #         rows writes and reads again 4 rows (head_dim + 1) bytes instead; shared memory as tiles.shared_bytes
-# Static  compiler output, Triton 3.9, bf16, causal, pages of a power of two (tests/triton/ahead_of_time.py):
-#         head_dim 128    registers  spills  shared bytes  warp instructions per MMA-MFLOP in the loop without masks,
-#                                                          large (128 rows) / medium (64) / small (16) kind
-#         sm_90 (wgmma)   252        0       132,096       834 / 1,040 / 4,028
-#         sm_80 (mma)     255        0        98,816       1,114 / 2,216 / 3,952
-#         head_dim 64 and 96, window, soft cap, any page size: no spills; 256: none on sm_90, 112 bytes on sm_80.
-#         Small items wait for memory: at 3.35 TB/s over 132 SMs a tile of 64 keys takes 1.3 us to arrive and 0.3 us to
-#         issue. fp32 is three tf32 products; it spills (208 bytes at 128 on sm_90) and is not tuned.
-# Limits  head_dim up to 256, any page_size, group and strides, the last dimension contiguous; sm_80+; Triton 3.5+
+# Static  head_dim 128, bf16, pages of 16, group 4, causal (bench/static/README.md has the other cases):
+#                         registers  spills  shared bytes  programs  warp instructions per MMA-MFLOP, full tiles
+#                                                          per SM    of 128 rows / of 16
+#         sm_90 (wgmma)   128        0       98,304        2         759 / 1,976
+#         sm_80 (mma)     255        0       73,728        1         933 / 1,900
+#         sm_100 (tcgen05) 217       0       98,848        1         719 / 1,846
+# Limits  head_dim up to 256, any page_size, group and strides, the last dimension contiguous; sm_80+; Triton 3.5+. What
+#         a deployment fixes is compiled in: group size, page size, window, the strides of pages and of tokens in them
 # Twins   csrc/cpu/mixed_attention-inl.h; truth ops/reference.py
 # Source  online softmax over tiles: arXiv:2307.08691, section 3; split keys: arXiv:2311.01282, section 3
 """Attention of one step's prefill chunks and decode rows, split keys merged, in one launch; ``attention`` on GPUs."""
@@ -34,10 +34,18 @@ import triton.language as tl
 from torch import Tensor
 
 from mixattn.triton_kernels._numeric import dot, narrow
-from mixattn.triton_kernels._softmax import LN_2, absorb_state, finish_rows, weigh_scores
+from mixattn.triton_kernels._softmax import (
+    LN_2,
+    LOG2_E,
+    absorb_sink,
+    absorb_state,
+    add_weights,
+    finish_rows,
+    new_row_sum,
+    sum_rows,
+    weigh_scores,
+)
 from mixattn.triton_kernels.tiles import choose_tiles
-
-LOG2_E = math.log2(math.e)
 
 # Word offsets of the plan: csrc/common/work_item.h.
 HEADER_WORDS = tl.constexpr(16)
@@ -60,11 +68,21 @@ MERGE_NUM_ROWS = tl.constexpr(3)
 MERGE_PARTIAL_ROW = tl.constexpr(4)
 MERGE_NUM_SPLITS = tl.constexpr(5)
 NUM_ROWS_MASK = tl.constexpr(0xFFFF)
-KIND_SHIFT = tl.constexpr(16)
-NUM_KINDS = tl.constexpr(3)
+INT32_MAX = tl.constexpr(2**31 - 1)
+TREE_MASK_BITS = tl.constexpr(64)
+"""Of a row's word: bit d is for the key d before the row."""
+MAX_RUN = tl.constexpr(16)
+"""Keys located through one page id at most. 8 warps hold the rows of a tile of 128 columns 16 apart, so that a thread
+has one offset inside a run for all of its rows; with longer runs it has one for each, and spills."""
 
 MERGE_BLOCK_ROWS = tl.constexpr(16)
 """Rows merged at once: those of a small tile, so that a merge takes no more registers than the items before it."""
+
+
+@triton.constexpr_function
+def largest_common_power_of_two(a: int, b: int) -> int:
+    """The largest power of two that divides both."""
+    return math.gcd(a, b) & -math.gcd(a, b)
 
 
 @triton.jit
@@ -82,203 +100,158 @@ def load_rows(pointers, is_row, HEAD_DIM: tl.constexpr, IS_MASKED: tl.constexpr)
 
 
 @triton.jit
+def locate_keys(
+    block_table_row,
+    tile_begin,
+    kv_end,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    STRIDES: tl.constexpr,
+    IS_EDGE: tl.constexpr,
+):
+    """[BLOCK_N] int64, where the keys from tile_begin (a multiple of BLOCK_N) on lie in a cache of these STRIDES.
+
+    With IS_EDGE the keys from kv_end on, which may have no page, get any place.
+    """
+    RUN: tl.constexpr = largest_common_power_of_two(PAGE_SIZE, MAX_RUN)  # keys that are sure to share a page
+    run_begin = (tile_begin + tl.arange(0, BLOCK_N // RUN) * RUN).to(tl.uint32)  # never negative: shifts, not divisions
+    table_entry = block_table_row + run_begin // PAGE_SIZE
+    # Table entries past the last page may be anything: neither they nor pages through them are read.
+    page = tl.load(table_entry, mask=run_begin < kv_end, other=0) if IS_EDGE else tl.load(table_entry)
+    # int64: caches of more than 2^31 elements are common.
+    run_offset = page.to(tl.int64) * STRIDES[0] + (run_begin % PAGE_SIZE).to(tl.int64) * STRIDES[1]
+    key_offset = tl.arange(0, RUN).to(tl.int64) * STRIDES[1]
+    return tl.reshape(run_offset[:, None] + key_offset[None, :], [BLOCK_N])
+
+
+@triton.jit
+def apply_tree_mask(is_visible, key, row_position, row_word, slice_begin):
+    """is_visible [BLOCK_M, BLOCK_N], less keys of the slice, less than 64 before a row, whose bit in its word is 0."""
+    distance = row_position[:, None] - key[None, :]
+    has_bit = (key >= slice_begin)[None, :] & (distance >= 0) & (distance < TREE_MASK_BITS)
+    bit = row_word[:, None] >> (distance & (TREE_MASK_BITS - 1)).to(tl.int64) & 1
+    return is_visible & (~has_bit | (bit == 1))
+
+
+@triton.jit
 def attend_tile(
     query,
     accumulator,
     row_max,
     row_sum,
-    row_kv_begin,
+    row_position,
     row_kv_end,
+    row_slope,
+    row_word,
+    slice_begin,
     tile_begin,
     kv_begin,
     kv_end,
     block_table_row,
     k_head,
     v_head,
-    stride_k_page,
-    stride_k_token,
-    stride_v_page,
-    stride_v_token,
-    page_size,
-    page_shift,
     score_scale,
     score_cap,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    K_STRIDES: tl.constexpr,
+    V_STRIDES: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    WINDOW_LEFT: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
-    HAS_PAGE_SHIFT: tl.constexpr,
-    HAS_SAME_STRIDES: tl.constexpr,
     IS_EDGE: tl.constexpr,
 ):
     """(accumulator, row_max, row_sum) after the keys [tile_begin, tile_begin + BLOCK_N).
 
     Without IS_EDGE every row sees every key of the tile; with it, each its own part of [kv_begin, kv_end).
+    row_slope (ALiBi's, in log2 units) and row_word (tree_mask's) are None where these are off.
     """
     BLOCK_M: tl.constexpr = query.shape[0]
     dim = tl.arange(0, query.shape[1])
     key = tile_begin + tl.arange(0, BLOCK_N)
     is_key = (key >= kv_begin) & (key < kv_end)
-    if HAS_PAGE_SHIFT:
-        page_idx = key >> page_shift
-        slot = key & (page_size - 1)
-    else:
-        page_idx = key // page_size
-        slot = key % page_size
-    # Table entries past the last page may be anything: neither they nor pages through them are read.
-    table_entry = block_table_row + page_idx
-    page = tl.load(table_entry, mask=is_key, other=0) if IS_EDGE else tl.load(table_entry)
-    page = page.to(tl.int64)  # caches of more than 2^31 elements are common
-    slot = slot.to(tl.int64)
-
-    k_offsets = page * stride_k_page + slot * stride_k_token
-    k_rows = k_head + k_offsets[:, None]
-    k = load_rows(k_rows + dim[None, :], is_key, HEAD_DIM, IS_EDGE)  # (BLOCK_N, BLOCK_D)
+    k_offsets = locate_keys(block_table_row, tile_begin, kv_end, BLOCK_N, PAGE_SIZE, K_STRIDES, IS_EDGE)
+    v_offsets = k_offsets
+    if K_STRIDES != V_STRIDES:
+        v_offsets = locate_keys(block_table_row, tile_begin, kv_end, BLOCK_N, PAGE_SIZE, V_STRIDES, IS_EDGE)
+    k = load_rows((k_head + k_offsets[:, None]) + dim[None, :], is_key, HEAD_DIM, IS_EDGE)  # (BLOCK_N, BLOCK_D)
     scores = dot(query, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # (BLOCK_M, BLOCK_N)
     scale = score_scale
     if HAS_SOFT_CAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1); score_scale holds 2 log2(e) / soft_cap. exp2 = inf gives 1.
         scores = 1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0)
         scale = score_cap
+    if row_slope is not None:
+        # float32 holds positions up to 2^24 exactly; to convert each distance would take as long as its exponential.
+        distance = key.to(tl.float32)[None, :] - row_position.to(tl.float32)[:, None]
+        if not IS_CAUSAL:
+            distance = -tl.abs(distance)
+        scores = scores * scale + row_slope[:, None] * distance
+        scale = 1.0
     if IS_EDGE:
-        is_visible = key[None, :] < row_kv_end[:, None]
-        if HAS_WINDOW:
-            is_visible = is_visible & (key[None, :] >= row_kv_begin[:, None])
+        # Keys before the item's count as behind every row's end: one compare per score and not two.
+        bounded_key = tl.where(key >= kv_begin, key, INT32_MAX)
+        is_visible = bounded_key[None, :] < row_kv_end[:, None]
+        if WINDOW_LEFT is not None:
+            is_visible = is_visible & (key[None, :] >= (row_position - WINDOW_LEFT)[:, None])
+        if row_word is not None:
+            is_visible = apply_tree_mask(is_visible, key, row_position, row_word, slice_begin)
+            is_key = is_key & (tl.max(is_visible.to(tl.int32), 0) == 1)  # what the tree hides from all may be NaN
         scores = tl.where(is_visible, scores, -float("inf"))
     weights, row_max, rescale = weigh_scores(scores, scale, row_max, IS_EDGE)
-    row_sum = row_sum * rescale + tl.sum(weights, 1)
+    row_sum = add_weights(row_sum, rescale, weights)
     # V of what is no key of the item is 0, not what memory holds there: 0 * NaN would be NaN.
-    v_offsets = k_offsets
-    if not HAS_SAME_STRIDES:
-        v_offsets = page * stride_v_page + slot * stride_v_token
-    v_rows = v_head + v_offsets[:, None]
-    v = load_rows(v_rows + dim[None, :], is_key, HEAD_DIM, IS_EDGE)  # (BLOCK_N, BLOCK_D)
+    v = load_rows((v_head + v_offsets[:, None]) + dim[None, :], is_key, HEAD_DIM, IS_EDGE)  # (BLOCK_N, BLOCK_D)
     accumulator = dot(narrow(weights, v.dtype), v, accumulator * rescale[:, None])
     return accumulator, row_max, row_sum
 
 
 @triton.jit
-def attend_item(
-    q,
-    k_cache,
-    v_cache,
-    block_table,
+def store_rows(
+    accumulator,
+    row_max,
+    row_sum,
     out,
     lse,
     partial_out,
     partial_lse,
+    sinks,
     item,
     first_row,
     cu_seqlens_q,
-    seq_lens,
-    stride_q_token,
-    stride_q_head,
-    stride_k_page,
-    stride_k_token,
-    stride_k_head,
-    stride_v_page,
-    stride_v_token,
-    stride_v_head,
-    stride_block_table,
     stride_out_token,
     stride_out_head,
     stride_lse_token,
-    group_size,
-    page_size,
-    page_shift,
-    window_left,
-    score_scale,
-    score_cap,
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFT_CAP: tl.constexpr,
-    HAS_PAGE_SHIFT: tl.constexpr,
-    HAS_SAME_STRIDES: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
 ):
-    """Attention of one item's rows over its keys, to out and lse, or to its rows of the partials."""
-    seq_idx = tl.load(item + ITEM_SEQ_IDX)
-    kv_head = tl.load(item + ITEM_KV_HEAD)
-    row_begin = tl.load(item + ITEM_ROW_BEGIN)
-    num_rows = tl.load(item + ITEM_ROWS_AND_KIND) & NUM_ROWS_MASK
-    kv_begin = tl.load(item + ITEM_KV_BEGIN)
-    kv_end = tl.load(item + ITEM_KV_END)
-    q_begin = tl.load(cu_seqlens_q + seq_idx)
-    q_len = tl.load(cu_seqlens_q + seq_idx + 1) - q_begin
-    kv_len = tl.load(seq_lens + seq_idx)
-
-    row = first_row + tl.arange(0, BLOCK_M)
-    is_row = row < num_rows
-    dim = tl.arange(0, BLOCK_D)
-    token = (row_begin + row) // group_size
-    head = (kv_head * group_size + (row_begin + row) % group_size).to(tl.int64)
-    q_token = (q_begin + token).to(tl.int64)
-    q_rows = q + (q_token * stride_q_token + head * stride_q_head)[:, None]
-    query = load_rows(q_rows + dim[None, :], is_row, HEAD_DIM, True)  # (BLOCK_M, BLOCK_D)
-
-    # What each row sees of the item's keys, and the keys [full_begin, full_end) that all of them see.
-    last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
-    first_position = kv_len - q_len + (row_begin + first_row) // group_size
-    last_position = kv_len - q_len + (row_begin + last_row) // group_size
-    position = kv_len - q_len + token
-    row_kv_begin = tl.zeros([BLOCK_M], tl.int32)
-    row_kv_end = tl.zeros([BLOCK_M], tl.int32) + kv_end
-    walk_begin = kv_begin
-    full_begin = kv_begin
-    full_end = kv_end
-    if IS_CAUSAL:
-        row_kv_end = tl.minimum(position + 1, kv_end)
-        full_end = tl.minimum(tl.maximum(first_position + 1, kv_begin), kv_end)
-    if HAS_WINDOW:
-        row_kv_begin = tl.maximum(position - window_left, kv_begin)
-        full_begin = tl.minimum(tl.maximum(last_position - window_left, kv_begin), kv_end)
-        # Tiles start at multiples of BLOCK_N wherever the window begins, as they do without one: the splits of a plan
-        # for this kernel are multiples of it.
-        walk_begin = kv_begin // BLOCK_N * BLOCK_N
-    num_tiles = tl.cdiv(kv_end - walk_begin, BLOCK_N)
-    first_full = tl.cdiv(full_begin - walk_begin, BLOCK_N)
-    end_full = tl.maximum((full_end - walk_begin) // BLOCK_N, first_full)
-
-    block_table_row = block_table + seq_idx.to(tl.int64) * stride_block_table
-    k_head = k_cache + kv_head.to(tl.int64) * stride_k_head
-    v_head = v_cache + kv_head.to(tl.int64) * stride_v_head
-    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    # In ascending order: tiles that the window cuts, tiles that all rows see whole, tiles that the causal edge cuts.
-    for phase in tl.static_range(0 if HAS_WINDOW else 1, 3):
-        if phase == 0:
-            tile_begin, tile_end = 0, first_full
-        elif phase == 1:
-            tile_begin, tile_end = first_full, end_full
-        else:
-            tile_begin, tile_end = end_full, num_tiles
-        for tile in tl.range(tile_begin, tile_end, num_stages=NUM_STAGES):
-            accumulator, row_max, row_sum = attend_tile(
-                query, accumulator, row_max, row_sum, row_kv_begin, row_kv_end, walk_begin + tile * BLOCK_N, kv_begin,
-                kv_end, block_table_row, k_head, v_head, stride_k_page, stride_k_token, stride_v_page, stride_v_token,
-                page_size, page_shift, score_scale, score_cap, HEAD_DIM, BLOCK_N, HAS_WINDOW, HAS_SOFT_CAP,
-                HAS_PAGE_SHIFT, HAS_SAME_STRIDES, IS_EDGE=phase != 1,
-            )  # fmt: skip
-
+    """The item's rows from first_row on, normalised, to out and lse, or to its rows of the partials."""
+    row_sum = sum_rows(row_sum)
+    row = first_row + tl.arange(0, accumulator.shape[0])
+    is_whole = tl.load(item + ITEM_MERGE_IDX) < 0
+    if sinks is not None:
+        sink_head = tl.load(item + ITEM_KV_HEAD) * GROUP_SIZE + (tl.load(item + ITEM_ROW_BEGIN) + row) % GROUP_SIZE
+        end_row = tl.where(is_whole, INT32_MAX, 0)  # split rows get theirs, once, in the merge
+        sink = tl.load(sinks + sink_head, mask=row < end_row, other=-float("inf"))
+        accumulator, row_max, row_sum = absorb_sink(accumulator, row_max, row_sum, sink)
     result, lse_log2 = finish_rows(accumulator, row_max, row_sum)
-    # Read again, and volatile, or the compiler keeps what the addresses of the results are made from in registers (or
-    # spills it) all through the walk.
+    # The item is read again, and volatile: the compiler would keep what these addresses are made from in registers, or
+    # spill it, all through the walk over the keys.
     row_begin = tl.load(item + ITEM_ROW_BEGIN, volatile=True)
     num_rows = tl.load(item + ITEM_ROWS_AND_KIND, volatile=True) & NUM_ROWS_MASK
+    dim = tl.arange(0, accumulator.shape[1])
     is_row = row < num_rows
     is_value = is_row[:, None] & (dim < HEAD_DIM)[None, :]
-    if tl.load(item + ITEM_MERGE_IDX) < 0:
-        q_token = (q_begin + (row_begin + row) // group_size).to(tl.int64)
-        head = (kv_head * group_size + (row_begin + row) % group_size).to(tl.int64)
-        out_rows = out + (q_token * stride_out_token + head * stride_out_head)[:, None]
+    if is_whole:
+        first_token = tl.load(cu_seqlens_q + tl.load(item + ITEM_SEQ_IDX, volatile=True))
+        first_head = tl.load(item + ITEM_KV_HEAD, volatile=True) * GROUP_SIZE
+        token = (first_token + (row_begin + row) // GROUP_SIZE).to(tl.int64)
+        head = (first_head + (row_begin + row) % GROUP_SIZE).to(tl.int64)
+        out_rows = out + (token * stride_out_token + head * stride_out_head)[:, None]
         tl.store(out_rows + dim[None, :], narrow(result, out.dtype.element_ty), mask=is_value)
         if lse is not None:
-            tl.store(lse + q_token * stride_lse_token + head, lse_log2 * LN_2, mask=is_row)
+            tl.store(lse + token * stride_lse_token + head, lse_log2 * LN_2, mask=is_row)
     else:
         # Through L2 (.cg): another program reads these.
         partial_row = (tl.load(item + ITEM_PARTIAL_ROW) + row).to(tl.int64)
@@ -288,23 +261,131 @@ def attend_item(
 
 
 @triton.jit
+def row_positions(item, first_row, cu_seqlens_q, seq_lens, BLOCK_M: tl.constexpr, GROUP_SIZE: tl.constexpr):
+    """(positions of the item's rows from first_row on [BLOCK_M], of the first, of the last, of the slice's first)."""
+    seq_idx = tl.load(item + ITEM_SEQ_IDX, volatile=True)
+    row_begin = tl.load(item + ITEM_ROW_BEGIN, volatile=True) + first_row
+    num_rows = (tl.load(item + ITEM_ROWS_AND_KIND, volatile=True) & NUM_ROWS_MASK) - first_row
+    q_len = tl.load(cu_seqlens_q + seq_idx + 1) - tl.load(cu_seqlens_q + seq_idx)
+    slice_begin = tl.load(seq_lens + seq_idx) - q_len
+    last_row = row_begin + tl.minimum(num_rows, BLOCK_M) - 1
+    position = slice_begin + (row_begin + tl.arange(0, BLOCK_M)) // GROUP_SIZE
+    first_position = slice_begin + row_begin // GROUP_SIZE
+    return position, first_position, slice_begin + last_row // GROUP_SIZE, slice_begin
+
+
+@triton.jit
+def attend_item(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    alibi_slopes,
+    tree_mask,
+    item,
+    first_row,
+    cu_seqlens_q,
+    seq_lens,
+    stride_q_token,
+    stride_q_head,
+    stride_k_head,
+    stride_v_head,
+    stride_block_table,
+    stride_alibi_seq,
+    score_scale,
+    score_cap,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    K_STRIDES: tl.constexpr,
+    V_STRIDES: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    WINDOW_LEFT: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+):
+    """(accumulator, row_max, row_sum) of the item's rows [first_row, first_row + BLOCK_M) over its keys."""
+    seq_idx = tl.load(item + ITEM_SEQ_IDX)
+    kv_head = tl.load(item + ITEM_KV_HEAD)
+    row = tl.load(item + ITEM_ROW_BEGIN) + first_row + tl.arange(0, BLOCK_M)
+    num_rows = tl.load(item + ITEM_ROWS_AND_KIND) & NUM_ROWS_MASK
+    is_row = first_row + tl.arange(0, BLOCK_M) < num_rows
+    token = (tl.load(cu_seqlens_q + seq_idx) + row // GROUP_SIZE).to(tl.int64)
+    head = (kv_head * GROUP_SIZE + row % GROUP_SIZE).to(tl.int64)
+    q_rows = q + (token * stride_q_token + head * stride_q_head)[:, None]
+    query = load_rows(q_rows + tl.arange(0, BLOCK_D)[None, :], is_row, HEAD_DIM, True)  # (BLOCK_M, BLOCK_D)
+
+    block_table_row = block_table + seq_idx.to(tl.int64) * stride_block_table
+    k_head = k_cache + kv_head.to(tl.int64) * stride_k_head
+    v_head = v_cache + kv_head.to(tl.int64) * stride_v_head
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    row_sum = new_row_sum(BLOCK_M, BLOCK_N)
+    row_slope = None
+    if alibi_slopes is not None:
+        slopes = alibi_slopes + seq_idx.to(tl.int64) * stride_alibi_seq
+        row_slope = tl.load(slopes + head) * LOG2_E
+    row_word = None
+    if tree_mask is not None:
+        row_word = tl.load(tree_mask + token, mask=is_row, other=0)
+    # First the tiles that all rows see whole, then those that the window or the causal edge cuts or that reach out of
+    # the item. The bounds are made for each walk anew, from memory, so that the first holds nothing for the second.
+    for is_edge in tl.static_range(2):
+        kv_begin = tl.load(item + ITEM_KV_BEGIN, volatile=True)
+        kv_end = tl.load(item + ITEM_KV_END, volatile=True)
+        position, first_position, last_position, slice_begin = row_positions(
+            item, first_row, cu_seqlens_q, seq_lens, BLOCK_M, GROUP_SIZE
+        )
+        full_begin = kv_begin
+        full_end = kv_end
+        row_kv_end = tl.zeros([BLOCK_M], tl.int32) + kv_end
+        if WINDOW_LEFT is not None:
+            full_begin = tl.minimum(tl.maximum(last_position - WINDOW_LEFT, kv_begin), kv_end)
+        if IS_CAUSAL:
+            row_kv_end = tl.minimum(position + 1, kv_end)
+            full_end = tl.minimum(first_position + 1, kv_end)
+        if tree_mask is not None:
+            # All see whatever is before the slice, and what is 64 or more before the first of them.
+            full_end = tl.minimum(full_end, tl.maximum(slice_begin, first_position + 1 - TREE_MASK_BITS))
+            row_kv_end = tl.where(is_row, row_kv_end, 0)  # or rows past the last would see what the tree hides from all
+        # Tiles start at multiples of BLOCK_N wherever the item's keys do, so that none straddles a page it need not.
+        first_full = tl.cdiv(full_begin, BLOCK_N)
+        num_full = tl.maximum(full_end // BLOCK_N - first_full, 0)
+        begin = kv_begin // BLOCK_N if is_edge else first_full
+        end = tl.cdiv(kv_end, BLOCK_N) - num_full if is_edge else first_full + num_full
+        for tile in tl.range(begin, end, num_stages=NUM_STAGES):
+            if is_edge:
+                tile += tl.where(tile < first_full, 0, num_full)
+            accumulator, row_max, row_sum = attend_tile(
+                query, accumulator, row_max, row_sum, position, row_kv_end, row_slope, row_word, slice_begin,
+                tile * BLOCK_N, kv_begin, kv_end, block_table_row, k_head, v_head, score_scale, score_cap, HEAD_DIM,
+                BLOCK_N, PAGE_SIZE, K_STRIDES, V_STRIDES, IS_CAUSAL, WINDOW_LEFT, HAS_SOFT_CAP, IS_EDGE=is_edge == 1,
+            )  # fmt: skip
+    return accumulator, row_max, row_sum
+
+
+@triton.jit
 def merge_item(
     out,
     lse,
     partial_out,
     partial_lse,
+    sinks,
     merge,
     cu_seqlens_q,
     stride_out_token,
     stride_out_head,
     stride_lse_token,
-    group_size,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
 ):
     """The partials of all splits of some rows, in split order, to out and lse."""
     first_token = tl.load(cu_seqlens_q + tl.load(merge + MERGE_SEQ_IDX))
-    first_head = tl.load(merge + MERGE_KV_HEAD) * group_size
+    first_head = tl.load(merge + MERGE_KV_HEAD) * GROUP_SIZE
     row_begin = tl.load(merge + MERGE_ROW_BEGIN)
     num_rows = tl.load(merge + MERGE_NUM_ROWS)
     first_partial_row = tl.load(merge + MERGE_PARTIAL_ROW)
@@ -328,9 +409,11 @@ def merge_item(
                 cache_modifier=".cg",
             )  # (MERGE_BLOCK_ROWS, BLOCK_D)
             accumulator, row_max, row_sum = absorb_state(accumulator, row_max, row_sum, split_out, split_lse)
+        token = (first_token + (row_begin + row) // GROUP_SIZE).to(tl.int64)
+        head = (first_head + (row_begin + row) % GROUP_SIZE).to(tl.int64)
+        if sinks is not None:
+            accumulator, row_max, row_sum = absorb_sink(accumulator, row_max, row_sum, tl.load(sinks + head))
         result, lse_log2 = finish_rows(accumulator, row_max, row_sum)
-        token = (first_token + (row_begin + row) // group_size).to(tl.int64)
-        head = (first_head + (row_begin + row) % group_size).to(tl.int64)
         out_rows = out + (token * stride_out_token + head * stride_out_head)[:, None]
         tl.store(out_rows + dim[None, :], narrow(result, out.dtype.element_ty), mask=is_row[:, None] & is_dim)
         if lse is not None:
@@ -346,6 +429,9 @@ def mixed_attention_kernel(
     seq_lens,
     block_table,
     plan_words,
+    alibi_slopes,
+    sinks,
+    tree_mask,
     out,
     lse,
     partial_out,
@@ -353,20 +439,13 @@ def mixed_attention_kernel(
     tickets,
     stride_q_token,
     stride_q_head,
-    stride_k_page,
-    stride_k_token,
     stride_k_head,
-    stride_v_page,
-    stride_v_token,
     stride_v_head,
     stride_block_table,
+    stride_alibi_seq,
     stride_out_token,
     stride_out_head,
     stride_lse_token,
-    group_size,
-    page_size,
-    page_shift,
-    window_left,
     score_scale,
     score_cap,
     HEAD_DIM: tl.constexpr,
@@ -374,33 +453,39 @@ def mixed_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    K_STRIDES: tl.constexpr,
+    V_STRIDES: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    WINDOW_LEFT: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
-    HAS_PAGE_SHIFT: tl.constexpr,
-    HAS_SAME_STRIDES: tl.constexpr,
 ):
-    """Draws items of the plan until none is left; BLOCK_M holds the rows of each tile kind."""
+    """Draws items of the plan until none is left; BLOCK_M, BLOCK_N and NUM_STAGES have an entry for each tile."""
     num_items = tl.load(plan_words + HEADER_NUM_ITEMS)
     items = plan_words + HEADER_WORDS
     merges = items + tl.load(plan_words + HEADER_CAPACITY_ITEMS).to(tl.int64) * ITEM_WORDS
     item_idx = tl.atomic_add(tickets, 1, sem="relaxed")
-    # Hoisting out of this loop would hold every kind's thread offsets in registers at once: spills for a few additions.
+    # Hoisting out of this loop would hold every tile's thread offsets in registers at once: spills for a few additions.
     while tl.condition(item_idx < num_items, disable_licm=True):
         item = items + item_idx.to(tl.int64) * ITEM_WORDS
         num_rows = tl.load(item + ITEM_ROWS_AND_KIND) & NUM_ROWS_MASK
-        item_kind = tl.load(item + ITEM_ROWS_AND_KIND) >> KIND_SHIFT
-        for kind in tl.static_range(NUM_KINDS):
-            if item_kind == kind:
-                # Once, but where tiles.py had to choose fewer rows than the plan's kind has.
-                for first_row in tl.range(0, num_rows, BLOCK_M[kind], num_stages=1, disable_licm=True):
-                    attend_item(
-                        q, k_cache, v_cache, block_table, out, lse, partial_out, partial_lse, item, first_row,
-                        cu_seqlens_q, seq_lens, stride_q_token, stride_q_head, stride_k_page, stride_k_token,
-                        stride_k_head, stride_v_page, stride_v_token, stride_v_head, stride_block_table,
-                        stride_out_token, stride_out_head, stride_lse_token, group_size, page_size, page_shift,
-                        window_left, score_scale, score_cap, HEAD_DIM, BLOCK_D, BLOCK_M[kind], BLOCK_N, NUM_STAGES,
-                        IS_CAUSAL, HAS_WINDOW, HAS_SOFT_CAP, HAS_PAGE_SHIFT, HAS_SAME_STRIDES,
+        for tile in tl.static_range(len(BLOCK_M)):
+            # The smallest tile that holds the rows; more than the largest holds are walked in turns.
+            most_rows = BLOCK_M[tile] if tile > 0 else NUM_ROWS_MASK
+            too_few_rows = BLOCK_M[tile + 1] if tile + 1 < len(BLOCK_M) else 0
+            if (num_rows <= most_rows) & (num_rows > too_few_rows):
+                for first_row in tl.range(0, num_rows, BLOCK_M[tile], num_stages=1, disable_licm=True):
+                    accumulator, row_max, row_sum = attend_item(
+                        q, k_cache, v_cache, block_table, alibi_slopes, tree_mask, item, first_row, cu_seqlens_q,
+                        seq_lens, stride_q_token, stride_q_head, stride_k_head, stride_v_head, stride_block_table,
+                        stride_alibi_seq, score_scale, score_cap, HEAD_DIM, BLOCK_D, BLOCK_M[tile], BLOCK_N[tile],
+                        NUM_STAGES[tile], GROUP_SIZE, PAGE_SIZE, K_STRIDES, V_STRIDES, IS_CAUSAL, WINDOW_LEFT,
+                        HAS_SOFT_CAP,
+                    )  # fmt: skip
+                    store_rows(
+                        accumulator, row_max, row_sum, out, lse, partial_out, partial_lse, sinks, item, first_row,
+                        cu_seqlens_q, stride_out_token, stride_out_head, stride_lse_token, HEAD_DIM, GROUP_SIZE,
                     )  # fmt: skip
         merge_idx = tl.load(item + ITEM_MERGE_IDX)
         if merge_idx >= 0:
@@ -411,8 +496,8 @@ def mixed_attention_kernel(
             tl.debug_barrier()
             if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.load(merge + MERGE_NUM_SPLITS) - 1:
                 merge_item(
-                    out, lse, partial_out, partial_lse, merge, cu_seqlens_q, stride_out_token, stride_out_head,
-                    stride_lse_token, group_size, HEAD_DIM, BLOCK_D,
+                    out, lse, partial_out, partial_lse, sinks, merge, cu_seqlens_q, stride_out_token, stride_out_head,
+                    stride_lse_token, HEAD_DIM, BLOCK_D, GROUP_SIZE,
                 )  # fmt: skip
                 tl.store(ticket, 0)  # for the next launch: in this one nobody draws it again
         item_idx = tl.atomic_add(tickets, 1, sem="relaxed")
@@ -439,6 +524,9 @@ def mixed_attention(
     causal: bool,
     window_left: int | None,
     soft_cap: float | None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     num_programs: int | None = None,
 ) -> None:
     """Runs the items of a plan, and the merges of its split rows, in one launch; writes every row of out and lse.
@@ -458,18 +546,20 @@ def mixed_attention(
         tickets: [at least 1 + the plan's num_merges] int32, zeros; zeros again when the launch has ended. Two launches
             that may overlap need one each, as of the partials.
         softmax_scale: > 0. window_left, soft_cap: None for off.
-        num_programs: of the grid; None for one per SM.
+        alibi_slopes: [num_q_heads] or [num_seqs, num_q_heads] float32; sinks: [num_q_heads] float32; tree_mask:
+            [total_q] int64; as for ``ops.attention``, None for off.
+        num_programs: of the grid; None for as many as the SMs hold at once.
     """
     total_q, num_q_heads, head_dim = q.shape
     if total_q == 0:
         return
     page_size, num_kv_heads = k_cache.shape[1:3]
-    tiles = choose_tiles(head_dim, q.element_size(), _capability(q.device))
-    has_page_shift = page_size & (page_size - 1) == 0
+    has_row_terms = alibi_slopes is not None or tree_mask is not None
+    tiles = choose_tiles(head_dim, q.element_size(), _capability(q.device), has_row_terms=has_row_terms)
     # In units of log2, so that the kernel's only exponential is exp2; with a cap, tanh's argument is doubled for exp.
-    score_scale = softmax_scale * LOG2_E if soft_cap is None else 2.0 * softmax_scale * LOG2_E / soft_cap
+    score_scale = softmax_scale * LOG2_E.value if soft_cap is None else 2.0 * softmax_scale * LOG2_E.value / soft_cap
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        mixed_attention_kernel[(num_programs or _num_programs(q.device),)](
+        mixed_attention_kernel[(num_programs or tiles.programs_per_sm * _num_sms(q.device),)](
             q,
             k_cache,
             v_cache,
@@ -477,6 +567,9 @@ def mixed_attention(
             seq_lens,
             block_table,
             plan_words,
+            alibi_slopes,
+            sinks,
+            tree_mask,
             out,
             lse,
             partial_out,
@@ -484,40 +577,36 @@ def mixed_attention(
             tickets,
             q.stride(0),
             q.stride(1),
-            k_cache.stride(0),
-            k_cache.stride(1),
             k_cache.stride(2),
-            v_cache.stride(0),
-            v_cache.stride(1),
             v_cache.stride(2),
             block_table.stride(0),
+            0 if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes.stride(0),
             out.stride(0),
             out.stride(1),
             0 if lse is None else lse.stride(0),
-            num_q_heads // num_kv_heads,
-            page_size,
-            page_size.bit_length() - 1,
-            window_left or 0,
             score_scale,
-            (soft_cap or 0.0) * LOG2_E,
+            (soft_cap or 0.0) * LOG2_E.value,
             HEAD_DIM=head_dim,
             BLOCK_D=tiles.block_d,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
             NUM_STAGES=tiles.num_stages,
+            GROUP_SIZE=num_q_heads // num_kv_heads,
+            PAGE_SIZE=page_size,
             IS_CAUSAL=causal,
-            HAS_WINDOW=window_left is not None,
+            WINDOW_LEFT=window_left,
             HAS_SOFT_CAP=soft_cap is not None,
-            HAS_PAGE_SHIFT=has_page_shift,
-            HAS_SAME_STRIDES=k_cache.stride() == v_cache.stride(),
+            K_STRIDES=k_cache.stride()[:2],
+            V_STRIDES=v_cache.stride()[:2],
             num_warps=tiles.num_warps,
+            maxnreg=tiles.max_registers,
             enable_fp_fusion=True,
         )
 
 
 INTERPRETED_CAPABILITY = (9, 0)
 """The interpreter runs the tiles of an H100."""
-INTERPRETED_PROGRAMS = 2
+INTERPRETED_SMS = 1
 """The interpreter runs one program after the other: the first draws all items, the last resets the counter."""
 
 
@@ -527,7 +616,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @functools.cache
-def _num_programs(device: torch.device) -> int:
+def _num_sms(device: torch.device) -> int:
     if device.type != "cuda":
-        return INTERPRETED_PROGRAMS
+        return INTERPRETED_SMS
     return torch.cuda.get_device_properties(device).multi_processor_count

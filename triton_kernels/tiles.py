@@ -1,4 +1,7 @@
-"""Which tiles the Triton attention kernel runs: one pure function from head, element and architecture."""
+"""Which tiles the Triton attention kernel runs: one pure function from head, element and architecture.
+
+No speed has been measured. The choices rest on what the compilers make of them (bench/static, with the numbers).
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,10 @@ PLAN_BLOCK_ROWS = (128, 64, 16)
 
 128 rows are one wgmma of 64 for each of two warpgroups; 16 are the rows of one mma.sync.
 """
-BLOCK_ROWS = (PLAN_BLOCK_ROWS, (64, 64, 16), (32, 32, 16), (16, 16, 16))
-"""What the kernel may run them in: an item of more rows than its tile is walked more than once."""
 MAX_FLOAT32_BLOCK_ROWS = 64
 """A float32 product is three of tf32, from operands split in two: with 128 rows it spills kilobytes."""
 NUM_WARPS = 8
-"""Two warpgroups: with one, the large kind's sums alone take 128 of a thread's 255 registers at head_dim 128."""
+"""Two warpgroups: with one, the large tile's sums alone take 128 of a thread's 255 registers at head_dim 128."""
 
 KIB = 1024
 SHARED_BYTES = {
@@ -29,11 +30,14 @@ SHARED_BYTES = {
 }
 """The most shared memory of one program by compute capability. Source: CUDA C++ programming guide, table of technical
 specifications per compute capability. Others from 8.0 on are taken to have the least of these."""
+HALF_OF_REGISTERS = 128
+"""Per thread, where two programs of 8 warps share an SM's 65,536."""
 
-MAX_BLOCK_N = 64
-"""128 keys would fit shared memory too, but spill registers (sm_90, head_dim 64 and 128)."""
-MAX_TILE_ELEMENTS = 64 * 128
-"""Of a K or V tile: at head_dim 256 a tile of 64 keys spills registers on sm_90, one of 32 does not."""
+MAX_BLOCK_N = (64, 128)
+"""Keys per tile of many rows and of few. The few: a turn costs them what their scores hardly matter to, so that twice
+the keys are nearly half the instructions; more than 128 would straddle the splits of a plan."""
+MAX_TILE_ELEMENTS = 64 * 256
+"""Of a K or V tile."""
 MIN_BLOCK_N = 16
 """The least that a product of tiles takes."""
 
@@ -43,39 +47,53 @@ class TileChoice:
     """How one compiled kernel is cut up.
 
     Args:
-        block_m: rows of a tile of the large, medium and small kind.
+        block_m: rows of a tile, descending; an item runs in the smallest that holds its rows.
+        block_n: keys of a K or V tile, for each of block_m.
+        num_stages: of the software pipeline over K and V tiles, for each of block_m. 2: the next tile is on its way
+            while one is in use, its page ids read just before. (With 3 they too would go through the pipeline, and
+            shared memory, at the cost of 70 instructions per tile of 128 rows.)
         block_d: head_dim rounded up to a power of two, at least 16; the columns of every tile.
-        block_n: keys per KV tile.
-        num_stages: of the software pipeline over KV tiles. Page ids, then K and V, are (num_stages - 1) / 2 tiles ahead
-            of what they are needed for: 3 for one, 5 for two.
         num_warps: warps of a program.
+        programs_per_sm: how many programs of these share an SM.
+        max_registers: per thread, what the compiler must do with; None for no bound.
     """
 
-    block_m: tuple[int, int, int]
+    block_m: tuple[int, ...]
+    block_n: tuple[int, ...]
+    num_stages: tuple[int, ...]
     block_d: int
-    block_n: int
-    num_stages: int
     num_warps: int
+    programs_per_sm: int
+    max_registers: int | None
 
 
 def shared_bytes(tiles: TileChoice, element_bytes: int, capability: tuple[int, int]) -> int:
-    """Shared memory that a program takes, at most: Q, the tiles of K and V in flight and the one in use, page ids."""
-    num_kv_tiles = 2 * ((tiles.num_stages - 1) // 2 + 1)
-    if element_bytes == 4 and capability[0] in (9, 10):
-        num_kv_tiles += 4  # wgmma and tcgen05 read from shared memory: K and V in use, each split into two tf32
+    """Shared memory that a program takes, at most: Q, the tiles of K and V in flight and in use, weights, results."""
     row_bytes = tiles.block_d * element_bytes
-    page_id_bytes = 4 * tiles.block_n * tiles.num_stages
-    barrier_bytes = KIB  # tcgen05's and alignment; fewer elsewhere
-    walk = (tiles.block_m[0] + num_kv_tiles * tiles.block_n) * row_bytes + page_id_bytes + barrier_bytes
-    float32_result = tiles.block_m[0] * tiles.block_d * 4  # after the walk, on its way to coalesced stores
-    return max(walk, float32_result)
+    most = 0
+    for block_m, block_n, num_stages in zip(tiles.block_m, tiles.block_n, tiles.num_stages, strict=True):
+        num_kv_tiles = 2 * num_stages
+        if element_bytes == 4 and capability[0] in (9, 10):
+            num_kv_tiles += 4  # wgmma and tcgen05 read from shared memory: K and V in use, each split into two tf32
+        if block_m < 64 or capability[0] not in (9, 10):
+            num_kv_tiles -= 2  # mma.sync has its operands in registers: a tile in use is in shared memory no more
+        walk = (block_m + num_kv_tiles * block_n) * row_bytes
+        weights = block_m * block_n * element_bytes  # on their way from one product's layout to the next's
+        float32_result = block_m * tiles.block_d * 4  # after the walk, on its way to coalesced stores
+        most = max(most, walk + weights, float32_result)
+    return most + KIB  # tcgen05's barriers and alignment; fewer elsewhere
 
 
-def choose_tiles(head_dim: int, element_bytes: int, capability: tuple[int, int]) -> TileChoice:
+def choose_tiles(
+    head_dim: int, element_bytes: int, capability: tuple[int, int], *, has_row_terms: bool = False
+) -> TileChoice:
     """The tiles for this head size and element size on a GPU of this compute capability.
 
-    Of what shared memory holds: the most rows, then the most keys per tile, then the deepest pipeline.
+    Of what shared memory holds: the most rows, then the most keys per tile.
 
+    Args:
+        has_row_terms: whether rows take ALiBi slopes or words of a tree mask along: with half of the registers they
+            spill (888 bytes on sm_90 at head_dim 128).
     Raises:
         NotImplementedError: the capability is below 8.0, which has no asynchronous copies, or the head is too large.
     """
@@ -85,15 +103,26 @@ def choose_tiles(head_dim: int, element_bytes: int, capability: tuple[int, int])
         )
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
     block_d = max(16, 1 << (head_dim - 1).bit_length())
-    for block_m in BLOCK_ROWS:
-        if element_bytes == 4 and block_m[0] > MAX_FLOAT32_BLOCK_ROWS:
+    # wgmma's operands are in shared memory, which leaves registers for a second program; elsewhere it would spill.
+    is_shared = capability[0] == 9 and element_bytes == 2 and block_d <= 128 and not has_row_terms
+    most_keys = MAX_TILE_ELEMENTS // block_d // (element_bytes // 2)
+    for block_m in (128, 64, 32, 16):
+        if element_bytes == 4 and block_m > MAX_FLOAT32_BLOCK_ROWS:
             continue
-        block_n = min(MAX_BLOCK_N, MAX_TILE_ELEMENTS // block_d)
+        block_n = min(MAX_BLOCK_N[0], most_keys)
         while block_n >= MIN_BLOCK_N:
-            for num_stages in (5, 3):
-                tiles = TileChoice(block_m, block_d, block_n, num_stages, NUM_WARPS)
-                if shared_bytes(tiles, element_bytes, capability) <= limit:
-                    return tiles
+            tiles = TileChoice(
+                block_m=(block_m, 16),
+                block_n=(block_n, min(MAX_BLOCK_N[1], most_keys, 2 * block_n)),
+                num_stages=(2, 2),
+                block_d=block_d,
+                num_warps=NUM_WARPS,
+                programs_per_sm=2 if is_shared else 1,
+                max_registers=HALF_OF_REGISTERS if is_shared else None,
+            )
+            # An SM has what one program may have at most, and for each program a KiB that the system takes.
+            if tiles.programs_per_sm * (shared_bytes(tiles, element_bytes, capability) + KIB) <= limit + KIB:
+                return tiles
             block_n //= 2
     raise NotImplementedError(
         f"head_dim {head_dim} with {element_bytes}-byte elements does not fit the {limit // KIB} KiB of shared memory "

@@ -320,6 +320,9 @@ def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, o
         causal=call.causal,
         window_left=call.window_left,
         soft_cap=call.soft_cap,
+        alibi_slopes=call.alibi_slopes,
+        sinks=call.sinks,
+        tree_mask=call.tree_mask,
     )
 
 

@@ -16,18 +16,18 @@ import torch
 
 import mixattn
 from mixattn.ops.plan import cpu_hardware
-from tests.cases import CASES, KvFormat, assert_attention_close, make_inputs
+from tests.cases import CASES, SCORE_CASES, KvFormat, assert_attention_close, make_inputs
 
 
 def run(case_id, hardware=None):
-    case = next(c for c in CASES if c.id == case_id)
+    case = next(c for c in CASES + SCORE_CASES if c.id == case_id)
     inputs = make_inputs(case, torch.bfloat16)
     plan = None
     if hardware is not None:
         plan = mixattn.plan(inputs.cu_seqlens_q, inputs.seq_lens, **case.plan_options, hardware=hardware)
     out, lse = mixattn.attention(
-        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **case.options, plan=plan, return_lse=True,
-        backend="triton",
+        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **inputs.score_tensors, **case.options,
+        plan=plan, return_lse=True, backend="triton",
     )
     assert_attention_close(case, inputs, out, lse)
     return plan
@@ -39,21 +39,16 @@ run("empty-slices-between")
 run("no-sequences")
 plan = run("soft-cap-window-splits", dataclasses.replace(cpu, num_workers=64, item_overhead_s=0.0))
 assert plan.num_merges > 0
+assert run("scores-tree-beside-chunk-and-decodes") is None
 inputs = make_inputs(CASES[0], torch.bfloat16)
-for name, value in (
-    ("alibi_slopes", torch.zeros(8)),
-    ("sinks", torch.zeros(8)),
-    ("tree_mask", torch.zeros(1, dtype=torch.int64)),
-    ("invariant", True),
-):
-    try:
-        mixattn.attention(
-            inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, backend="triton", **{name: value}
-        )
-    except NotImplementedError as error:
-        assert str(error).startswith(f"{name} is not supported by backend 'triton'; backends that have it: "), error
-    else:
-        raise AssertionError(f"the Triton kernel has no {name} and ran")
+try:
+    mixattn.attention(
+        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, backend="triton", invariant=True
+    )
+except NotImplementedError as error:
+    assert str(error).startswith("invariant is not supported by backend 'triton'; backends that have it: "), error
+else:
+    raise AssertionError("the Triton kernel has no invariant and ran")
 int8 = make_inputs(CASES[0], torch.bfloat16, kv=KvFormat(torch.int8, "token"))
 try:
     mixattn.attention(int8.q, int8.k_cache, int8.v_cache, **int8.index_tensors, **int8.scales, backend="triton")

@@ -65,6 +65,7 @@ class AttentionRun:
             self.partial_lse,
             self.tickets,
             **options,
+            **inputs.score_tensors,
             num_programs=num_programs,
         )
 

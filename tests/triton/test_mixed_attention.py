@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import CASES, AttentionCase, AttentionInputs, assert_attention_close, make_inputs
+from tests.cases import CASES, SCORE_CASES, AttentionCase, AttentionInputs, assert_attention_close, make_inputs
 from tests.triton.attention_run import AttentionRun, prepare
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,6 +33,15 @@ def test_mixed_attention_named_case_is_within_twice_eager(
     inputs = make_inputs(case, dtype)
     run = prepare(case, dtype, device, inputs=inputs)
     assert run.work_plan.num_merges > 0 or case.num_workers is None, "the case is to force splits"
+    run.launch()
+    check(run, inputs)
+
+
+@pytest.mark.parametrize("case", SCORE_CASES, ids=lambda case: case.id)
+def test_mixed_attention_score_option_is_within_twice_eager(case: AttentionCase, device: torch.device) -> None:
+    # In one dtype, the strictest: scores are float32 whatever that of q and K is.
+    inputs = make_inputs(case, torch.float32)
+    run = prepare(case, torch.float32, device, inputs=inputs)
     run.launch()
     check(run, inputs)
 

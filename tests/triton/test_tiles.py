@@ -14,22 +14,33 @@ from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS, SHARED_BYTES, TileChoi
 HEAD_DIMS = range(8, 257, 8)
 
 
+def is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
 @pytest.mark.parametrize("capability", [*SHARED_BYTES, (11, 0)])
 def test_choose_tiles_every_supported_head_fits_shared_memory(capability: tuple[int, int]) -> None:
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
     for head_dim, element_bytes in itertools.product(HEAD_DIMS, (2, 4)):
         tiles = choose_tiles(head_dim, element_bytes, capability)
-        assert tiles.block_d >= max(head_dim, 16) and tiles.block_d & (tiles.block_d - 1) == 0
-        assert tiles.block_d < 2 * max(head_dim, 9)
-        assert all(rows <= most for rows, most in zip(tiles.block_m, PLAN_BLOCK_ROWS, strict=True))
-        assert tiles.block_n >= 16 and tiles.block_n & (tiles.block_n - 1) == 0
-        assert shared_bytes(tiles, element_bytes, capability) <= limit
+        assert max(head_dim, 16) <= tiles.block_d < 2 * max(head_dim, 9)
+        assert tiles.block_m[0] <= PLAN_BLOCK_ROWS[0] and tiles.block_m == tuple(sorted(tiles.block_m, reverse=True))
+        assert all(is_power_of_two(size) and size >= 16 for size in (tiles.block_d, *tiles.block_m, *tiles.block_n))
+        assert tiles.programs_per_sm * (shared_bytes(tiles, element_bytes, capability) + 1024) <= limit + 1024
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
-def test_choose_tiles_head_dim_128_bfloat16_keeps_two_tiles_in_flight(capability: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("capability", "programs_per_sm", "max_registers"), [((8, 0), 1, None), ((9, 0), 2, 128)])
+def test_choose_tiles_head_dim_128_bfloat16_is_what_the_contracts_measure(
+    capability: tuple[int, int], programs_per_sm: int, max_registers: int | None
+) -> None:
     assert choose_tiles(128, 2, capability) == TileChoice(
-        block_m=PLAN_BLOCK_ROWS, block_d=128, block_n=64, num_stages=5, num_warps=8
+        block_m=(128, 16),
+        block_n=(64, 128),
+        num_stages=(2, 2),
+        block_d=128,
+        num_warps=8,
+        programs_per_sm=programs_per_sm,
+        max_registers=max_registers,
     )
 
 
@@ -38,7 +49,8 @@ def test_choose_tiles_fit_the_plans_of_the_gpu(hardware: Hardware) -> None:
     assert hardware.block_rows == PLAN_BLOCK_ROWS
     for capability, head_dim in itertools.product(SHARED_BYTES, HEAD_DIMS):
         # Otherwise the first tile of a split would not start where an unsplit walk has a tile start.
-        assert hardware.split_tokens % choose_tiles(head_dim, 2, capability).block_n == 0
+        for block_n in choose_tiles(head_dim, 2, capability).block_n:
+            assert hardware.split_tokens % block_n == 0
 
 
 def test_choose_tiles_before_ampere_is_refused() -> None:
