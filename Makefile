@@ -52,6 +52,7 @@ format: env
 bench: build
 	$(PY) -m bench.kernels.bench_plan
 	$(PY) -m bench.kernels.bench_mixed_attention
+	$(PY) -m bench.kernels.bench_attention_options
 	$(PY) -m bench.serving.bench_scheduler
 	$(PY) -m bench.serving.bench_offline $(MODEL)
 
