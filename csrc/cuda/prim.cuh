@@ -27,8 +27,8 @@
 #else
 #include "emu/emu.h"
 
-#define MX_DEVICE static inline
-#define MX_KERNEL static void
+#define MX_DEVICE inline
+#define MX_KERNEL inline void
 #define MX_LAUNCH_BOUNDS(threads, blocks_per_sm)
 #define MX_GRID_CONSTANT
 #define MX_UNROLL

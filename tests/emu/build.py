@@ -23,12 +23,12 @@ EMULATOR = sorted((ROOT / "csrc" / "emu").glob("*.cpp"))
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 
 
-def ninja_file(targets: Sequence[tuple[str, Sequence[Path]]], includes: Sequence[Path]) -> str:
-    """The text of build.ninja: modules by name, each of its sources and the emulator."""
-    paths = [ROOT / "csrc", *includes, Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"])]
+def ninja_file(name: str, sources: Sequence[Path], includes: Sequence[Path]) -> str:
+    """The text of build.ninja that makes a module of its sources and the emulator. ``includes`` are searched first."""
+    paths = [*includes, ROOT / "csrc", Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"])]
     lines = [
         f"cxx = {os.environ.get('CXX', 'g++')}",
-        f"flags = {' '.join(FLAGS)} {' '.join(f'-I{path}' for path in paths)}",
+        f"flags = {' '.join(FLAGS)} -DMODULE_NAME={name} {' '.join(f'-I{path}' for path in paths)}",
         "rule compile",
         "  command = $cxx -MD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
@@ -36,13 +36,11 @@ def ninja_file(targets: Sequence[tuple[str, Sequence[Path]]], includes: Sequence
         "rule link",
         "  command = $cxx -shared $in -o $out",
     ]
-    objects: dict[Path, str] = {}
-    for name, sources in targets:
-        for source in [*EMULATOR, *sources]:
-            if source not in objects:
-                objects[source] = f"{source.parent.name}_{source.name}.o"
-                lines.append(f"build {objects[source]}: compile {source}")
-        lines.append(f"build {name}.so: link {' '.join(objects[source] for source in [*EMULATOR, *sources])}")
+    objects = []
+    for source in [*EMULATOR, *sources]:
+        objects.append(f"{source.parent.name}_{source.name}.o")
+        lines.append(f"build {objects[-1]}: compile {source}")
+    lines.append(f"build {name}.so: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
@@ -58,7 +56,7 @@ def build(name: str, sources: Sequence[Path], includes: Sequence[Path] = ()) -> 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        file, text = folder / "build.ninja", ninja_file([(name, sources)], includes)
+        file, text = folder / "build.ninja", ninja_file(name, sources, includes)
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
         result = subprocess.run([ninja, "-C", folder], capture_output=True, text=True, check=False)

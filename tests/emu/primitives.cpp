@@ -70,6 +70,6 @@ std::pair<uint64_t, uint64_t> run(const std::string& kernel, Words in, Words out
 
 }  // namespace
 
-PYBIND11_MODULE(emulated_primitives, m) {
+PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("run", &run);
 }
