@@ -22,21 +22,48 @@ namespace cuda {
 constexpr int kNumWarps = 4;
 constexpr int kNumThreads = kNumWarps * mx::kWarpSize;
 
-// Shared memory of a block: two words for what one thread drew, then what attend_item needs.
-constexpr uint32_t kDrawnItemByte = 0;
-constexpr uint32_t kDrawnTicketByte = 4;
-constexpr uint32_t kControlBytes = 256;
+// The first words of a block's shared memory: what thread 0 drew, and the item that this is. Every thread reads them
+// again wherever it needs them: in registers they would be spilled by the walk over the keys.
+enum ControlWord : uint32_t {
+  kItemIdx,
+  kTicket,
+  // As in WorkItem.
+  kSeqIdx,
+  kKvHead,
+  kRowBegin,
+  kNumRows,
+  kTileKindOf,
+  kKvBegin,
+  kKvEnd,
+  kMergeIdx,
+  kPartialRow,
+  kFirstToken,  // the slice's first row of q
+  kContext,     // keys before the slice's first row: its position
+  // All rows see all keys of [kFullBegin, kFullEnd); tiles that are not inside need masks.
+  kFullBegin,
+  kFullEnd,
+};
+constexpr uint32_t kControlBytes = 256;  // a multiple of every row of a tile
 
-MX_DEVICE int warp_idx() {
-  return mx::thread_idx() / mx::kWarpSize;
+MX_DEVICE int32_t control(ControlWord word) {
+  return mx::ld_shared(mx::shared_base() + word * sizeof(int32_t));
 }
-MX_DEVICE int lane_idx() {
-  return mx::thread_idx() % mx::kWarpSize;
+MX_DEVICE void set_control(ControlWord word, int32_t value) {
+  mx::st_shared(mx::shared_base() + word * sizeof(int32_t), value);
 }
 
-MX_DEVICE int32_t min(int32_t a, int32_t b) {
-  return a < b ? a : b;
+struct Thread {
+  int idx;
+  int warp;
+  int lane;
+};
+
+// Read anew for every item: hoisted out of the loop over items, every kind's addresses would be in registers at once.
+MX_DEVICE Thread this_thread() {
+  const int idx = mx::thread_idx();
+  return {idx, idx / mx::kWarpSize, idx % mx::kWarpSize};
 }
+
 MX_DEVICE int32_t clamp(int32_t value, int32_t low, int32_t high) {
   return value < low ? low : (value > high ? high : value);
 }
@@ -57,9 +84,9 @@ struct RowPlace {
   int32_t head;
 };
 
-MX_DEVICE RowPlace place_row(const LaunchParams& p, int32_t seq_idx, int32_t kv_head, int32_t packed_row) {
-  return {int64_t{p.call.cu_seqlens_q[seq_idx]} + packed_row / p.group_size,
-          kv_head * p.group_size + packed_row % p.group_size};
+// first_token: of the slice.
+MX_DEVICE RowPlace place_row(const LaunchParams& p, int32_t first_token, int32_t kv_head, int32_t packed_row) {
+  return {int64_t{first_token} + packed_row / p.group_size, kv_head * p.group_size + packed_row % p.group_size};
 }
 
 template <class T>
@@ -72,29 +99,67 @@ MX_DEVICE void store_lse(const LaunchParams& p, const RowPlace& place, float lse
   mx::st_global(p.call.lse + place.token * p.call.lse_token_stride + place.head, lse_log2 * kLn2);
 }
 
-// The number of the block's next item. Also a barrier: every thread is done with the shared memory of the last item.
-MX_DEVICE int32_t draw_item(const LaunchParams& p) {
-  const uint32_t drawn = mx::shared_base() + kDrawnItemByte;
+// The keys [begin, end) of the item [kv_begin, kv_end) that a row at this position sees.
+struct KeyRange {
+  int32_t begin;
+  int32_t end;
+};
+
+MX_DEVICE KeyRange visible_keys(const LaunchParams& p, int32_t position, int32_t kv_begin, int32_t kv_end) {
+  // A position may lie before the first key; one before the window's width has no window.
+  return {position < p.window_left ? kv_begin : clamp(position - p.window_left, kv_begin, kv_end),
+          p.call.causal ? clamp(position + 1, kv_begin, kv_end) : kv_end};
+}
+
+MX_DEVICE void describe_item(const LaunchParams& p, const WorkItem& item) {
+  const int32_t first_token = p.call.cu_seqlens_q[item.seq_idx];
+  const int32_t q_len = p.call.cu_seqlens_q[item.seq_idx + 1] - first_token;
+  const int32_t context = p.call.seq_lens[item.seq_idx] - q_len;
+  const int32_t first_position = context + item.row_begin / p.group_size;
+  const int32_t last_position = context + (item.row_begin + num_rows(item) - 1) / p.group_size;
+  set_control(kSeqIdx, item.seq_idx);
+  set_control(kKvHead, item.kv_head);
+  set_control(kRowBegin, item.row_begin);
+  set_control(kNumRows, num_rows(item));
+  set_control(kTileKindOf, tile_kind(item));
+  set_control(kKvBegin, item.kv_begin);
+  set_control(kKvEnd, item.kv_end);
+  set_control(kMergeIdx, item.merge_idx);
+  set_control(kPartialRow, item.partial_row);
+  set_control(kFirstToken, first_token);
+  set_control(kContext, context);
+  // The first row sees the fewest keys to the right, the last row the fewest to the left.
+  set_control(kFullBegin, visible_keys(p, last_position, item.kv_begin, item.kv_end).begin);
+  set_control(kFullEnd, visible_keys(p, first_position, item.kv_begin, item.kv_end).end);
+}
+
+// Draws the block's next item; false when there is none. Also a barrier: every thread is done with the shared memory of
+// the item before.
+MX_DEVICE bool draw_item(const LaunchParams& p) {
+  const int32_t num_items = plan_header(p).num_items;
   mx::sync_threads();
-  if (mx::thread_idx() == 0) mx::st_shared(drawn, mx::atomic_add_relaxed(p.call.tickets, 1));
+  if (mx::thread_idx() == 0) {
+    const int32_t item_idx = mx::atomic_add_relaxed(p.call.tickets, 1);
+    set_control(kItemIdx, item_idx);
+    if (item_idx < num_items) describe_item(p, plan_items(p)[item_idx]);
+  }
   mx::sync_threads();
-  return mx::ld_shared(drawn);
+  return control(kItemIdx) < num_items;
 }
 
 // Whether this block, with its split's partials written, is the last of the merge's splits to get here; if so, it sees
 // the partials of all of them.
 MX_DEVICE bool is_last_split(const LaunchParams& p, int32_t merge_idx, int32_t num_splits) {
-  const uint32_t drawn = mx::shared_base() + kDrawnTicketByte;
   // The barrier puts the partials of all threads before thread 0's fence, the fence before its ticket: whoever draws a
   // later ticket, and fences behind it, sees them. The other barrier hands that on to the block.
-  mx::sync_threads();
+  mx::sync_threads();  // before the fence
   if (mx::thread_idx() == 0) {
-    mx::fence_gpu();
-    mx::st_shared(drawn, mx::atomic_add_relaxed(p.call.tickets + 1 + merge_idx, 1));
-    mx::fence_gpu();
+    mx::fence_gpu();  // before the ticket
+    set_control(kTicket, mx::atomic_add_relaxed(p.call.tickets + 1 + merge_idx, 1));
+    mx::fence_gpu();  // behind the ticket
   }
   mx::sync_threads();
-  return mx::ld_shared(drawn) == num_splits - 1;
+  return control(kTicket) == num_splits - 1;
 }
 
 // The partials of all splits of some rows, in split order, to out and lse. A warp merges a row, a lane the dimensions
@@ -102,9 +167,10 @@ MX_DEVICE bool is_last_split(const LaunchParams& p, int32_t merge_idx, int32_t n
 template <class T, int kHeadDim>
 MX_DEVICE void merge_item(const LaunchParams& p, const Merge& merge) {
   constexpr int kPairs = kHeadDim / (2 * mx::kWarpSize);  // of a lane
-  const int dim = 2 * lane_idx();
+  const Thread thread = this_thread();
+  const int dim = 2 * thread.lane;
   MX_NO_UNROLL
-  for (int32_t row = warp_idx(); row < merge.num_rows; row += kNumWarps) {
+  for (int32_t row = thread.warp; row < merge.num_rows; row += kNumWarps) {
     mx::float2 sum[kPairs];
     MX_UNROLL
     for (int d = 0; d < kPairs; ++d) sum[d] = {0.0f, 0.0f};
@@ -124,38 +190,34 @@ MX_DEVICE void merge_item(const LaunchParams& p, const Merge& merge) {
       }
     }
     const RowEnd end = finish_row(row_max, row_sum);
-    const RowPlace place = place_row(p, merge.seq_idx, merge.kv_head, merge.row_begin + row);
+    const RowPlace place = place_row(p, p.call.cu_seqlens_q[merge.seq_idx], merge.kv_head, merge.row_begin + row);
     T* const out = out_row<T>(p, place) + dim;
     MX_UNROLL
     for (int d = 0; d < kPairs; ++d) {
       mx::st_global(out + 2 * mx::kWarpSize * d,
                     mx::pack2(sum[d].x * end.inverse_sum, sum[d].y * end.inverse_sum, T{}));
     }
-    if (lane_idx() == 0) store_lse(p, place, end.lse_log2);
+    if (thread.lane == 0) store_lse(p, place, end.lse_log2);
   }
 }
 
-// Draws items of the plan until none is left. Attend::item(p, item) computes one.
+// Draws items of the plan until none is left. Attend::item(p) computes the one that was drawn.
 template <class T, int kHeadDim, class Attend>
 MX_DEVICE void run_plan(const LaunchParams& p) {
-  const int32_t num_items = plan_header(p).num_items;
-  int32_t item_idx = draw_item(p);
-  while (item_idx < num_items) {
-    const WorkItem* const item = plan_items(p) + item_idx;
-    Attend::item(p, item);
-    const int32_t merge_idx = item->merge_idx;
-    if (merge_idx >= 0) {
-      const Merge& merge = plan_merges(p)[merge_idx];
-      if (is_last_split(p, merge_idx, merge.num_splits)) {
-        merge_item<T, kHeadDim>(p, merge);
-        // For the next launch: in this one nobody draws it again.
-        if (mx::thread_idx() == 0) mx::st_global(p.call.tickets + 1 + merge_idx, 0u);
-      }
-    }
-    item_idx = draw_item(p);
+  while (draw_item(p)) {
+    Attend::item(p);
+    const int32_t merge_idx = control(kMergeIdx);
+    if (merge_idx < 0) continue;
+    const Merge& merge = plan_merges(p)[merge_idx];
+    if (!is_last_split(p, merge_idx, merge.num_splits)) continue;
+    merge_item<T, kHeadDim>(p, merge);
+    // For the next launch: in this one nobody draws it again.
+    if (mx::thread_idx() == 0) mx::st_global(p.call.tickets + 1 + merge_idx, 0u);
   }
   // Every block draws one number past the items; whoever draws the last of these resets the counter.
-  if (mx::thread_idx() == 0 && item_idx == num_items + mx::num_blocks() - 1) mx::st_global(p.call.tickets, 0u);
+  if (mx::thread_idx() == 0 && control(kItemIdx) == plan_header(p).num_items + mx::num_blocks() - 1) {
+    mx::st_global(p.call.tickets, 0u);
+  }
 }
 
 }  // namespace cuda

@@ -58,8 +58,12 @@ struct float2 {
 
 // ---- threads, barriers ----------------------------------------------------------------------------------------------
 
+// Read where it is called, and not kept from one call to the next: what is computed from it is not hoisted out of loops
+// that the call is in.
 MX_DEVICE int thread_idx() {
-  return threadIdx.x;
+  int idx;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(idx));
+  return idx;
 }
 MX_DEVICE int block_idx() {
   return blockIdx.x;
@@ -91,6 +95,11 @@ MX_DEVICE float shfl_xor(float value, int lane_mask) {
 }
 MX_DEVICE int64_t shfl_idx(int64_t value, int lane) {
   return __shfl_sync(0xffffffffu, static_cast<long long>(value), lane);
+}
+
+// Whether any lane's predicate holds.
+MX_DEVICE bool any(bool predicate) {
+  return __any_sync(0xffffffffu, predicate);
 }
 
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8 and gets, of each
@@ -204,6 +213,13 @@ MX_DEVICE void fence_gpu() {
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 
+// The same value, of which the compiler knows nothing: what is computed from it stays behind this line, and so inside
+// the loop that this line is in, where otherwise it would be hoisted out of it and take registers all through.
+MX_DEVICE uint32_t opaque(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // 2^x: exact at -inf (0) and 0 (1), else within 2 ulp; subnormal results are 0.
 MX_DEVICE float ex2(float x) {
   float y;
@@ -263,6 +279,9 @@ MX_DEVICE float shfl_xor(float value, int lane_mask MX_SITE) {
 }
 MX_DEVICE int64_t shfl_idx(int64_t value, int lane MX_SITE) {
   return static_cast<int64_t>(emu::shuffle(static_cast<uint64_t>(value), lane, site));
+}
+MX_DEVICE bool any(bool predicate MX_SITE) {
+  return emu::any(predicate, site);
 }
 MX_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t row_address MX_SITE) {
   emu::ldmatrix_x4(r, row_address, false, site);
@@ -329,6 +348,9 @@ MX_DEVICE int32_t atomic_add_relaxed(int32_t* address, int32_t value MX_SITE) {
 }
 MX_DEVICE void fence_gpu() {
   emu::fence_gpu();
+}
+MX_DEVICE uint32_t opaque(uint32_t value) {
+  return value;
 }
 MX_DEVICE float ex2(float x) {
   return emu::flush_subnormal(exp2f(x));

@@ -31,28 +31,40 @@ MX_DEVICE float finite_or_zero(float row_max) {
   return row_max == -INFINITY ? 0.0f : row_max;
 }
 
-// One row's scores (half h of every fragment), -inf where masked and not yet scaled, become weights; row_max and this
-// lane's row_sum take them in. Returns the factor of everything summed before.
-template <int kScoreTiles>
-MX_DEVICE float weigh_scores(float (&scores)[kScoreTiles][4], int h, float scale_log2, float& row_max, float& row_sum) {
-  float largest = -INFINITY;
+// What one step found out about a lane's two rows.
+struct Rescale {
+  float of_row[2];  // the factor of everything summed before
+};
+
+// Scores, -inf where masked and not yet scaled, become weights (16, 8 kScoreTiles) as A operands of mma.m16n8k16:
+// columns 16 k to 16 k + 7 are a[0] and a[1], the next 8 a[2] and a[3], no value changes its lane. row_max and this
+// lane's row_sum take the float32 weights in.
+template <class T, int kScoreTiles>
+MX_DEVICE Rescale weigh_scores(const float (&scores)[kScoreTiles][4], float scale_log2, float (&row_max)[2],
+                               float (&row_sum)[2], uint32_t (&weights)[kScoreTiles / 2][4]) {
+  float offset[2];
+  Rescale rescale;
   MX_UNROLL
-  for (int i = 0; i < kScoreTiles; ++i) largest = fmaxf(largest, fmaxf(scores[i][2 * h], scores[i][2 * h + 1]));
-  const float new_row_max = fmaxf(row_max, quad_max(largest) * scale_log2);
-  const float offset = finite_or_zero(new_row_max);
-  const float rescale = mx::ex2(row_max - offset);
-  float sum = 0.0f;
+  for (int h = 0; h < 2; ++h) {
+    float largest = -INFINITY;
+    MX_UNROLL
+    for (int i = 0; i < kScoreTiles; ++i) largest = fmaxf(largest, fmaxf(scores[i][2 * h], scores[i][2 * h + 1]));
+    const float new_row_max = fmaxf(row_max[h], quad_max(largest) * scale_log2);
+    offset[h] = finite_or_zero(new_row_max);
+    rescale.of_row[h] = mx::ex2(row_max[h] - offset[h]);
+    row_max[h] = new_row_max;
+    row_sum[h] *= rescale.of_row[h];
+  }
   MX_UNROLL
   for (int i = 0; i < kScoreTiles; ++i) {
     MX_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      float& score = scores[i][2 * h + j];
-      score = mx::ex2(score * scale_log2 - offset);
-      sum += score;
+    for (int h = 0; h < 2; ++h) {
+      const float low = mx::ex2(scores[i][2 * h] * scale_log2 - offset[h]);
+      const float high = mx::ex2(scores[i][2 * h + 1] * scale_log2 - offset[h]);
+      row_sum[h] += low + high;
+      weights[i / 2][2 * (i % 2) + h] = mx::pack2(low, high, T{});
     }
   }
-  row_max = new_row_max;
-  row_sum = row_sum * rescale + sum;
   return rescale;
 }
 

@@ -33,7 +33,7 @@ struct Site {
 // ---- for tests ------------------------------------------------------------------------------------------------------
 
 enum class Schedule {
-  kInTurn,    // first ready, first run
+  kInTurn,    // warps take turns, thread by thread
   kRandom,    // any ready thread
   kPriority,  // warps have priorities that change now and then: one runs ahead as far as it can
 };
@@ -88,6 +88,7 @@ int lane();
 void barrier(int id, int num_threads, bool waits, Site site);
 void sync_warp(Site site);
 uint64_t shuffle(uint64_t value, int source_lane, Site site);
+bool any(bool predicate, Site site);
 void ldmatrix_x4(uint32_t (&r)[4], uint32_t row_address, bool is_transposed, Site site);
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Element element, Site site);
 

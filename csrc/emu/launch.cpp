@@ -53,7 +53,7 @@ void start_threads() {
   const size_t num_threads = size_t(machine.num_blocks) * machine.num_threads;
   while (machine.threads.size() > num_threads) machine.threads.pop_back();
   while (machine.threads.size() < num_threads) machine.threads.push_back(std::make_unique<Thread>());
-  machine.ready.clear();
+  machine.ready_warps.clear();
   for (int b = 0; b < machine.num_blocks; ++b) {
     Block& block = machine.blocks[b];
     block.idx = b;
@@ -65,35 +65,49 @@ void start_threads() {
       thread.block = &block;
       thread.warp = &block.warps[t / kWarpSize];
       thread.idx = t;
-      thread.state = Thread::State::kReady;
       thread.waits_for = "start";
       thread.site = {"start", 0};
       thread.open_copies.clear();
       thread.copy_groups.clear();
-      thread.num_shared_accesses = 0;
+      thread.num_accesses.clear();
       thread.fiber.start(run_thread);
-      machine.ready.push_back(&thread);
+      wake(&thread);
     }
   }
 }
 
+// Which of the ready warps goes on.
+size_t pick_warp() {
+  const std::vector<Warp*>& warps = machine.ready_warps;
+  switch (machine.config.schedule) {
+    case Schedule::kInTurn:
+      return machine.turn++ % warps.size();
+    case Schedule::kRandom:
+      return machine.random(uint32_t(warps.size()));
+    default:
+      break;
+  }
+  if (machine.random(kSwitchesPerPriority) == 0) {
+    warps[machine.random(uint32_t(warps.size()))]->priority = machine.random(kPriorities);
+  }
+  size_t choice = 0;
+  for (size_t i = 1; i < warps.size(); ++i) {
+    if (warps[i]->priority > warps[choice]->priority) choice = i;
+  }
+  return choice;
+}
+
 // Takes the thread that runs next out of the ready ones.
 Thread* pick() {
-  size_t choice = 0;
-  if (machine.config.schedule == Schedule::kRandom) {
-    choice = machine.random(uint32_t(machine.ready.size()));
-  } else if (machine.config.schedule == Schedule::kPriority) {
-    if (machine.random(kSwitchesPerPriority) == 0) {
-      Block& block = machine.blocks[machine.random(uint32_t(machine.blocks.size()))];
-      block.warps[machine.random(uint32_t(block.warps.size()))].priority = machine.random(kPriorities);
-    }
-    for (size_t i = 1; i < machine.ready.size(); ++i) {
-      if (machine.ready[i]->warp->priority > machine.ready[choice]->warp->priority) choice = i;
-    }
+  const size_t choice = pick_warp();
+  Warp& warp = *machine.ready_warps[choice];
+  const int lane = machine.config.schedule == Schedule::kInTurn ? 0 : int(machine.random(uint32_t(warp.num_ready)));
+  Thread* const thread = warp.ready[lane];
+  warp.ready[lane] = warp.ready[--warp.num_ready];
+  if (warp.num_ready == 0) {
+    machine.ready_warps[choice] = machine.ready_warps.back();
+    machine.ready_warps.pop_back();
   }
-  std::swap(machine.ready.front(), machine.ready[choice]);
-  Thread* const thread = machine.ready.front();
-  machine.ready.pop_front();
   return thread;
 }
 
@@ -133,11 +147,12 @@ Stats launch(const Config& config, int num_blocks, int num_threads, size_t share
   machine.body = &body;
   machine.stats = Stats();
   machine.error.clear();
+  machine.turn = 0;
   machine.random_state = (config.seed + 1) * 0x9e3779b97f4a7c15u;
   start_threads();
   size_t num_running = machine.threads.size();
   while (num_running > 0 && machine.error.empty()) {
-    if (machine.ready.empty()) {
+    if (machine.ready_warps.empty()) {
       machine.error = "deadlock:" + describe_threads();
       break;
     }
@@ -170,12 +185,14 @@ void block_on(const char* primitive, Site site) {
 
 void wake(Thread* thread) {
   thread->state = Thread::State::kReady;
-  machine.ready.push_back(thread);
+  Warp& warp = *thread->warp;
+  if (warp.num_ready == 0) machine.ready_warps.push_back(&warp);
+  warp.ready[warp.num_ready++] = thread;
 }
 
 void maybe_yield() {
   while (machine.config.schedule != Schedule::kInTurn && machine.random(2) == 0) {
-    machine.ready.push_back(current);
+    wake(current);
     current->fiber.suspend();
   }
 }

@@ -4,7 +4,7 @@
 #include <deque>
 #include <memory>
 #include <string>
-#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "emu/emu.h"
@@ -13,6 +13,7 @@
 namespace emu {
 
 constexpr int kWarpSize = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kNumBarriers = 16;
 // Shared addresses start here: 0, as an address that nobody computed, is an error.
 constexpr uint32_t kSharedBase = 1024;
@@ -37,7 +38,7 @@ struct Thread {
   Site site;
   std::vector<PendingCopy> open_copies;
   std::deque<std::vector<PendingCopy>> copy_groups;
-  uint64_t num_shared_accesses;
+  std::vector<std::pair<Site, uint32_t>> num_accesses;  // to shared memory, by line
 
   int lane() const { return idx % kWarpSize; }
 };
@@ -45,9 +46,9 @@ struct Thread {
 // One warp-wide access to shared memory, gathered from lanes that come one by one.
 struct SharedAccess {
   Site site;
-  uint32_t num_bytes;
+  uint32_t number;  // of the line's accesses in each lane
   uint32_t address[kWarpSize];
-  uint32_t arrived = 0;
+  uint32_t arrived;
 };
 
 struct Warp {
@@ -58,7 +59,9 @@ struct Warp {
   void* argument[kWarpSize];
 
   uint32_t priority = 0;
-  std::unordered_map<uint64_t, SharedAccess> accesses;  // by their number in each lane
+  Thread* ready[kWarpSize];  // the first num_ready
+  int num_ready = 0;
+  std::vector<SharedAccess> accesses;  // that some lanes have made
 };
 
 struct Barrier {
@@ -92,7 +95,8 @@ struct Machine {
   const std::function<void()>* body;
   std::vector<Block> blocks;
   std::vector<std::unique_ptr<Thread>> threads;
-  std::deque<Thread*> ready;
+  std::vector<Warp*> ready_warps;  // those with ready threads
+  size_t turn;                     // of Schedule::kInTurn
   Stats stats;
   std::string error;  // of the first misuse; the launch ends with it
   uint64_t random_state;
@@ -106,9 +110,10 @@ extern Thread* current;  // nullptr in the scheduler
 
 // Ends the launch with this message. Does not return: the calling fiber is never resumed.
 [[noreturn]] void fail(const std::string& message, Site site);
+// Makes a thread one that can run.
+void wake(Thread* thread);
 // Leaves the current thread until wake() is called for it.
 void block_on(const char* primitive, Site site);
-void wake(Thread* thread);
 // Lets others run here, by a coin, where hardware may too.
 void maybe_yield();
 

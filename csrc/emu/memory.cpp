@@ -23,26 +23,30 @@ void land(const PendingCopy& copy) {
   }
 }
 
-// Accesses of a warp are counted once all its lanes have made their n-th. Lanes that skip one, in divergent code, do
-// not line up: nothing is counted for them.
+bool is_same(Site a, Site b) {
+  return a.line == b.line && a.file == b.file;
+}
+
+// A line's n-th access is counted once all lanes have made it; where only some lanes come to a line, nothing is.
 void count_access(uint32_t address, uint32_t num_bytes, Site site) {
-  const uint64_t number = current->num_shared_accesses++;
-  SharedAccess& access = current->warp->accesses[number];
-  if (access.arrived == 0) {
-    access.site = site;
-    access.num_bytes = num_bytes;
-  } else if (access.site.line != site.line) {
-    return;
-  }
-  access.address[current->lane()] = address;
-  access.arrived |= 1u << current->lane();
-  if (access.arrived != 0xffffffffu) return;
+  auto& counts = current->num_accesses;
+  auto count = std::find_if(counts.begin(), counts.end(), [&](const auto& each) { return is_same(each.first, site); });
+  if (count == counts.end()) count = counts.insert(count, {site, 0});
+  const uint32_t number = count->second++;
+  std::vector<SharedAccess>& accesses = current->warp->accesses;
+  auto access = std::find_if(accesses.begin(), accesses.end(), [&](const SharedAccess& each) {
+    return each.number == number && is_same(each.site, site);
+  });
+  if (access == accesses.end()) access = accesses.insert(access, {site, number, {}, 0});
+  access->address[current->lane()] = address;
+  access->arrived |= 1u << current->lane();
+  if (access->arrived != kAllLanes) return;
   // 128 bytes are one wavefront at best: 32, 16 or 8 lanes at a time.
   const uint32_t lanes_at_once = kNumBanks * kBankBytes / num_bytes;
   for (uint32_t first = 0; first < kWarpSize; first += lanes_at_once) {
-    count_wavefronts(access.address + first, num_bytes, access.site);
+    count_wavefronts(access->address + first, num_bytes, site);
   }
-  current->warp->accesses.erase(number);
+  accesses.erase(access);
 }
 
 }  // namespace

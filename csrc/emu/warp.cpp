@@ -19,7 +19,7 @@ void collective(const char* name, void* argument, Site site, const Act& act) {
   }
   warp.argument[current->lane()] = argument;
   warp.arrived |= 1u << current->lane();
-  if (warp.arrived != 0xffffffffu) {
+  if (warp.arrived != kAllLanes) {
     block_on(name, site);
     return;
   }
@@ -59,6 +59,18 @@ uint64_t shuffle(uint64_t value, int source_lane, Site site) {
       Argument& to = *static_cast<Argument*>(lanes[l]);
       to.result = static_cast<Argument*>(lanes[to.source_lane])->value;
     }
+  });
+  return argument.result;
+}
+
+bool any(bool predicate, Site site) {
+  struct Argument {
+    bool predicate, result;
+  } argument = {predicate, false};
+  collective("any", &argument, site, [](void** lanes) {
+    bool result = false;
+    for (int l = 0; l < kWarpSize; ++l) result |= static_cast<Argument*>(lanes[l])->predicate;
+    for (int l = 0; l < kWarpSize; ++l) static_cast<Argument*>(lanes[l])->result = result;
   });
   return argument.result;
 }

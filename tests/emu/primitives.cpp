@@ -24,6 +24,7 @@ const std::map<std::string, Kernel>& kernels() {
       {"mma_bf16", mma<bf16>},
       {"shuffle_xor", shuffle_xor},
       {"shuffle_idx", shuffle_idx},
+      {"any_lane", any_lane},
       {"copy", copy<true>},
       {"copy_unwaited", copy<false>},
       {"copy_groups", copy_groups},

@@ -66,6 +66,11 @@ MX_KERNEL shuffle_idx(const uint32_t* in, uint32_t* out) {
   out[2 * thread_idx() + 1] = static_cast<uint32_t>(value >> 32);
 }
 
+// in: a predicate per lane. out: a word per lane.
+MX_KERNEL any_lane(const uint32_t* in, uint32_t* out) {
+  out[thread_idx()] = any(in[thread_idx()] != 0);
+}
+
 // in: [lane][is_valid, 3 unused, 4 words]. out: [lane][the 4 words]; kWaits false: what is there before the wait.
 template <bool kWaits>
 MX_KERNEL copy(const uint32_t* in, uint32_t* out) {

@@ -178,6 +178,12 @@ def test_shfl_idx_moves_64_bits(primitives: ModuleType, rng: np.random.Generator
     assert np.array_equal(out.view(np.uint64), values[lanes])
 
 
+@pytest.mark.parametrize("lanes", [[], [0], [31], [3, 17], list(range(32))])
+def test_any_tells_every_lane_of_one(primitives: ModuleType, lanes: list[int]) -> None:
+    out, _, _ = run(primitives, "any_lane", np.isin(np.arange(32), lanes), 32, seed=1)
+    assert (out == bool(lanes)).all()
+
+
 # ---- asynchronous copies --------------------------------------------------------------------------------------------
 
 

@@ -20,57 +20,14 @@ namespace sm80 {
 
 constexpr int kBlocksPerSm = 2;
 
-// The keys [begin, end) that one row sees.
-struct KeyRange {
-  int32_t begin;
-  int32_t end;
-};
-
-// position: of the row's token; item ranges end where the last of their rows sees no more.
-MX_DEVICE KeyRange visible_keys(const LaunchParams& p, const WorkItem* item, int32_t position) {
-  return {position < p.window_left ? item->kv_begin : clamp(position - p.window_left, item->kv_begin, item->kv_end),
-          p.call.causal ? clamp(position + 1, item->kv_begin, item->kv_end) : item->kv_end};
-}
-
-MX_DEVICE int32_t position_of(const LaunchParams& p, const WorkItem* item, int32_t row) {
-  const int32_t q_len = p.call.cu_seqlens_q[item->seq_idx + 1] - p.call.cu_seqlens_q[item->seq_idx];
-  return p.call.seq_lens[item->seq_idx] - q_len + (item->row_begin + row) / p.group_size;
-}
-
-// An item's walk over tiles of keys, in ascending order: [0, first_full) and [end_full, num_tiles) need masks, all rows
-// see the tiles between whole.
-struct Walk {
-  int32_t begin;  // first key of tile 0
-  int32_t num_tiles;
-  int32_t first_full;
-  int32_t end_full;
-};
-
-template <class TileShape>
-MX_DEVICE Walk plan_walk(const LaunchParams& p, const WorkItem* item) {
-  constexpr int kKeys = TileShape::kKeys;
-  if (item->kv_begin == item->kv_end) return {0, 0, 0, 0};
-  // The first row sees the fewest keys to the right, the last row the fewest to the left.
-  const int32_t full_end = visible_keys(p, item, position_of(p, item, 0)).end;
-  const int32_t full_begin = visible_keys(p, item, position_of(p, item, num_rows(*item) - 1)).begin;
-  Walk walk;
-  // Tiles start at multiples of their size, wherever a window begins: what a row sums up, and in which order, does not
-  // depend on its neighbours.
-  walk.begin = item->kv_begin / kKeys * kKeys;
-  walk.num_tiles = (item->kv_end - walk.begin + kKeys - 1) / kKeys;
-  walk.first_full = (full_begin - walk.begin + kKeys - 1) / kKeys;
-  walk.end_full = (full_end - walk.begin) / kKeys;
-  return walk;
-}
-
 // First row, and first key of a tile, of this warp.
 template <class TileShape>
 MX_DEVICE int warp_row() {
-  return TileShape::kKeyWarps == 1 ? warp_idx() * TileShape::kRowTiles * kMmaRows : 0;
+  return TileShape::kKeyWarps == 1 ? this_thread().warp * TileShape::kRowTiles * kMmaRows : 0;
 }
 template <class TileShape>
 MX_DEVICE int warp_key() {
-  return TileShape::kKeyWarps == 1 ? 0 : warp_idx() * TileShape::kWarpKeys;
+  return TileShape::kKeyWarps == 1 ? 0 : this_thread().warp * TileShape::kWarpKeys;
 }
 
 // What a warp keeps of its rows, kRowTiles times 16: a lane has rows lane / 4 and lane / 4 + 8 of each.
@@ -99,14 +56,15 @@ MX_DEVICE void clear(RowState<kHeadDim, kRowTiles>& state) {
 }
 
 // The address that a lane gives ldmatrix for 16 rows from first_row, 16 columns from 0: matrix 0 is rows 0-7 columns
-// 0-7, and is_row_major says whether matrix 1 is the next 8 rows (true) or the next 8 columns. Columns 16 k and behind
+// 0-7, and kRowsFirst says whether matrix 1 is the next 8 rows (true) or the next 8 columns. Columns 16 k and behind
 // are at this address ^ (32 k): places of chunks differ by xor, see tile.cuh.
 template <int kRowBytes, bool kRowsFirst>
 MX_DEVICE uint32_t ldmatrix_address(uint32_t tile, int first_row) {
-  const int matrix = lane_idx() / 8;
+  const int lane = this_thread().lane;
+  const int matrix = lane / 8;
   const int second_rows = kRowsFirst ? matrix & 1 : matrix >> 1;
   const int second_columns = kRowsFirst ? matrix >> 1 : matrix & 1;
-  return chunk_address<kRowBytes>(tile, first_row + second_rows * 8 + lane_idx() % 8, second_columns);
+  return chunk_address<kRowBytes>(tile, first_row + second_rows * 8 + lane % 8, second_columns);
 }
 
 // scores (16 kRowTiles, kWarpKeys) = Q K^T of this warp's rows and keys.
@@ -146,10 +104,9 @@ MX_DEVICE void multiply_queries(float (&scores)[TileShape::kRowTiles][TileShape:
   }
 }
 
-// accumulator (16 kRowTiles, kHeadDim) += weights V. The fragments of the weights, as the first product leaves them,
-// are those of A: columns 16 k to 16 k + 7 of the scores are a[0] and a[1], the next 8 a[2] and a[3].
+// accumulator (16 kRowTiles, kHeadDim) += weights V, weights (16 kRowTiles, kWarpKeys) as A operands.
 template <class T, int kHeadDim, class TileShape>
-MX_DEVICE void multiply_values(const float (&weights)[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaColumns][4],
+MX_DEVICE void multiply_values(const uint32_t (&weights)[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaDepth][4],
                                float (&accumulator)[TileShape::kRowTiles][kHeadDim / kMmaColumns][4]) {
   using Shared = Layout<kHeadDim, TileShape>;
   constexpr uint32_t kStepBytes = 16 * kElementBytes;
@@ -157,23 +114,14 @@ MX_DEVICE void multiply_values(const float (&weights)[TileShape::kRowTiles][Tile
       ldmatrix_address<Shared::kRowBytes, true>(mx::shared_base() + Shared::kV, warp_key<TileShape>());
   MX_UNROLL
   for (int k = 0; k < TileShape::kWarpKeys / kMmaDepth; ++k) {
-    uint32_t p[TileShape::kRowTiles][4];  // (16, 16) fragments of A
-    MX_UNROLL
-    for (int r = 0; r < TileShape::kRowTiles; ++r) {
-      MX_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const float* const pair = &weights[r][2 * k + i / 2][2 * (i % 2)];
-        p[r][i] = mx::pack2(pair[0], pair[1], T{});
-      }
-    }
     MX_UNROLL
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t values[4];  // (16 keys, 16 dimensions): two fragments of B
       mx::ldmatrix_x4_trans(values, (v_address ^ (d * kStepBytes)) + k * kMmaDepth * Shared::kRowBytes);
       MX_UNROLL
       for (int r = 0; r < TileShape::kRowTiles; ++r) {
-        mx::mma_m16n8k16(accumulator[r][2 * d], p[r], values[0], values[1], T{});
-        mx::mma_m16n8k16(accumulator[r][2 * d + 1], p[r], values[2], values[3], T{});
+        mx::mma_m16n8k16(accumulator[r][2 * d], weights[r][k], values[0], values[1], T{});
+        mx::mma_m16n8k16(accumulator[r][2 * d + 1], weights[r][k], values[2], values[3], T{});
       }
     }
   }
@@ -181,15 +129,17 @@ MX_DEVICE void multiply_values(const float (&weights)[TileShape::kRowTiles][Tile
 
 // -inf for keys that a row does not see; tile_begin is the tile's first key.
 template <class TileShape>
-MX_DEVICE void mask_scores(const LaunchParams& p, const WorkItem* item, int32_t tile_begin,
+MX_DEVICE void mask_scores(const LaunchParams& p, int32_t tile_begin,
                            float (&scores)[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaColumns][4]) {
-  const int32_t first_key = tile_begin + warp_key<TileShape>() + 2 * (lane_idx() % 4);
+  const Thread thread = this_thread();
+  const int32_t first_key = tile_begin + warp_key<TileShape>() + 2 * (thread.lane % 4);
   MX_UNROLL
   for (int r = 0; r < TileShape::kRowTiles; ++r) {
     MX_UNROLL
     for (int h = 0; h < 2; ++h) {
-      const int32_t row = warp_row<TileShape>() + r * kMmaRows + h * 8 + lane_idx() / 4;
-      const KeyRange visible = visible_keys(p, item, position_of(p, item, row));
+      const int32_t row = warp_row<TileShape>() + r * kMmaRows + h * 8 + thread.lane / 4;
+      const int32_t position = control(kContext) + (control(kRowBegin) + row) / p.group_size;
+      const KeyRange visible = visible_keys(p, position, control(kKvBegin), control(kKvEnd));
       MX_UNROLL
       for (int n = 0; n < TileShape::kWarpKeys / kMmaColumns; ++n) {
         MX_UNROLL
@@ -202,11 +152,13 @@ MX_DEVICE void mask_scores(const LaunchParams& p, const WorkItem* item, int32_t 
   }
 }
 
-// One tile's scores, in registers, to weights; row_max and row_sum take them in, the accumulator is rescaled.
-template <int kHeadDim, class TileShape, bool kHasSoftCap>
-MX_DEVICE void apply_softmax(const LaunchParams& p, const WorkItem* item, int32_t tile_begin, bool is_edge,
+// One tile's scores, of tanh's argument with a soft cap, to weights; state's maxima and sums take them in, and its
+// accumulator is rescaled.
+template <class T, int kHeadDim, class TileShape, bool kHasSoftCap>
+MX_DEVICE void apply_softmax(const LaunchParams& p, int32_t tile_begin, bool is_edge,
                              float (&scores)[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaColumns][4],
-                             RowState<kHeadDim, TileShape::kRowTiles>& state) {
+                             RowState<kHeadDim, TileShape::kRowTiles>& state,
+                             uint32_t (&weights)[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaDepth][4]) {
   if constexpr (kHasSoftCap) {
     // tanh(x) = 1 - 2 / (exp(2x) + 1); score_scale holds 2 log2(e) / soft_cap. exp2 = inf gives 1.
     MX_UNROLL
@@ -218,31 +170,31 @@ MX_DEVICE void apply_softmax(const LaunchParams& p, const WorkItem* item, int32_
       }
     }
   }
-  if (is_edge) mask_scores<TileShape>(p, item, tile_begin, scores);
+  if (is_edge) mask_scores<TileShape>(p, tile_begin, scores);
   MX_UNROLL
   for (int r = 0; r < TileShape::kRowTiles; ++r) {
+    const Rescale rescale = weigh_scores<T>(scores[r], kHasSoftCap ? p.score_cap : p.score_scale, state.row_max[r],
+                                            state.row_sum[r], weights[r]);
+    // After the first tiles a maximum seldom grows: most of the time there is nothing to rescale.
+    if (!mx::any(rescale.of_row[0] != 1.0f || rescale.of_row[1] != 1.0f)) continue;
     MX_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const float rescale = weigh_scores(scores[r], h, kHasSoftCap ? p.score_cap : p.score_scale, state.row_max[r][h],
-                                         state.row_sum[r][h]);
+    for (int i = 0; i < kHeadDim / kMmaColumns; ++i) {
       MX_UNROLL
-      for (int i = 0; i < kHeadDim / kMmaColumns; ++i) {
-        state.accumulator[r][i][2 * h] *= rescale;
-        state.accumulator[r][i][2 * h + 1] *= rescale;
-      }
+      for (int j = 0; j < 4; ++j) state.accumulator[r][i][j] *= rescale.of_row[j / 2];
     }
   }
 }
 
 // kColumnTiles fragments of one row, from column first_column on, to out, or to the item's rows of the partials.
 template <class T, int kHeadDim, int kColumnTiles>
-MX_DEVICE void store_row(const LaunchParams& p, const WorkItem* item, int32_t row, int first_column,
-                         const float (&values)[kColumnTiles][4], int h, const RowEnd& end) {
-  if (row >= num_rows(*item)) return;
-  const bool stores_lse = first_column == 0 && lane_idx() % 4 == 0;
-  const int column = first_column + 2 * (lane_idx() % 4);
-  if (item->merge_idx < 0) {
-    const RowPlace place = place_row(p, item->seq_idx, item->kv_head, item->row_begin + row);
+MX_DEVICE void store_row(const LaunchParams& p, int32_t row, int first_column, const float (&values)[kColumnTiles][4],
+                         int h, const RowEnd& end) {
+  const Thread thread = this_thread();
+  if (row >= control(kNumRows)) return;
+  const bool stores_lse = first_column == 0 && thread.lane % 4 == 0;
+  const int column = first_column + 2 * (thread.lane % 4);
+  if (control(kMergeIdx) < 0) {
+    const RowPlace place = place_row(p, control(kFirstToken), control(kKvHead), control(kRowBegin) + row);
     T* const out = out_row<T>(p, place) + column;
     MX_UNROLL
     for (int i = 0; i < kColumnTiles; ++i) {
@@ -251,7 +203,7 @@ MX_DEVICE void store_row(const LaunchParams& p, const WorkItem* item, int32_t ro
     }
     if (stores_lse) store_lse(p, place, end.lse_log2);
   } else {
-    const int64_t partial_row = int64_t{item->partial_row} + row;
+    const int64_t partial_row = int64_t{control(kPartialRow)} + row;
     float* const partial = p.call.partial_out + partial_row * kHeadDim + column;
     MX_UNROLL
     for (int i = 0; i < kColumnTiles; ++i) {
@@ -264,15 +216,15 @@ MX_DEVICE void store_row(const LaunchParams& p, const WorkItem* item, int32_t ro
 
 // Rows that one warp has to itself.
 template <class T, int kHeadDim, class TileShape>
-MX_DEVICE void store_rows(const LaunchParams& p, const WorkItem* item,
-                          const RowState<kHeadDim, TileShape::kRowTiles>& state) {
+MX_DEVICE void store_rows(const LaunchParams& p, const RowState<kHeadDim, TileShape::kRowTiles>& state) {
+  const Thread thread = this_thread();
   MX_UNROLL
   for (int r = 0; r < TileShape::kRowTiles; ++r) {
     MX_UNROLL
     for (int h = 0; h < 2; ++h) {
       const RowEnd end = finish_row(state.row_max[r][h], quad_sum(state.row_sum[r][h]));
-      const int32_t row = warp_row<TileShape>() + r * kMmaRows + h * 8 + lane_idx() / 4;
-      store_row<T, kHeadDim>(p, item, row, 0, state.accumulator[r], h, end);
+      const int32_t row = warp_row<TileShape>() + r * kMmaRows + h * 8 + thread.lane / 4;
+      store_row<T, kHeadDim>(p, row, 0, state.accumulator[r], h, end);
     }
   }
 }
@@ -280,7 +232,8 @@ MX_DEVICE void store_rows(const LaunchParams& p, const WorkItem* item,
 // Rows whose keys the warps have split: each warp leaves its sums in shared memory, where K and V were, and adds up a
 // quarter of the columns over all warps, in their order.
 template <class T, int kHeadDim, class TileShape>
-MX_DEVICE void merge_warps(const LaunchParams& p, const WorkItem* item, const RowState<kHeadDim, 1>& state) {
+MX_DEVICE void merge_warps(const LaunchParams& p, const RowState<kHeadDim, 1>& state) {
+  const Thread thread = this_thread();
   using Shared = Layout<kHeadDim, TileShape>;
   constexpr int kColumnTiles = kHeadDim / kMmaColumns / kNumWarps;
   // 8 words more than kHeadDim: the rows that half a warp stores at once start 8 banks apart.
@@ -289,26 +242,26 @@ MX_DEVICE void merge_warps(const LaunchParams& p, const WorkItem* item, const Ro
   static_assert(kNumWarps * kWarpBytes <= 2 * TileShape::kKeys * Shared::kRowBytes, "sums fit where K and V were");
   const uint32_t sums = mx::shared_base() + Shared::kK;
   const uint32_t states = mx::shared_base() + Shared::kQ;  // (warps, 16 rows) of row_max and row_sum
-  const int first_column = warp_idx() * kColumnTiles * kMmaColumns;
+  const int first_column = thread.warp * kColumnTiles * kMmaColumns;
   mx::sync_threads();  // no warp reads Q, K or V any more
   MX_UNROLL
   for (int h = 0; h < 2; ++h) {
-    const int row = h * 8 + lane_idx() / 4;
+    const int row = h * 8 + thread.lane / 4;
     const float row_sum = quad_sum(state.row_sum[0][h]);
-    const uint32_t to = sums + warp_idx() * kWarpBytes + row * kRowBytes + (lane_idx() % 4) * sizeof(mx::float2);
+    const uint32_t to = sums + thread.warp * kWarpBytes + row * kRowBytes + (thread.lane % 4) * sizeof(mx::float2);
     MX_UNROLL
     for (int i = 0; i < kHeadDim / kMmaColumns; ++i) {
       mx::st_shared_v2(to + i * kMmaColumns * sizeof(float),
                        {state.accumulator[0][i][2 * h], state.accumulator[0][i][2 * h + 1]});
     }
     // All four lanes of the quad, which have the same to say: no branch.
-    mx::st_shared_v2(states + (warp_idx() * kMmaRows + row) * sizeof(mx::float2), {state.row_max[0][h], row_sum});
+    mx::st_shared_v2(states + (thread.warp * kMmaRows + row) * sizeof(mx::float2), {state.row_max[0][h], row_sum});
   }
   mx::sync_threads();
   float total[kColumnTiles][4];  // (16, kHeadDim / kNumWarps) fragments
   MX_UNROLL
   for (int h = 0; h < 2; ++h) {
-    const int row = h * 8 + lane_idx() / 4;
+    const int row = h * 8 + thread.lane / 4;
     float row_max = -INFINITY;
     float row_sum = 0.0f;
     MX_UNROLL
@@ -319,7 +272,7 @@ MX_DEVICE void merge_warps(const LaunchParams& p, const WorkItem* item, const Ro
       const StateFactors factors = absorb_state(warp_state.x, row_max);
       row_sum = row_sum * factors.rescale + warp_state.y * factors.weight;
       const uint32_t from =
-          sums + w * kWarpBytes + row * kRowBytes + (first_column + 2 * (lane_idx() % 4)) * sizeof(float);
+          sums + w * kWarpBytes + row * kRowBytes + (first_column + 2 * (thread.lane % 4)) * sizeof(float);
       MX_UNROLL
       for (int i = 0; i < kColumnTiles; ++i) {
         const mx::float2 value = mx::ld_shared_v2(from + i * kMmaColumns * sizeof(float));
@@ -327,72 +280,74 @@ MX_DEVICE void merge_warps(const LaunchParams& p, const WorkItem* item, const Ro
         total[i][2 * h + 1] = total[i][2 * h + 1] * factors.rescale + value.y * factors.weight;
       }
     }
-    store_row<T, kHeadDim>(p, item, row, first_column, total, h, finish_row(row_max, row_sum));
+    store_row<T, kHeadDim>(p, row, first_column, total, h, finish_row(row_max, row_sum));
   }
 }
 
-// Attention of one item's rows over its keys, to out and lse, or to its rows of the partials.
+// Attention of the drawn item's rows over its keys, to out and lse, or to its rows of the partials.
 template <class T, int kHeadDim, class TileShape, bool kHasSoftCap>
-MX_DEVICE void attend_item(const LaunchParams& p, const WorkItem* item) {
+MX_DEVICE void attend_item(const LaunchParams& p) {
   using Shared = Layout<kHeadDim, TileShape>;
-  const uint32_t k_tile = mx::shared_base() + Shared::kK;
-  const uint32_t v_tile = mx::shared_base() + Shared::kV;
-  const Walk walk = plan_walk<TileShape>(p, item);
   const auto copy_k = [&](const KeyPlace& place, int32_t tile_begin) {
-    copy_keys<T, kHeadDim, TileShape>(k_view<T>(p, item), place, k_tile, tile_begin, item->kv_begin, item->kv_end);
+    copy_keys<T, kHeadDim, TileShape>(k_cache<T>(p), place, mx::shared_base() + Shared::kK, tile_begin);
     mx::cp_async_commit();
   };
   const auto copy_v = [&](const KeyPlace& place, int32_t tile_begin) {
-    copy_keys<T, kHeadDim, TileShape>(v_view<T>(p, item), place, v_tile, tile_begin, item->kv_begin, item->kv_end);
+    copy_keys<T, kHeadDim, TileShape>(v_cache<T>(p), place, mx::shared_base() + Shared::kV, tile_begin);
     mx::cp_async_commit();
   };
 
-  KeyPlace place = find_key<TileShape>(p, item, walk.begin);
-  copy_queries<T, kHeadDim, TileShape>(p, item, mx::shared_base() + Shared::kQ);
-  copy_k(place, walk.begin);
+  // Tiles start at multiples of their size, wherever a window begins: what a row sums up, and in which order, does not
+  // depend on its neighbours.
+  int32_t tile_begin = control(kKvBegin) / TileShape::kKeys * TileShape::kKeys;
+  KeyPlace place = find_key<TileShape>(p, tile_begin);
+  copy_queries<T, kHeadDim, TileShape>(p, mx::shared_base() + Shared::kQ);
+  copy_k(place, tile_begin);
   if constexpr (TileShape::kKeyWarps > 1) {
     mx::cp_async_wait<0>();
     mx::sync_threads();  // Q, which every warp reads, was copied by all
   }
   RowState<kHeadDim, TileShape::kRowTiles> state;
   clear(state);
+  if (control(kKvBegin) == control(kKvEnd)) tile_begin = control(kKvEnd);  // no keys, no tiles
   MX_NO_UNROLL
-  for (int32_t tile = 0; tile < walk.num_tiles; ++tile) {
-    const int32_t tile_begin = walk.begin + tile * TileShape::kKeys;
-    mx::cp_async_wait<0>();
+  while (tile_begin < control(kKvEnd)) {
+    const int32_t next_begin = tile_begin + TileShape::kKeys;
+    mx::cp_async_wait<0>();  // for K
     sync_tile<TileShape>();  // K has landed, copied by whomever; nobody reads V of the tile before any more
     copy_v(place, tile_begin);
-    const int32_t next_begin = tile_begin + TileShape::kKeys;
-    place = find_key<TileShape>(p, item, next_begin);  // long before it is needed
+    place = find_key<TileShape>(p, next_begin);  // long before it is needed
 
     float scores[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaColumns][4];
     multiply_queries<T, kHeadDim, TileShape>(scores);
-    mx::cp_async_wait<0>();
+    mx::cp_async_wait<0>();  // for V
     sync_tile<TileShape>();  // V has landed; nobody reads K any more
-    if (tile + 1 < walk.num_tiles) copy_k(place, next_begin);
-    const bool is_edge = tile < walk.first_full || tile >= walk.end_full;
-    apply_softmax<kHeadDim, TileShape, kHasSoftCap>(p, item, tile_begin, is_edge, scores, state);
-    multiply_values<T, kHeadDim, TileShape>(scores, state.accumulator);
+    if (next_begin < control(kKvEnd)) copy_k(place, next_begin);
+    const bool is_edge = tile_begin < control(kFullBegin) || next_begin > control(kFullEnd);
+    uint32_t weights[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaDepth][4];
+    apply_softmax<T, kHeadDim, TileShape, kHasSoftCap>(p, tile_begin, is_edge, scores, state, weights);
+    multiply_values<T, kHeadDim, TileShape>(weights, state.accumulator);
+    tile_begin = next_begin;
   }
   mx::cp_async_wait<0>();  // of an item without keys: what was copied must land before others use its place
 
   if constexpr (TileShape::kKeyWarps == 1) {
-    store_rows<T, kHeadDim, TileShape>(p, item, state);
+    store_rows<T, kHeadDim, TileShape>(p, state);
   } else {
-    merge_warps<T, kHeadDim, TileShape>(p, item, state);
+    merge_warps<T, kHeadDim, TileShape>(p, state);
   }
 }
 
 template <class T, int kHeadDim, bool kHasSoftCap>
 struct Attend {
-  static MX_DEVICE void item(const LaunchParams& p, const WorkItem* item) {
-    switch (tile_kind(*item)) {
+  static MX_DEVICE void item(const LaunchParams& p) {
+    switch (control(kTileKindOf)) {
       case kTileLarge:
-        return attend_item<T, kHeadDim, LargeTile, kHasSoftCap>(p, item);
+        return attend_item<T, kHeadDim, LargeTile, kHasSoftCap>(p);
       case kTileMedium:
-        return attend_item<T, kHeadDim, MediumTile, kHasSoftCap>(p, item);
+        return attend_item<T, kHeadDim, MediumTile, kHasSoftCap>(p);
       default:
-        return attend_item<T, kHeadDim, SmallTile, kHasSoftCap>(p, item);
+        return attend_item<T, kHeadDim, SmallTile, kHasSoftCap>(p);
     }
   }
 };

@@ -67,6 +67,13 @@ MX_DEVICE uint32_t chunk_address(uint32_t tile, int row, int chunk) {
   return tile + row * kRowBytes + ((chunk ^ (row & 7)) * mx::kVectorBytes);
 }
 
+// The address of the same chunk num_rows further down, for a row that is a multiple of num_rows plus less than that:
+// the bits of num_rows and of the row's remainder do not meet, so that their places differ by xor.
+template <int kRowBytes>
+MX_DEVICE uint32_t row_below(uint32_t address, int num_rows) {
+  return (address ^ ((num_rows & 7) * mx::kVectorBytes)) + num_rows * kRowBytes;
+}
+
 // The barrier between those who copied a tile of keys and those who read it.
 template <class TileShape>
 MX_DEVICE void sync_tile() {
@@ -85,63 +92,69 @@ struct KeyPlace {
 };
 
 template <class TileShape>
-MX_DEVICE KeyPlace find_key(const LaunchParams& p, const WorkItem* item, int32_t tile_begin) {
-  const int32_t key = tile_begin + warp_idx() * TileShape::kCopiedKeys + lane_idx() % TileShape::kCopiedKeys;
-  if (key < item->kv_begin || key >= item->kv_end) return {0, 0};
+MX_DEVICE KeyPlace find_key(const LaunchParams& p, int32_t tile_begin) {
+  const Thread thread = this_thread();
+  const int32_t key = tile_begin + thread.warp * TileShape::kCopiedKeys + thread.lane % TileShape::kCopiedKeys;
+  if (key < control(kKvBegin) || key >= control(kKvEnd)) return {0, 0};
   const int32_t page_size = static_cast<int32_t>(p.call.page_size);
-  const int32_t* const block_table_row = p.call.block_table + item->seq_idx * p.call.block_table_stride;
+  const int32_t* const block_table_row = p.call.block_table + control(kSeqIdx) * p.call.block_table_stride;
   return {block_table_row[key / page_size], key % page_size};
 }
 
-struct CacheView {
-  const void* head;  // the kv head's first row
+// K or V of every page.
+template <class T>
+struct Cache {
+  const T* data;
   int64_t page_stride;
   int64_t token_stride;
+  int64_t head_stride;
 };
 
 template <class T>
-MX_DEVICE CacheView k_view(const LaunchParams& p, const WorkItem* item) {
-  return {static_cast<const T*>(p.call.k_cache) + item->kv_head * p.call.k_head_stride, p.call.k_page_stride,
-          p.call.k_token_stride};
+MX_DEVICE Cache<T> k_cache(const LaunchParams& p) {
+  return {static_cast<const T*>(p.call.k_cache), p.call.k_page_stride, p.call.k_token_stride, p.call.k_head_stride};
 }
 template <class T>
-MX_DEVICE CacheView v_view(const LaunchParams& p, const WorkItem* item) {
-  return {static_cast<const T*>(p.call.v_cache) + item->kv_head * p.call.v_head_stride, p.call.v_page_stride,
-          p.call.v_token_stride};
+MX_DEVICE Cache<T> v_cache(const LaunchParams& p) {
+  return {static_cast<const T*>(p.call.v_cache), p.call.v_page_stride, p.call.v_token_stride, p.call.v_head_stride};
 }
 
-// Starts the copy of this warp's part of a tile of K or V, place being what find_key gave for it. Keys outside of
-// [kv_begin, kv_end) become 0, not what memory holds there: 0 * NaN would be NaN.
+// Starts the copy of this warp's part of a tile of K or V, place being what find_key gave for it. Keys outside of the
+// item become 0, not what memory holds there: 0 * NaN would be NaN.
 template <class T, int kHeadDim, class TileShape>
-MX_DEVICE void copy_keys(const CacheView& cache, const KeyPlace& place, uint32_t tile, int32_t tile_begin,
-                         int32_t kv_begin, int32_t kv_end) {
+MX_DEVICE void copy_keys(const Cache<T>& cache, const KeyPlace& place, uint32_t tile, int32_t tile_begin) {
+  const Thread thread = this_thread();
   using Shared = Layout<kHeadDim, TileShape>;
   constexpr int kRowsAtOnce = mx::kWarpSize / Shared::kRowChunks;
-  const int64_t offset = place.page * cache.page_stride + place.slot * cache.token_stride;  // may pass 2^31
-  const int chunk = lane_idx() % Shared::kRowChunks;
-  const int first_row = warp_idx() * TileShape::kCopiedKeys;
-  const T* const head = static_cast<const T*>(cache.head) + chunk * kVectorElements;
+  const int64_t offset = place.page * cache.page_stride + place.slot * cache.token_stride +
+                         control(kKvHead) * cache.head_stride;  // may pass 2^31
+  const int lane_row = thread.lane / Shared::kRowChunks;
+  const int chunk = thread.lane % Shared::kRowChunks;
+  const int first_row = thread.warp * TileShape::kCopiedKeys + lane_row;
+  const uint32_t to = mx::opaque(chunk_address<Shared::kRowBytes>(tile, first_row, chunk));
+  const int32_t kv_begin = control(kKvBegin);
+  const int32_t kv_end = control(kKvEnd);
   MX_UNROLL
   for (int i = 0; i < TileShape::kCopiedKeys / kRowsAtOnce; ++i) {
-    const int row_of_warp = i * kRowsAtOnce + lane_idx() / Shared::kRowChunks;
-    const int64_t row_offset = mx::shfl_idx(offset, row_of_warp);
-    const int row = first_row + row_of_warp;
-    const int32_t key = tile_begin + row;
-    mx::cp_async16(chunk_address<Shared::kRowBytes>(tile, row, chunk), head + row_offset,
-                   key >= kv_begin && key < kv_end);
+    const int64_t row_offset = mx::shfl_idx(offset, i * kRowsAtOnce + lane_row);
+    const int32_t key = tile_begin + first_row + i * kRowsAtOnce;
+    mx::cp_async16(row_below<Shared::kRowBytes>(to, i * kRowsAtOnce),
+                   cache.data + (row_offset + chunk * kVectorElements), key >= kv_begin && key < kv_end);
   }
 }
 
 // Starts the copy of the item's rows of Q; rows past its last become 0.
 template <class T, int kHeadDim, class TileShape>
-MX_DEVICE void copy_queries(const LaunchParams& p, const WorkItem* item, uint32_t tile) {
+MX_DEVICE void copy_queries(const LaunchParams& p, uint32_t tile) {
+  const Thread thread = this_thread();
   using Shared = Layout<kHeadDim, TileShape>;
   constexpr int kRowsAtOnce = kNumThreads / Shared::kRowChunks;
-  const int chunk = mx::thread_idx() % Shared::kRowChunks;
+  const int chunk = thread.idx % Shared::kRowChunks;
   MX_NO_UNROLL
-  for (int row = mx::thread_idx() / Shared::kRowChunks; row < TileShape::kRows; row += kRowsAtOnce) {
-    const bool is_row = row < num_rows(*item);
-    const RowPlace place = place_row(p, item->seq_idx, item->kv_head, item->row_begin + (is_row ? row : 0));
+  for (int row = thread.idx / Shared::kRowChunks; row < TileShape::kRows; row += kRowsAtOnce) {
+    const bool is_row = row < control(kNumRows);
+    const RowPlace place =
+        place_row(p, control(kFirstToken), control(kKvHead), control(kRowBegin) + (is_row ? row : 0));
     const T* const source =
         static_cast<const T*>(p.call.q) + place.token * p.call.q_token_stride + place.head * p.call.q_head_stride;
     mx::cp_async16(chunk_address<Shared::kRowBytes>(tile, row, chunk), source + chunk * kVectorElements, is_row);
