@@ -4,10 +4,11 @@
 //         architecture, leaves finished rows or, for rows whose keys are split, float32 partials; the last block to
 //         finish a split of some rows merges them in split order. Counter and tickets are zero again when the launch
 //         ends: a captured graph can be replayed with any plan.
-// Grid    as many blocks as are resident at once, kNumThreads threads each
+// Grid    as many blocks as are resident at once, kNumThreads threads each: a warp per quarter of an SM
 // Shapes  AttentionParams (common/params.h), q, k_cache, v_cache, out in f16 or bf16; partial_lse in log2
 // Memory  merging a row of n splits reads 4 n (head_dim + 1) bytes and writes 2 head_dim
-// Limits  sm_80+; head_dim 64 or 128; any page_size and group_size; strides as launch_params.h checks
+// Limits  sm_80+; head_dim 64 or 128; any page_size and group_size; strides as launch_params.h checks; keys and packed
+//         rows of a slice up to 2^31 - 129
 // Twins   triton_kernels/mixed_attention.py, csrc/cpu/mixed_attention-inl.h; truth ops/reference.py
 // Source  split keys: arXiv:2311.01282, section 3; merge of online-softmax states: arXiv:1805.02867
 #pragma once
@@ -58,7 +59,8 @@ struct Thread {
   int lane;
 };
 
-// Read anew for every item: hoisted out of the loop over items, every kind's addresses would be in registers at once.
+// Read anew where it is needed: hoisted out of the loop over items, every kind's addresses would be in registers at
+// once.
 MX_DEVICE Thread this_thread() {
   const int idx = mx::thread_idx();
   return {idx, idx / mx::kWarpSize, idx % mx::kWarpSize};

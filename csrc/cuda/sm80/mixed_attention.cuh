@@ -7,6 +7,8 @@
 // Grid    kBlocksPerSm blocks of 128 threads per SM: 255 registers a thread are what fits two; tiles: tile.cuh
 // Shapes  as cuda/mixed_attention.cuh; tiles (128, 64), (64, 64), (16, 128) of (packed query rows, keys) by item kind
 // Memory  an item reads 2 keys head_dim elements of K and V, and reads and writes rows head_dim; shared: tile.cuh
+// Static  nvcc 13.0, bf16, head_dim 128, registers and warp instructions per MMA-MFLOP of large / medium / small tiles:
+//         sm_80: 255; 952 / 1,320 / 2,567. sm_90a: 255; 946 / 1,293 / 2,533. No spills in any kernel, no bank conflicts
 // Limits  as cuda/mixed_attention.cuh
 // Twins   triton_kernels/mixed_attention.py (the same names and order); truth ops/reference.py
 // Source  arXiv:2307.08691, section 3; GQA rows packed: arXiv:2305.13245; fragments: PTX ISA 8.7, section 9.7.14.5.8

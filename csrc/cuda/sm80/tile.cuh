@@ -1,8 +1,7 @@
 // tile.cuh: the shapes of sm_80's tiles, where they lie in shared memory, and how keys get there from their pages.
-// Method  A row of a tile is head_dim elements, its 16-byte chunks permuted: chunk c of row r lies in place c ^ (r %
-// 8).
-//         The 8 rows that one phase of ldmatrix reads, the same chunk of each, then lie in 8 different groups of 4
-//         banks, and so do the 8 chunks that 8 lanes copy: no bank conflicts (tests/cuda counts them).
+// Method  A row of a tile is head_dim elements, its 16-byte chunks permuted: chunk c of row r lies where chunk
+//         c ^ (r mod 8) would. The 8 rows that one phase of ldmatrix reads, the same chunk of each, then lie in 8
+//         different groups of 4 banks, and so do the 8 chunks that 8 lanes copy: no bank conflicts (tests/cuda counts).
 //         Each warp copies a quarter of a tile's keys. A lane finds the page of one key, and the warp's lanes hand
 //         each other the offsets by shuffles: one read of the block table and one division per key and tile.
 // Shapes  large (128, 64): 4 warps x 32 rows; medium (64, 64): 4 x 16 rows; small (16, 128): all warps have the same 16
@@ -23,7 +22,7 @@ constexpr int kMmaColumns = 8;
 constexpr int kMmaDepth = 16;
 constexpr int kElementBytes = 2;
 
-// (kRowsTiles * 16 rows per warp, kWarpKeys keys per warp); with kKeyWarps > 1 the warps share rows and split keys.
+// (16 kRowTiles rows, kWarpKeys keys) per warp; with kKeyWarps > 1 the warps have the same rows and split the keys.
 template <int kRowTilesPerWarp, int kWarpKeysPerTile, int kWarpsAlongKeys>
 struct Tile {
   static constexpr int kRowTiles = kRowTilesPerWarp;
@@ -123,8 +122,8 @@ MX_DEVICE Cache<T> v_cache(const LaunchParams& p) {
 // item become 0, not what memory holds there: 0 * NaN would be NaN.
 template <class T, int kHeadDim, class TileShape>
 MX_DEVICE void copy_keys(const Cache<T>& cache, const KeyPlace& place, uint32_t tile, int32_t tile_begin) {
-  const Thread thread = this_thread();
   using Shared = Layout<kHeadDim, TileShape>;
+  const Thread thread = this_thread();
   constexpr int kRowsAtOnce = mx::kWarpSize / Shared::kRowChunks;
   const int64_t offset = place.page * cache.page_stride + place.slot * cache.token_stride +
                          control(kKvHead) * cache.head_stride;  // may pass 2^31
@@ -146,8 +145,8 @@ MX_DEVICE void copy_keys(const Cache<T>& cache, const KeyPlace& place, uint32_t 
 // Starts the copy of the item's rows of Q; rows past its last become 0.
 template <class T, int kHeadDim, class TileShape>
 MX_DEVICE void copy_queries(const LaunchParams& p, uint32_t tile) {
-  const Thread thread = this_thread();
   using Shared = Layout<kHeadDim, TileShape>;
+  const Thread thread = this_thread();
   constexpr int kRowsAtOnce = kNumThreads / Shared::kRowChunks;
   const int chunk = thread.idx % Shared::kRowChunks;
   MX_NO_UNROLL
