@@ -6,6 +6,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PYTHON ?= python3
 MODEL  ?= smollm2
+CXX_FILES := '*.h' '*.cpp' '*.cuh' '*.cu'
 # One thread per test process and a process per core: two OpenMP pools on one core would wait for each other.
 PYTEST ?= OMP_NUM_THREADS=1 MIXATTN_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
@@ -41,13 +42,13 @@ test-slow: build
 lint: build
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files $(CXX_FILES))
 	$(VENV)/bin/mypy
 
 format: env
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(VENV)/bin/clang-format -i $$(git ls-files $(CXX_FILES))
 
 bench: build
 	$(PY) -m bench.kernels.bench_plan

@@ -1,0 +1,226 @@
+// mixed_attention.cuh: paged attention over prefill chunks and decode rows in one launch: the part of every GPU.
+// Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys j that row i may see
+// Method  persistent blocks draw the items of a plan (ops/plan.py) from a counter; attend_item, which differs by
+//         architecture, leaves finished rows or, for rows whose keys are split, float32 partials; the last block to
+//         finish a split of some rows merges them in split order. Counter and tickets are zero again when the launch
+//         ends: a captured graph can be replayed with any plan.
+// Grid    as many blocks as are resident at once, kNumThreads threads each: a warp per quarter of an SM
+// Shapes  AttentionParams (common/params.h), q, k_cache, v_cache, out in f16 or bf16; partial_lse in log2
+// Memory  merging a row of n splits reads 4 n (head_dim + 1) bytes and writes 2 head_dim
+// Limits  sm_80+; head_dim 64 or 128; any page_size and group_size; strides as launch_params.h checks; keys and packed
+//         rows of a slice up to 2^31 - 129
+// Twins   triton_kernels/mixed_attention.py, csrc/cpu/mixed_attention-inl.h; truth ops/reference.py
+// Source  split keys: arXiv:2311.01282, section 3; merge of online-softmax states: arXiv:1805.02867
+#pragma once
+
+#include "common/work_item.h"
+#include "cuda/launch_params.h"
+#include "cuda/softmax.cuh"
+
+namespace mixattn {
+namespace cuda {
+
+constexpr int kNumWarps = 4;
+constexpr int kNumThreads = kNumWarps * mx::kWarpSize;
+
+// The first words of a block's shared memory: what thread 0 drew, and the item that this is. Every thread reads them
+// again wherever it needs them: in registers they would be spilled by the walk over the keys.
+enum ControlWord : uint32_t {
+  kItemIdx,
+  kTicket,
+  // As in WorkItem.
+  kSeqIdx,
+  kKvHead,
+  kRowBegin,
+  kNumRows,
+  kTileKindOf,
+  kKvBegin,
+  kKvEnd,
+  kMergeIdx,
+  kPartialRow,
+  kFirstToken,  // the slice's first row of q
+  kContext,     // keys before the slice's first row: its position
+  // All rows see all keys of [kFullBegin, kFullEnd); tiles that are not inside need masks.
+  kFullBegin,
+  kFullEnd,
+};
+constexpr uint32_t kControlBytes = 256;  // a multiple of every row of a tile
+
+MX_DEVICE int32_t control(ControlWord word) {
+  return mx::ld_shared(mx::shared_base() + word * sizeof(int32_t));
+}
+MX_DEVICE void set_control(ControlWord word, int32_t value) {
+  mx::st_shared(mx::shared_base() + word * sizeof(int32_t), value);
+}
+
+struct Thread {
+  int idx;
+  int warp;
+  int lane;
+};
+
+// Read anew where it is needed: hoisted out of the loop over items, every kind's addresses would be in registers at
+// once.
+MX_DEVICE Thread this_thread() {
+  const int idx = mx::thread_idx();
+  return {idx, idx / mx::kWarpSize, idx % mx::kWarpSize};
+}
+
+MX_DEVICE int32_t clamp(int32_t value, int32_t low, int32_t high) {
+  return value < low ? low : (value > high ? high : value);
+}
+
+MX_DEVICE const PlanHeader& plan_header(const LaunchParams& p) {
+  return *reinterpret_cast<const PlanHeader*>(p.call.plan);
+}
+MX_DEVICE const WorkItem* plan_items(const LaunchParams& p) {
+  return reinterpret_cast<const WorkItem*>(p.call.plan + kPlanHeaderWords);
+}
+MX_DEVICE const Merge* plan_merges(const LaunchParams& p) {
+  return reinterpret_cast<const Merge*>(plan_items(p) + plan_header(p).capacity_items);
+}
+
+// Where a packed row of a slice lies: query token of the batch, query head.
+struct RowPlace {
+  int64_t token;
+  int32_t head;
+};
+
+// first_token: of the slice.
+MX_DEVICE RowPlace place_row(const LaunchParams& p, int32_t first_token, int32_t kv_head, int32_t packed_row) {
+  return {int64_t{first_token} + packed_row / p.group_size, kv_head * p.group_size + packed_row % p.group_size};
+}
+
+template <class T>
+MX_DEVICE T* out_row(const LaunchParams& p, const RowPlace& place) {
+  return static_cast<T*>(p.call.out) + place.token * p.call.out_token_stride + place.head * p.call.out_head_stride;
+}
+
+MX_DEVICE void store_lse(const LaunchParams& p, const RowPlace& place, float lse_log2) {
+  if (p.call.lse == nullptr) return;
+  mx::st_global(p.call.lse + place.token * p.call.lse_token_stride + place.head, lse_log2 * kLn2);
+}
+
+// The keys [begin, end) of the item [kv_begin, kv_end) that a row at this position sees.
+struct KeyRange {
+  int32_t begin;
+  int32_t end;
+};
+
+MX_DEVICE KeyRange visible_keys(const LaunchParams& p, int32_t position, int32_t kv_begin, int32_t kv_end) {
+  // A position may lie before the first key; one before the window's width has no window.
+  return {position < p.window_left ? kv_begin : clamp(position - p.window_left, kv_begin, kv_end),
+          p.call.causal ? clamp(position + 1, kv_begin, kv_end) : kv_end};
+}
+
+MX_DEVICE void describe_item(const LaunchParams& p, const WorkItem& item) {
+  const int32_t first_token = p.call.cu_seqlens_q[item.seq_idx];
+  const int32_t q_len = p.call.cu_seqlens_q[item.seq_idx + 1] - first_token;
+  const int32_t context = p.call.seq_lens[item.seq_idx] - q_len;
+  const int32_t first_position = context + item.row_begin / p.group_size;
+  const int32_t last_position = context + (item.row_begin + num_rows(item) - 1) / p.group_size;
+  set_control(kSeqIdx, item.seq_idx);
+  set_control(kKvHead, item.kv_head);
+  set_control(kRowBegin, item.row_begin);
+  set_control(kNumRows, num_rows(item));
+  set_control(kTileKindOf, tile_kind(item));
+  set_control(kKvBegin, item.kv_begin);
+  set_control(kKvEnd, item.kv_end);
+  set_control(kMergeIdx, item.merge_idx);
+  set_control(kPartialRow, item.partial_row);
+  set_control(kFirstToken, first_token);
+  set_control(kContext, context);
+  // The first row sees the fewest keys to the right, the last row the fewest to the left.
+  set_control(kFullBegin, visible_keys(p, last_position, item.kv_begin, item.kv_end).begin);
+  set_control(kFullEnd, visible_keys(p, first_position, item.kv_begin, item.kv_end).end);
+}
+
+// Draws the block's next item; false when there is none. Also a barrier: every thread is done with the shared memory of
+// the item before.
+MX_DEVICE bool draw_item(const LaunchParams& p) {
+  const int32_t num_items = plan_header(p).num_items;
+  mx::sync_threads();
+  if (mx::thread_idx() == 0) {
+    const int32_t item_idx = mx::atomic_add_relaxed(p.call.tickets, 1);
+    set_control(kItemIdx, item_idx);
+    if (item_idx < num_items) describe_item(p, plan_items(p)[item_idx]);
+  }
+  mx::sync_threads();
+  return control(kItemIdx) < num_items;
+}
+
+// Whether this block, with its split's partials written, is the last of the merge's splits to get here; if so, it sees
+// the partials of all of them.
+MX_DEVICE bool is_last_split(const LaunchParams& p, int32_t merge_idx, int32_t num_splits) {
+  // The barrier puts the partials of all threads before thread 0's fence, the fence before its ticket: whoever draws a
+  // later ticket, and fences behind it, sees them. The other barrier hands that on to the block.
+  mx::sync_threads();  // before the fence
+  if (mx::thread_idx() == 0) {
+    mx::fence_gpu();  // before the ticket
+    set_control(kTicket, mx::atomic_add_relaxed(p.call.tickets + 1 + merge_idx, 1));
+    mx::fence_gpu();  // behind the ticket
+  }
+  mx::sync_threads();
+  return control(kTicket) == num_splits - 1;
+}
+
+// The partials of all splits of some rows, in split order, to out and lse. A warp merges a row, a lane the dimensions
+// 2 lane + 64 d and the one behind.
+template <class T, int kHeadDim>
+MX_DEVICE void merge_item(const LaunchParams& p, const Merge& merge) {
+  constexpr int kPairs = kHeadDim / (2 * mx::kWarpSize);  // of a lane
+  const Thread thread = this_thread();
+  const int dim = 2 * thread.lane;
+  MX_NO_UNROLL
+  for (int32_t row = thread.warp; row < merge.num_rows; row += kNumWarps) {
+    mx::float2 sum[kPairs];
+    MX_UNROLL
+    for (int d = 0; d < kPairs; ++d) sum[d] = {0.0f, 0.0f};
+    float row_max = -INFINITY;
+    float row_sum = 0.0f;
+    MX_NO_UNROLL
+    for (int32_t split = 0; split < merge.num_splits; ++split) {
+      const int64_t partial_row = int64_t{merge.partial_row} + split * merge.num_rows + row;
+      const float* const partial = p.call.partial_out + partial_row * kHeadDim + dim;
+      const StateFactors factors = absorb_state(mx::ld_global_cg(p.call.partial_lse + partial_row), row_max);
+      row_sum = row_sum * factors.rescale + factors.weight;
+      MX_UNROLL
+      for (int d = 0; d < kPairs; ++d) {
+        const mx::float2 value = mx::ld_global_cg_v2(partial + 2 * mx::kWarpSize * d);
+        sum[d] = {sum[d].x * factors.rescale + value.x * factors.weight,
+                  sum[d].y * factors.rescale + value.y * factors.weight};
+      }
+    }
+    const RowEnd end = finish_row(row_max, row_sum);
+    const RowPlace place = place_row(p, p.call.cu_seqlens_q[merge.seq_idx], merge.kv_head, merge.row_begin + row);
+    T* const out = out_row<T>(p, place) + dim;
+    MX_UNROLL
+    for (int d = 0; d < kPairs; ++d) {
+      mx::st_global(out + 2 * mx::kWarpSize * d,
+                    mx::pack2(sum[d].x * end.inverse_sum, sum[d].y * end.inverse_sum, T{}));
+    }
+    if (thread.lane == 0) store_lse(p, place, end.lse_log2);
+  }
+}
+
+// Draws items of the plan until none is left. Attend::item(p) computes the one that was drawn.
+template <class T, int kHeadDim, class Attend>
+MX_DEVICE void run_plan(const LaunchParams& p) {
+  while (draw_item(p)) {
+    Attend::item(p);
+    const int32_t merge_idx = control(kMergeIdx);
+    if (merge_idx < 0) continue;
+    const Merge& merge = plan_merges(p)[merge_idx];
+    if (!is_last_split(p, merge_idx, merge.num_splits)) continue;
+    merge_item<T, kHeadDim>(p, merge);
+    // For the next launch: in this one nobody draws it again.
+    if (mx::thread_idx() == 0) mx::st_global(p.call.tickets + 1 + merge_idx, 0u);
+  }
+  // Every block draws one number past the items; whoever draws the last of these resets the counter.
+  if (mx::thread_idx() == 0 && control(kItemIdx) == plan_header(p).num_items + mx::num_blocks() - 1) {
+    mx::st_global(p.call.tickets, 0u);
+  }
+}
+
+}  // namespace cuda
+}  // namespace mixattn

@@ -1,0 +1,165 @@
+// tile.cuh: the shapes of sm_80's tiles, where they lie in shared memory, and how keys get there from their pages.
+// Method  A row of a tile is head_dim elements, its 16-byte chunks permuted: chunk c of row r lies where chunk
+//         c ^ (r mod 8) would. The 8 rows that one phase of ldmatrix reads, the same chunk of each, then lie in 8
+//         different groups of 4 banks, and so do the 8 chunks that 8 lanes copy: no bank conflicts (tests/cuda counts).
+//         Each warp copies a quarter of a tile's keys. A lane finds the page of one key, and the warp's lanes hand
+//         each other the offsets by shuffles: one read of the block table and one division per key and tile.
+// Shapes  large (128, 64): 4 warps x 32 rows; medium (64, 64): 4 x 16 rows; small (16, 128): all warps have the same 16
+//         rows, and 32 keys each, which they copy themselves and never wait for each other
+// Memory  block: kControlBytes + 2 head_dim (rows + 2 keys), the most of the three: 68.25 KiB at head_dim 128
+// Limits  head_dim 64 or 128
+// Source  swizzle and ldmatrix: PTX ISA 8.7, section 9.7.14.5.15
+#pragma once
+
+#include "cuda/mixed_attention.cuh"
+
+namespace mixattn {
+namespace cuda {
+namespace sm80 {
+
+constexpr int kMmaRows = 16;  // of mma.m16n8k16
+constexpr int kMmaColumns = 8;
+constexpr int kMmaDepth = 16;
+constexpr int kElementBytes = 2;
+
+// (16 kRowTiles rows, kWarpKeys keys) per warp; with kKeyWarps > 1 the warps have the same rows and split the keys.
+template <int kRowTilesPerWarp, int kWarpKeysPerTile, int kWarpsAlongKeys>
+struct Tile {
+  static constexpr int kRowTiles = kRowTilesPerWarp;
+  static constexpr int kWarpKeys = kWarpKeysPerTile;
+  static constexpr int kKeyWarps = kWarpsAlongKeys;
+  static constexpr int kRows = kRowTiles * kMmaRows * kNumWarps / kKeyWarps;
+  static constexpr int kKeys = kWarpKeys * kKeyWarps;
+  static constexpr int kCopiedKeys = kKeys / kNumWarps;  // by one warp
+  static_assert(kKeyWarps == 1 || kKeyWarps == kNumWarps, "warps share all rows or none");
+  // A warp that has its keys to itself copies exactly those: it needs no barrier with the others.
+  static_assert(kKeyWarps == 1 || kCopiedKeys == kWarpKeys, "a warp copies the keys that it uses");
+};
+// 128 rows of 4 warps: a fragment of K or V feeds two mma, which halves what ldmatrix takes from shared memory.
+using LargeTile = Tile<2, 64, 1>;
+using MediumTile = Tile<1, 64, 1>;
+using SmallTile = Tile<1, 32, kNumWarps>;
+
+// Where an item's tiles start in shared memory.
+template <int kHeadDim, class TileShape>
+struct Layout {
+  static constexpr uint32_t kRowBytes = kHeadDim * kElementBytes;
+  static constexpr int kRowChunks = kRowBytes / mx::kVectorBytes;
+  static constexpr uint32_t kQ = kControlBytes;                      // (kRows, kHeadDim)
+  static constexpr uint32_t kK = kQ + TileShape::kRows * kRowBytes;  // (kKeys, kHeadDim)
+  static constexpr uint32_t kV = kK + TileShape::kKeys * kRowBytes;  // (kKeys, kHeadDim)
+  static constexpr uint32_t kBytes = kV + TileShape::kKeys * kRowBytes;
+  // The bits of a chunk's place must be free in the address of its row: ldmatrix_address xors them.
+  static_assert(kQ % kRowBytes == 0 && kK % kRowBytes == 0 && kV % kRowBytes == 0, "tiles start at a row's multiple");
+};
+
+template <int kHeadDim>
+constexpr uint32_t shared_bytes() {
+  constexpr uint32_t large = Layout<kHeadDim, LargeTile>::kBytes;
+  constexpr uint32_t small = Layout<kHeadDim, SmallTile>::kBytes;
+  return large > small ? large : small;  // a medium tile is a part of a large one
+}
+
+// Address of chunk c of row r of the tile at `tile`.
+template <int kRowBytes>
+MX_DEVICE uint32_t chunk_address(uint32_t tile, int row, int chunk) {
+  return tile + row * kRowBytes + ((chunk ^ (row & 7)) * mx::kVectorBytes);
+}
+
+// The address of the same chunk num_rows further down, for a row that is a multiple of num_rows plus less than that:
+// the bits of num_rows and of the row's remainder do not meet, so that their places differ by xor.
+template <int kRowBytes>
+MX_DEVICE uint32_t row_below(uint32_t address, int num_rows) {
+  return (address ^ ((num_rows & 7) * mx::kVectorBytes)) + num_rows * kRowBytes;
+}
+
+// The barrier between those who copied a tile of keys and those who read it.
+template <class TileShape>
+MX_DEVICE void sync_tile() {
+  if constexpr (TileShape::kKeyWarps == 1) {
+    mx::sync_threads();
+  } else {
+    mx::sync_warp();
+  }
+}
+
+// The key of a tile that this lane finds the page of, for its warp. Keys outside the item are nowhere: their table
+// entries may be anything and are not read.
+struct KeyPlace {
+  int32_t page;
+  int32_t slot;
+};
+
+template <class TileShape>
+MX_DEVICE KeyPlace find_key(const LaunchParams& p, int32_t tile_begin) {
+  const Thread thread = this_thread();
+  const int32_t key = tile_begin + thread.warp * TileShape::kCopiedKeys + thread.lane % TileShape::kCopiedKeys;
+  if (key < control(kKvBegin) || key >= control(kKvEnd)) return {0, 0};
+  const int32_t page_size = static_cast<int32_t>(p.call.page_size);
+  const int32_t* const block_table_row = p.call.block_table + control(kSeqIdx) * p.call.block_table_stride;
+  return {block_table_row[key / page_size], key % page_size};
+}
+
+// K or V of every page.
+template <class T>
+struct Cache {
+  const T* data;
+  int64_t page_stride;
+  int64_t token_stride;
+  int64_t head_stride;
+};
+
+template <class T>
+MX_DEVICE Cache<T> k_cache(const LaunchParams& p) {
+  return {static_cast<const T*>(p.call.k_cache), p.call.k_page_stride, p.call.k_token_stride, p.call.k_head_stride};
+}
+template <class T>
+MX_DEVICE Cache<T> v_cache(const LaunchParams& p) {
+  return {static_cast<const T*>(p.call.v_cache), p.call.v_page_stride, p.call.v_token_stride, p.call.v_head_stride};
+}
+
+// Starts the copy of this warp's part of a tile of K or V, place being what find_key gave for it. Keys outside of the
+// item become 0, not what memory holds there: 0 * NaN would be NaN.
+template <class T, int kHeadDim, class TileShape>
+MX_DEVICE void copy_keys(const Cache<T>& cache, const KeyPlace& place, uint32_t tile, int32_t tile_begin) {
+  using Shared = Layout<kHeadDim, TileShape>;
+  const Thread thread = this_thread();
+  constexpr int kRowsAtOnce = mx::kWarpSize / Shared::kRowChunks;
+  const int64_t offset = place.page * cache.page_stride + place.slot * cache.token_stride +
+                         control(kKvHead) * cache.head_stride;  // may pass 2^31
+  const int lane_row = thread.lane / Shared::kRowChunks;
+  const int chunk = thread.lane % Shared::kRowChunks;
+  const int first_row = thread.warp * TileShape::kCopiedKeys + lane_row;
+  const uint32_t to = mx::opaque(chunk_address<Shared::kRowBytes>(tile, first_row, chunk));
+  const int32_t kv_begin = control(kKvBegin);
+  const int32_t kv_end = control(kKvEnd);
+  MX_UNROLL
+  for (int i = 0; i < TileShape::kCopiedKeys / kRowsAtOnce; ++i) {
+    const int64_t row_offset = mx::shfl_idx(offset, i * kRowsAtOnce + lane_row);
+    const int32_t key = tile_begin + first_row + i * kRowsAtOnce;
+    mx::cp_async16(row_below<Shared::kRowBytes>(to, i * kRowsAtOnce),
+                   cache.data + (row_offset + chunk * kVectorElements), key >= kv_begin && key < kv_end);
+  }
+}
+
+// Starts the copy of the item's rows of Q; rows past its last become 0.
+template <class T, int kHeadDim, class TileShape>
+MX_DEVICE void copy_queries(const LaunchParams& p, uint32_t tile) {
+  using Shared = Layout<kHeadDim, TileShape>;
+  const Thread thread = this_thread();
+  constexpr int kRowsAtOnce = kNumThreads / Shared::kRowChunks;
+  const int chunk = thread.idx % Shared::kRowChunks;
+  MX_NO_UNROLL
+  for (int row = thread.idx / Shared::kRowChunks; row < TileShape::kRows; row += kRowsAtOnce) {
+    const bool is_row = row < control(kNumRows);
+    const RowPlace place =
+        place_row(p, control(kFirstToken), control(kKvHead), control(kRowBegin) + (is_row ? row : 0));
+    const T* const source =
+        static_cast<const T*>(p.call.q) + place.token * p.call.q_token_stride + place.head * p.call.q_head_stride;
+    mx::cp_async16(chunk_address<Shared::kRowBytes>(tile, row, chunk), source + chunk * kVectorElements, is_row);
+  }
+}
+
+}  // namespace sm80
+}  // namespace cuda
+}  // namespace mixattn

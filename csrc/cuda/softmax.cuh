@@ -1,0 +1,98 @@
+// softmax.cuh: the online softmax in base 2: a step over a warp's tile of scores, its end, the merge of results.
+// Math    weights exp2(scores * scale_log2 - m), m the largest scaled score so far; earlier sums times exp2(m_old - m)
+// Method  log2(e) is folded into the scores' scale on the host, so that exp2 is the whole exponential. A row of an
+//         mma.sync accumulator lies in the 4 lanes of a quad: maxima go through the quad at every step, sums stay in
+//         their lanes until the end.
+// Shapes  scores (16, 8 kScoreTiles) of a warp, as fragments: [i][2 h + j] is row lane / 4 + 8 h, column 8 i +
+//         2 (lane % 4) + j
+// Twins   triton_kernels/_softmax.py (the same names and order)
+// Source  online softmax, arXiv:1805.02867, algorithm 3; as in FlashAttention-2, arXiv:2307.08691, section 3.1
+#pragma once
+
+#include "cuda/prim.cuh"
+
+namespace mixattn {
+namespace cuda {
+
+constexpr float kLn2 = 0.6931471805599453f;  // lse in base 2 times this is lse in natural log
+
+MX_DEVICE float quad_max(float value) {
+  value = fmaxf(value, mx::shfl_xor(value, 1));
+  return fmaxf(value, mx::shfl_xor(value, 2));
+}
+MX_DEVICE float quad_sum(float value) {
+  value += mx::shfl_xor(value, 1);
+  return value + mx::shfl_xor(value, 2);
+}
+
+// What row_max stands for in a subtraction: -inf - -inf would be NaN, so a row without keys subtracts 0 and gets
+// weights exp2(-inf) = 0.
+MX_DEVICE float finite_or_zero(float row_max) {
+  return row_max == -INFINITY ? 0.0f : row_max;
+}
+
+// What one step found out about a lane's two rows.
+struct Rescale {
+  float of_row[2];  // the factor of everything summed before
+};
+
+// Scores, -inf where masked and not yet scaled, become weights (16, 8 kScoreTiles) as A operands of mma.m16n8k16:
+// columns 16 k to 16 k + 7 are a[0] and a[1], the next 8 a[2] and a[3], no value changes its lane. row_max and this
+// lane's row_sum take the float32 weights in.
+template <class T, int kScoreTiles>
+MX_DEVICE Rescale weigh_scores(const float (&scores)[kScoreTiles][4], float scale_log2, float (&row_max)[2],
+                               float (&row_sum)[2], uint32_t (&weights)[kScoreTiles / 2][4]) {
+  float offset[2];
+  Rescale rescale;
+  MX_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    float largest = -INFINITY;
+    MX_UNROLL
+    for (int i = 0; i < kScoreTiles; ++i) largest = fmaxf(largest, fmaxf(scores[i][2 * h], scores[i][2 * h + 1]));
+    const float new_row_max = fmaxf(row_max[h], quad_max(largest) * scale_log2);
+    offset[h] = finite_or_zero(new_row_max);
+    rescale.of_row[h] = mx::ex2(row_max[h] - offset[h]);
+    row_max[h] = new_row_max;
+    row_sum[h] *= rescale.of_row[h];
+  }
+  MX_UNROLL
+  for (int i = 0; i < kScoreTiles; ++i) {
+    MX_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const float low = mx::ex2(scores[i][2 * h] * scale_log2 - offset[h]);
+      const float high = mx::ex2(scores[i][2 * h + 1] * scale_log2 - offset[h]);
+      row_sum[h] += low + high;
+      weights[i / 2][2 * (i % 2) + h] = mx::pack2(low, high, T{});
+    }
+  }
+  return rescale;
+}
+
+struct RowEnd {
+  float inverse_sum;  // the factor that makes a sum of weighted values an average; 0 for a row without keys
+  float lse_log2;     // -inf for a row without keys
+};
+
+// row_sum: of the whole row.
+MX_DEVICE RowEnd finish_row(float row_max, float row_sum) {
+  if (row_sum == 0.0f) return {0.0f, -INFINITY};
+  return {1.0f / row_sum, row_max + mx::lg2(row_sum)};
+}
+
+// The factors of a new state, a result over other keys with its own weight (exp2 of state_log2), and of what was summed
+// before it.
+struct StateFactors {
+  float rescale;
+  float weight;
+};
+
+MX_DEVICE StateFactors absorb_state(float state_log2, float& row_max) {
+  const float new_row_max = fmaxf(row_max, state_log2);
+  const float offset = finite_or_zero(new_row_max);
+  const StateFactors factors = {mx::ex2(row_max - offset), mx::ex2(state_log2 - offset)};
+  row_max = new_row_max;
+  return factors;
+}
+
+}  // namespace cuda
+}  // namespace mixattn

@@ -1,0 +1,138 @@
+"""Mistakes that a kernel engineer makes, each put into a copy of the CUDA kernel's sources behind a run-time switch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.emu.build import ROOT
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mistake, by name.
+
+    Args:
+        file: below csrc/cuda.
+        right: the statement or expression as it is, found once in the file.
+        wrong: what is there instead when the fault is on.
+        case: id of the case of tests/cases.py that shows it.
+        also: more of these, (right, wrong), in the same file.
+        caught_by: what shows it: ``result`` (not close to the truth, or NaN), ``tickets`` (not zero after the launch)
+            or a regular expression of the emulator's report.
+    """
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    case: str
+    caught_by: str = "result"
+    also: tuple[tuple[str, str], ...] = ()
+
+
+SM80 = "sm80/mixed_attention.cuh"
+TILE = "sm80/tile.cuh"
+PLAN = "mixed_attention.cuh"
+SOFTMAX = "softmax.cuh"
+CHUNK = "q65-kv200-page16-gqa3"
+DECODE = "q1-kv4096-page16-gqa8"
+SPLITS = "splits-chunk-beside-decodes"
+
+FAULTS = [
+    Fault("no-barrier-before-v-is-read", SM80, "sync_tile<TileShape>();  // V has landed", "", CHUNK),
+    Fault("no-barrier-before-k-is-read", SM80, "sync_tile<TileShape>();  // K has landed", "", CHUNK),
+    Fault("no-barrier-before-q-is-read-by-all-warps", SM80, "mx::sync_threads();  // Q, which", "", DECODE),
+    Fault("no-barrier-before-sums-replace-k-and-v", SM80, "mx::sync_threads();  // no warp reads", "", DECODE),
+    Fault(
+        "k-overwritten-while-it-is-read",
+        SM80,
+        "place = find_key<TileShape>(p, next_begin);",
+        "place = find_key<TileShape>(p, next_begin); if (next_begin < control(kKvEnd)) copy_k(place, next_begin);",
+        CHUNK,
+    ),
+    Fault("no-wait-for-v", SM80, "mx::cp_async_wait<0>();  // for V", "", CHUNK),
+    Fault(
+        "wait-for-k-one-group-too-shallow", SM80, "mx::cp_async_wait<0>();  // for K", "mx::cp_async_wait<1>();", CHUNK
+    ),
+    Fault(
+        "page-off-by-one",
+        TILE,
+        "block_table_row[key / page_size]",
+        "block_table_row[(key + 1) / page_size]",
+        CHUNK,
+    ),
+    Fault("slot-off-by-one", TILE, "key % page_size", "(key + 1) % page_size", CHUNK),
+    Fault(
+        "tail-not-zeroed",
+        TILE,
+        "key >= kv_begin && key < kv_end",
+        "true",
+        CHUNK,
+        caught_by="cp.async: outside of the tensors",  # the table's entries past the last page are read
+        also=(("key < control(kKvBegin) || key >= control(kKvEnd)", "false"),),
+    ),
+    Fault(
+        "ticket-without-fences",
+        PLAN,
+        "mx::fence_gpu();  // before the ticket",
+        "",
+        SPLITS,
+        also=(("mx::fence_gpu();  // behind the ticket", ""),),
+    ),
+    Fault("no-barrier-before-the-fence", PLAN, "mx::sync_threads();  // before the fence", "", SPLITS),
+    Fault("item-counter-not-reset", PLAN, "mx::st_global(p.call.tickets, 0u);", "", SPLITS, caught_by="tickets"),
+    Fault(
+        "ticket-not-reset", PLAN, "mx::st_global(p.call.tickets + 1 + merge_idx, 0u);", "", SPLITS, caught_by="tickets"
+    ),
+    Fault("merge-one-split-too-early", PLAN, "num_splits - 1", "num_splits - 2", SPLITS),
+    Fault("fragment-of-k-swapped", SM80, "keys[1]", "keys[2]", CHUNK),
+    Fault(
+        "v-not-transposed",
+        SM80,
+        "mx::ldmatrix_x4_trans(values, (v_address ^ (d * kStepBytes)) + k * kMmaDepth * Shared::kRowBytes);",
+        "mx::ldmatrix_x4(values, (v_address ^ (d * kStepBytes)) + k * kMmaDepth * Shared::kRowBytes);",
+        CHUNK,
+    ),
+    Fault("causal-mask-off-by-one", PLAN, "position + 1", "position + 2", CHUNK),
+    Fault("window-off-by-one", PLAN, "position - p.window_left", "position - p.window_left + 1", "window-q1"),
+    Fault("first-tile-not-masked", SM80, "tile_begin < control(kFullBegin)", "false", "window-chunk-beside-decodes"),
+    Fault("last-tile-not-masked", SM80, "next_begin > control(kFullEnd)", "false", CHUNK),
+    Fault("sum-not-rescaled", SOFTMAX, "row_sum[h] *= rescale.of_row[h];", "", "scale-and-peaked-scores"),
+    Fault(
+        "swizzle-of-copies-left-out",
+        TILE,
+        "address ^ ((num_rows & 7) * mx::kVectorBytes)",
+        "address",
+        CHUNK,
+    ),
+]
+
+
+def write_sources(folder: Path) -> None:
+    """A copy of csrc/cuda in folder/cuda with every fault in it, switched by emu::active_fault = its number from 1 on.
+
+    Files are left as they are when nothing changed, so that nothing is compiled again.
+    """
+    for source in (ROOT / "csrc" / "cuda").rglob("*.*h"):
+        name = str(source.relative_to(ROOT / "csrc" / "cuda"))
+        text = source.read_text()
+        for number, fault in enumerate(FAULTS, 1):
+            if fault.file == name:
+                for right, wrong in ((fault.right, fault.wrong), *fault.also):
+                    text = with_choice(text, number, right, wrong)
+        target = folder / "cuda" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists() or target.read_text() != text:
+            target.write_text(text)
+
+
+def with_choice(text: str, number: int, right: str, wrong: str) -> str:
+    """The text with its only ``right`` turned into a choice between it and ``wrong``, which fault ``number`` takes."""
+    assert text.count(right) == 1, f"{text.count(right)} times in the sources, not once: {right}"
+    statement, semicolon, comment = right.partition(";")
+    if semicolon:
+        choice = f"if (emu::active_fault == {number}) {{ {wrong} }} else {{ {statement}; }}{comment}"
+    else:
+        choice = f"(emu::active_fault == {number} ? ({wrong}) : ({right}))"
+    return text.replace(right, choice)

@@ -1,0 +1,76 @@
+// primitives.cpp: the kernels of primitives.cuh for Python, emulated.
+
+#include "primitives.cuh"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+namespace py = pybind11;
+using Words = py::array_t<uint32_t, py::array::c_style>;
+
+namespace {
+
+using Kernel = std::function<void(uint32_t*, uint32_t*)>;
+
+const std::map<std::string, Kernel>& kernels() {
+  using namespace primitives;
+  static const std::map<std::string, Kernel> all = {
+      {"ldmatrix", ldmatrix<false>},
+      {"ldmatrix_trans", ldmatrix<true>},
+      {"mma_f16", mma<f16>},
+      {"mma_bf16", mma<bf16>},
+      {"shuffle_xor", shuffle_xor},
+      {"shuffle_idx", shuffle_idx},
+      {"any_lane", any_lane},
+      {"copy", copy<true>},
+      {"copy_unwaited", copy<false>},
+      {"copy_groups", copy_groups},
+      {"neighbour_unsynced", neighbour<0>},
+      {"neighbour_sync_threads", neighbour<1>},
+      {"neighbour_bar_sync", neighbour<2>},
+      {"neighbour_sync_warp", neighbour<3>},
+      {"arrive", primitives::arrive},
+      {"lanes", lanes<true>},
+      {"lanes_unsynced", lanes<false>},
+      {"message_unfenced", message<0>},
+      {"message", message<1>},
+      {"message_fenced_too_early", message<2>},
+      {"store_widths", store_widths},
+      {"functions", functions},
+      {"pack_f16", pack<f16>},
+      {"pack_bf16", pack<bf16>},
+      {"banks_4", banks<4>},
+      {"banks_8", banks<8>},
+      {"banks_16", banks<16>},
+      {"banks_ldmatrix", banks<32>},
+      {"divergent", divergent},
+      {"deadlock", deadlock},
+      {"barrier_counts", barrier_counts},
+      {"bad_access", bad_access},
+  };
+  return all;
+}
+
+// Runs the kernel on in and out, both written in place; returns (wavefronts, conflicts).
+std::pair<uint64_t, uint64_t> run(const std::string& kernel, Words in, Words out, int num_blocks, int num_threads,
+                                  uint64_t seed) {
+  const Kernel& body = kernels().at(kernel);
+  const std::vector<emu::Region> regions = {{"in", in.data(), size_t(in.nbytes())},
+                                            {"out", out.data(), size_t(out.nbytes())}};
+  uint32_t* const in_words = in.mutable_data();
+  uint32_t* const out_words = out.mutable_data();
+  const emu::Stats stats = emu::launch(emu::config_of_seed(seed), num_blocks, num_threads, 4096, regions,
+                                       [&] { body(in_words, out_words); });
+  uint64_t num_conflicts = 0;
+  for (const auto& [line, count] : stats.conflicts) num_conflicts += count;
+  return {stats.num_wavefronts, num_conflicts};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(MODULE_NAME, m) {
+  m.def("run", &run);
+}
