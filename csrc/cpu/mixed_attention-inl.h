@@ -1,10 +1,7 @@
 // mixed_attention-inl.h: one work item of paged attention, prefill rows or decode rows, for one ISA.
 // Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys row i may see; with soft_cap c the scores s
 //         become c tanh(s / c) first; ALiBi takes slope_i |position_i - position_j| off them; a sink is one more score
-//         in the sum, with v 0.
-//         Quantised: k_j = k_scale_j k'_j and v_j = v_scale_j v'_j with the stored k' and v', so that
-//         s_ij = softmax_scale k_scale_j q_i.k'_j and o_i = sum_j (p_ij v_scale_j) v'_j: one product per score and one
-//         per weight. Scales that all keys of a head share move out: into q, and behind the sum.
+//         in the sum, with v 0
 // Method  Online softmax over tiles of keys, in base 2, all arithmetic in float32.
 //         Few rows (a decode's query heads of one kv head): direct. One pass over K and V where they lie in their
 //         pages; every vector of them that is loaded serves several rows. Bound by memory; the next rows are
@@ -17,6 +14,9 @@
 //         Invariant: every row is packed. Tiles start at multiples of key_tile counted from the sequence's first token,
 //         and splits (plan.h) at multiples of tiles, so that what one softmax step or one merge takes in is fixed by
 //         the row's position; what other rows see and it does not adds zeros.
+//         Quantised: k_j = k_scale_j k'_j and v_j = v_scale_j v'_j with the stored k' and v', so that
+//         s_ij = softmax_scale k_scale_j q_i.k'_j and o_i = sum_j (p_ij v_scale_j) v'_j: one product per score and one
+//         per weight. Scales that all keys of a head share move out: into q, and behind the sum.
 // Grid    one item per call; cpu/mixed_attention.cpp draws items for its threads and has splits merged
 // Shapes  as AttentionParams; q and out float32, bfloat16 or float16; k_cache and v_cache of any KvDType
 // Memory  reads 2 keys head_dim elements once per item, and 2 keys scales of 4 bytes if each key has its own. Scratch

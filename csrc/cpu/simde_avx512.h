@@ -44,20 +44,8 @@ static inline simde__m256 _mm512_extractf32x8_ps(simde__m512 x, int half) {
   return halves[half];
 }
 
-static inline simde__m512i join_halves(simde__m256i low, simde__m256i high) {
-  return simde_mm512_inserti64x4(simde_mm512_castsi256_si512(low), high, 1);
-}
-
-static inline simde__m512i _mm512_cvtepi8_epi32(simde__m128i x) {
-  return join_halves(simde_mm256_cvtepi8_epi32(x), simde_mm256_cvtepi8_epi32(simde_mm_bsrli_si128(x, 8)));
-}
-
 static inline simde__m512i _mm512_cvtepu8_epi32(simde__m128i x) {
-  return join_halves(simde_mm256_cvtepu8_epi32(x), simde_mm256_cvtepu8_epi32(simde_mm_bsrli_si128(x, 8)));
-}
-
-static inline simde__m512 _mm512_cvtepi32_ps(simde__m512i x) {
-  const simde__m256 low = simde_mm256_cvtepi32_ps(simde_mm512_castsi512_si256(x));
-  const simde__m256 high = simde_mm256_cvtepi32_ps(simde_mm512_extracti64x4_epi64(x, 1));
-  return simde_mm512_insertf32x8(simde_mm512_castps256_ps512(low), high, 1);
+  const simde__m256i low = simde_mm256_cvtepu8_epi32(x);
+  const simde__m256i high = simde_mm256_cvtepu8_epi32(simde_mm_srli_si128(x, 8));
+  return simde_mm512_inserti64x4(simde_mm512_castsi256_si512(low), high, 1);
 }
