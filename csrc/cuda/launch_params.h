@@ -37,6 +37,16 @@ inline void check_call(const AttentionParams& p) {
   }
   const struct {
     const char* name;
+    bool is_on;
+  } options[] = {{"alibi_slopes", p.alibi_slopes != nullptr},
+                 {"sinks", p.sinks != nullptr},
+                 {"tree_mask", p.tree_mask != nullptr},
+                 {"invariant", p.invariant}};
+  for (const auto& option : options) {
+    if (option.is_on) throw std::domain_error(std::string(option.name) + " has no CUDA kernel; the cpu backend has it");
+  }
+  const struct {
+    const char* name;
     int64_t stride;
   } strides[] = {{"q token", p.q_token_stride},       {"q head", p.q_head_stride},
                  {"k_cache page", p.k_page_stride},   {"k_cache token", p.k_token_stride},

@@ -48,6 +48,7 @@ class AttentionRun:
     partial_out: Tensor
     partial_lse: Tensor
     tickets: Tensor
+    invariant: bool = False
 
     def launch(
         self,
@@ -71,6 +72,9 @@ class AttentionRun:
         read = {"q": self.inputs.q, "k_cache": self.inputs.k_cache, "v_cache": self.inputs.v_cache}
         tensors = {**read, **written, **self.inputs.index_tensors, "plan": self.plan_words}
         addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        for name in ("alibi_slopes", "sinks", "tree_mask"):
+            option = self.inputs.score_tensors.get(name)
+            addresses[name] = 0 if option is None else option.data_ptr()
         if not wants_lse:
             addresses["lse"] = 0
         regions = {name: (addresses[name], span_bytes(tensor)) for name, tensor in {**read, **written}.items()}
@@ -104,6 +108,7 @@ class AttentionRun:
             "causal": case.causal,
             "window_left": -1 if case.window_left is None else case.window_left,
             "soft_cap": 0.0 if case.soft_cap is None else case.soft_cap,
+            "invariant": self.invariant,
         }
 
 

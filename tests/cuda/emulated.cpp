@@ -35,6 +35,9 @@ AttentionParams attention_params(const py::dict& addresses, const py::dict& size
   p.cu_seqlens_q = reinterpret_cast<const int32_t*>(at("cu_seqlens_q"));
   p.seq_lens = reinterpret_cast<const int32_t*>(at("seq_lens"));
   p.block_table = reinterpret_cast<const int32_t*>(at("block_table"));
+  p.alibi_slopes = reinterpret_cast<const float*>(at("alibi_slopes"));
+  p.sinks = reinterpret_cast<const float*>(at("sinks"));
+  p.tree_mask = reinterpret_cast<const int64_t*>(at("tree_mask"));
   p.plan = reinterpret_cast<const int32_t*>(at("plan"));
   p.partial_out = reinterpret_cast<float*>(at("partial_out"));
   p.partial_lse = reinterpret_cast<float*>(at("partial_lse"));
@@ -70,6 +73,7 @@ AttentionParams attention_params(const py::dict& addresses, const py::dict& size
   p.soft_cap = sizes["soft_cap"].cast<float>();
   p.window_left = size("window_left");
   p.causal = sizes["causal"].cast<bool>();
+  p.invariant = sizes["invariant"].cast<bool>();
   return p;
 }
 

@@ -179,6 +179,9 @@ def test_mixed_attention_block_table_is_not_read_past_the_last_page(emulated: Mo
         (dataclasses.replace(SPLIT_CASE, head_dim=96), torch.bfloat16, "head_dim 96 .* nearest .* is 64"),
         (dataclasses.replace(SPLIT_CASE, head_dim=256), torch.bfloat16, "head_dim 256 .* nearest .* is 128"),
         (SPLIT_CASE, torch.float32, "float32 has no CUDA kernel"),
+        (dataclasses.replace(SPLIT_CASE, alibi="per-head"), torch.bfloat16, "alibi_slopes has no CUDA kernel"),
+        (dataclasses.replace(SPLIT_CASE, has_sinks=True), torch.bfloat16, "sinks has no CUDA kernel"),
+        (dataclasses.replace(SPLIT_CASE, tree_mask=(-1,) * 50), torch.bfloat16, "tree_mask has no CUDA kernel"),
     ],
 )
 def test_mixed_attention_unsupported_call_names_the_nearest_supported(
@@ -186,6 +189,13 @@ def test_mixed_attention_unsupported_call_names_the_nearest_supported(
 ) -> None:
     with pytest.raises(NotImplementedError, match=message):
         prepare(case, dtype).launch(emulated, seed=0)
+
+
+def test_mixed_attention_invariant_is_refused(emulated: ModuleType) -> None:
+    run = prepare(SPLIT_CASE, torch.bfloat16)
+    run.invariant = True
+    with pytest.raises(NotImplementedError, match="invariant has no CUDA kernel"):
+        run.launch(emulated, seed=0)
 
 
 def test_mixed_attention_misaligned_tensors_are_refused(emulated: ModuleType) -> None:
