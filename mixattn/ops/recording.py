@@ -85,6 +85,11 @@ class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.empty_buffers: list[_Buffer] = []
         self.zero_buffers: list[_Buffer] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: the wrapper that keeps torch.compile out would import all of torch._dynamo, 1.5 s at the first token."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,
