@@ -87,7 +87,7 @@ class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """False: the wrapper that keeps torch.compile out would import all of torch._dynamo, 1.5 s at the first token."""
+        """False: else the first token waits 1.5 s for torch._dynamo, imported only to keep torch.compile out."""
         return False
 
     def __torch_dispatch__(
