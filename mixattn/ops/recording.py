@@ -85,6 +85,11 @@ class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.empty_buffers: list[_Buffer] = []
         self.zero_buffers: list[_Buffer] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: else the first token waits 1.5 s for torch._dynamo, imported only to keep torch.compile out."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,
