@@ -68,7 +68,7 @@ MX_KERNEL shuffle_idx(const uint32_t* in, uint32_t* out) {
 
 // in: a predicate per lane. out: a word per lane.
 MX_KERNEL any_lane(const uint32_t* in, uint32_t* out) {
-  out[thread_idx()] = any(in[thread_idx()] != 0);
+  out[thread_idx()] = mx::any(in[thread_idx()] != 0);
 }
 
 // in: [lane][is_valid, 3 unused, 4 words]. out: [lane][the 4 words]; kWaits false: what is there before the wait.
@@ -143,7 +143,7 @@ MX_KERNEL message(uint32_t* in, uint32_t* out) {
   if (ld_shared(drawn) == 1) {
     const float* const other = messages + 64 * (1 - block_idx());
     out[thread_idx()] = as_bits(ld_global_cg(other + thread_idx()));
-    const float2 pair = ld_global_cg_v2(other + thread_idx() / 2 * 2);
+    const mx::float2 pair = ld_global_cg_v2(other + thread_idx() / 2 * 2);
     out[64 + thread_idx()] = as_bits(thread_idx() % 2 == 0 ? pair.x : pair.y);
   }
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -9,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.emu.build import build
+from tests.emu.build import ROOT, build
 
 FOLDER = Path(__file__).resolve().parent
 SEEDS = range(9)
@@ -48,6 +50,27 @@ def run(
     out = np.full(num_out, NAN_WORD, np.uint32)
     wavefronts, conflicts = primitives.run(kernel, inputs, out, blocks, threads, seed)
     return out, wavefronts, conflicts
+
+
+NVCC_SOURCE = """
+#include "primitives.cuh"
+using namespace mx;
+#define KERNEL(...) template __global__ void primitives::__VA_ARGS__(const uint32_t*, uint32_t*);
+KERNEL(ldmatrix<true>) KERNEL(mma<bf16>) KERNEL(mma<f16>) KERNEL(copy<true>) KERNEL(neighbour<2>) KERNEL(lanes<true>)
+KERNEL(pack<bf16>) KERNEL(pack<f16>) KERNEL(banks<4>) KERNEL(banks<8>) KERNEL(banks<16>) KERNEL(banks<32>)
+template __global__ void primitives::message<1>(uint32_t*, uint32_t*);
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
+def test_primitives_compile_for_a_gpu_too(tmp_path: Path) -> None:
+    source = tmp_path / "primitives.cu"
+    source.write_text(NVCC_SOURCE)
+    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-cubin", f"-I{ROOT / 'csrc'}", f"-I{FOLDER}"]
+    result = subprocess.run(
+        [*command, "-o", tmp_path / "primitives.cubin", source], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
 
 
 # ---- fragments ------------------------------------------------------------------------------------------------------
