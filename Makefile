@@ -54,7 +54,9 @@ bench: build
 	$(PY) -m bench.kernels.bench_plan
 	$(PY) -m bench.kernels.bench_mixed_attention
 	$(PY) -m bench.kernels.bench_attention_options
+	$(PY) -m bench.kernels.bench_linear
 	$(PY) -m bench.serving.bench_scheduler
+	$(PY) -m bench.serving.bench_step $(MODEL)
 	$(PY) -m bench.serving.bench_offline $(MODEL)
 
 # What the compilers make of the Triton kernels for GPUs that need not be there, against limits and record.
