@@ -1,6 +1,7 @@
 """Where a step's time goes: decodes at several batch sizes, and a prefill chunk.
 
-Run ``OMP_WAIT_POLICY=passive python -m bench.serving.bench_step smollm2``: threads wait as the engine's do. A step is executed as the engine does it, over pages that hold
+Run ``OMP_WAIT_POLICY=passive python -m bench.serving.bench_step smollm2``: threads wait as the engine's do.
+A step is executed as the engine does it, over pages that hold
 random K and V. ``step`` is the median of whole steps, wall time, and ``cpu`` the CPU time of all threads, which a busy
 machine disturbs less. The operators are timed in further steps, call by call; what is missing to ``step`` is logits,
 sampling, planning and inputs. A chunk is not recorded, and so has no operators.
