@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bench.lib.measure import parser
 from bench.lib.quality import TEXT, greedy_agreement, perplexity, text_logits
-from mixattn import env
 from mixattn.config import QUANTIZATIONS, EngineConfig
 from mixattn.models.loader import load_model
 
@@ -17,7 +16,6 @@ def main() -> None:
     args_parser = parser(__doc__ or "")
     args_parser.add_argument("model", nargs="?", default="smollm2")
     args = args_parser.parse_args()
-    env.wait_passively()
     print(f"{'quantization':14}{'matrices MB':>12}{'perplexity':>12}{'agreement':>11}")
     reference = None
     for quantization in QUANTIZATIONS:

@@ -1,6 +1,7 @@
 """Linear maps over packed weights of every form, against torch in float32 and bfloat16.
 
-Run ``python -m bench.kernels.bench_linear``. The shapes are those of smollm2 and of a 1B Llama. All candidates take
+Run ``OMP_WAIT_POLICY=passive python -m bench.kernels.bench_linear``: threads wait as the engine's do.
+The shapes are those of smollm2 and of a 1B Llama. All candidates take
 turns in one process; each runs through copies of its weights that are together larger than the last-level cache, as
 the layers of a model are, and is compared with a product in float64 before it is timed. ``--cpu-time`` counts CPU
 seconds of the process instead of wall time: on a machine that others use, wall time says who else was there.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from bench.lib.measure import Record, append_json, parser, time_interleaved
 from mixattn import _C
-from mixattn.env import num_threads, wait_passively
+from mixattn.env import num_threads
 from mixattn.ops.linear import QUANTISED_FORMS, WEIGHT_FORMS, linear, pack_weight, row_bytes
 
 _FLUSH_BYTES = 64 << 20
@@ -107,7 +108,6 @@ def main() -> None:
     args_parser.add_argument("--cases", nargs="+", help="only cases whose name starts with one of these")
     args_parser.add_argument("--cpu-time", action="store_true", help="CPU time of all threads instead of wall time")
     args = args_parser.parse_args()
-    wait_passively()
     torch.set_num_threads(num_threads())
     roofs = _C.measure_roofs(num_threads())
     print(f"{num_threads()} threads: {roofs['read_gb_s']:.1f} GB/s, {roofs['fma_gflop_s']:.0f} GFLOP/s in float32")

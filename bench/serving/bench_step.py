@@ -1,6 +1,7 @@
 """Where a step's time goes: decodes at several batch sizes, and a prefill chunk.
 
-Run ``python -m bench.serving.bench_step smollm2``. A step is executed as the engine does it, over pages that hold
+Run ``OMP_WAIT_POLICY=passive python -m bench.serving.bench_step smollm2``: threads wait as the engine's do.
+A step is executed as the engine does it, over pages that hold
 random K and V. ``step`` is the median of whole steps, wall time, and ``cpu`` the CPU time of all threads, which a busy
 machine disturbs less. The operators are timed in further steps, call by call; what is missing to ``step`` is logits,
 sampling, planning and inputs. A chunk is not recorded, and so has no operators.
@@ -90,7 +91,6 @@ def main() -> None:
     args_parser.set_defaults(repeats=9)
     args_parser.add_argument("model", nargs="?", default="smollm2")
     args = args_parser.parse_args()
-    env.wait_passively()
     torch.set_num_threads(env.num_threads())
     loaded = load_model(EngineConfig(args.model, dtype="float32"))
     print(f"{'ms':12} {'step':>8} {'cpu':>8}" + "".join(f"{op:>12}" for op in _OPERATORS))
