@@ -5,7 +5,7 @@
 | ``MIXATTN_CPU_ISA`` | ``avx512``, ``avx2`` or ``scalar``: the CPU kernels to run instead of the best |
 | ``MIXATTN_NUM_THREADS`` | threads of the CPU kernels instead of what ``num_threads`` finds |
 | ``MIXATTN_API_KEY`` | the server's key, or several with commas between them |
-| ``OMP_WAIT_POLICY`` | OpenMP's own; programs of ours set it to ``passive`` where the user has not |
+| ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT`` | OpenMP's own; where neither is set, programs of ours let idle threads spin briefly |
 | ``TRITON_INTERPRET`` | ``1``: Triton runs its kernels in its interpreter, on CPU tensors (Triton's own variable) |
 
 ``setup.py`` alone reads ``MIXATTN_BUILD_SIMDE``.
@@ -35,13 +35,16 @@ def cpu_isa() -> str | None:
     return value
 
 
-def wait_passively() -> None:
-    """Lets idle OpenMP threads sleep instead of spin, unless the user chose; for programs, before torch is loaded.
+def wait_briefly() -> None:
+    """Lets idle OpenMP threads sleep after a few microseconds, unless the user chose; before torch is loaded.
 
-    Measured with smollm2 at batch 1, 2 threads on 2 cores (Zen 3, 2026-11-24): beside one busy process of another
-    program 3.8 tokens/s spinning and 13.7 asleep; alone 14.7 to 16.2 spinning and 13.8 to 14.8 asleep.
+    A decode step has some 150 parallel regions: to wake a sleeping thread for each costs more than the small products,
+    and a thread that spins on takes the core from whoever else wants it. Milliseconds per step of smollm2, 2 threads on
+    2 cores (Zen 3, 2026-11-25, ``bench.serving.bench_step``), asleep at once / after 2,000 spins / 10,000 / never:
+    batch 1 alone 13.7 / 7.3 / 7.7 / 10.1, beside one busy process 17 / 29 / 80 / 15; batch 8 alone 37 / 30 / 27 / 33.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Where a step's time goes: decodes at several batch sizes, and a prefill chunk.
 
-Run ``OMP_WAIT_POLICY=passive python -m bench.serving.bench_step smollm2``: threads wait as the engine's do.
+Run ``GOMP_SPINCOUNT=2000 python -m bench.serving.bench_step smollm2``: threads wait as the engine's do.
 A step is executed as the engine does it, over pages that hold
 random K and V. ``step`` is the median of whole steps, wall time, and ``cpu`` the CPU time of all threads, which a busy
 machine disturbs less. The operators are timed in further steps, call by call; what is missing to ``step`` is logits,
@@ -65,13 +65,13 @@ def run(name: str, loaded: LoadedModel, repeats: int) -> Record:
         num_pages=num_seqs * -(-kv_len // _PAGE_SIZE),
         page_size=_PAGE_SIZE,
         max_model_len=kv_len,
-        dtype=loaded.dtype,
+        kv_dtype=loaded.dtype,
         device=loaded.device,
         is_recorded=True,
     )
-    for k_cache, v_cache in executor._kv:
-        k_cache.normal_()
-        v_cache.normal_()
+    for kv in executor._kv:
+        kv.k_cache.normal_()
+        kv.v_cache.normal_()
     plan = batch(num_seqs, q_len, kv_len)
     executor.execute(plan)
     wall_us, cpu_us = [], []
