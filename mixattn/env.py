@@ -5,7 +5,7 @@
 | ``MIXATTN_CPU_ISA`` | ``avx512``, ``avx2`` or ``scalar``: the CPU kernels to run instead of the best |
 | ``MIXATTN_NUM_THREADS`` | threads of the CPU kernels instead of what ``num_threads`` finds |
 | ``MIXATTN_API_KEY`` | the server's key, or several with commas between them |
-| ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT`` | OpenMP's own; where neither is set, programs of ours let idle threads spin briefly |
+| ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT`` | OpenMP's own; with neither, programs of ours let idle threads spin briefly |
 | ``TRITON_INTERPRET`` | ``1``: Triton runs its kernels in its interpreter, on CPU tensors (Triton's own variable) |
 
 ``setup.py`` alone reads ``MIXATTN_BUILD_SIMDE``.
