@@ -32,7 +32,8 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-# For tests on a CPU without AVX-512: its kernels through SIMDe (Debian's libsimde-dev), correct and slow.
+# For tests on a CPU without AVX-512: its kernels through SIMDe (Debian's libsimde-dev), correct and slow. Unoptimised,
+# because the compiler takes minutes over all that is inlined.
 BUILD_SIMDE = os.environ.get("MIXATTN_BUILD_SIMDE") == "1"
 AVX512_FLAGS = [
     "-mavx512f",
@@ -46,7 +47,7 @@ AVX512_FLAGS = [
 ]
 ISA_FLAGS = {
     "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "csrc/cpu/kernels_avx512.cpp": ["-DMIXATTN_SIMDE", "-Wno-psabi"] if BUILD_SIMDE else AVX512_FLAGS,
+    "csrc/cpu/kernels_avx512.cpp": ["-DMIXATTN_SIMDE", "-Wno-psabi", "-O0"] if BUILD_SIMDE else AVX512_FLAGS,
 }
 X86_ONLY = set(ISA_FLAGS)
 

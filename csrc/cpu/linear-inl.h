@@ -16,7 +16,7 @@
 
 #include "common/linear_params.h"
 #include "cpu/kernels.h"
-#include "cpu/mixed_attention-inl.h"
+#include "cpu/register_tile-inl.h"
 #include "cpu/vec.h"
 
 namespace mixattn {

@@ -1,0 +1,194 @@
+// attention_packed-inl.h: items of many rows, tiles of K and V as float32 in L2; bound by FMA.
+// Formulas and sources are in mixed_attention-inl.h.
+#pragma once
+
+#include "cpu/attention_rows-inl.h"
+
+namespace mixattn {
+namespace cpu {
+namespace {
+
+constexpr int kPackedKeys = 128;  // keys of a packed tile, see key_tile
+
+static_assert(kInvariantMultiple % kPackedKeys == 0, "no tile passes the end of an invariant plan's split");
+
+// Keys of a packed tile: with 128 rows of head_dim 128 (256), Q, O, S, K and V come to 320 (416) KiB and stay in 512
+// KiB of L2, the least among server cores since 2017. O is loaded and stored once per tile: 3 % of the work at 128
+// keys.
+MIXATTN_INLINE int key_tile(int64_t head_dim) {
+  return head_dim <= 128 ? kPackedKeys : kPackedKeys / 2;
+}
+
+// k_packed[panel][d][j] = K of key panel * kTileCols + j: a panel is (head_dim, kTileCols), what a register tile reads
+// from top to bottom.
+template <typename T>
+void pack_keys(const T* const* k, int64_t num_panels, int64_t head_dim, float* k_packed) {
+  for (int64_t panel = 0; panel < num_panels; ++panel) {
+    for (int j = 0; j < kTileCols; j += 8) {
+      for (int64_t d = 0; d < head_dim; d += 8) {
+        transpose8(k + panel * kTileCols + j, d, k_packed + (panel * head_dim + d) * kTileCols + j, kTileCols);
+      }
+    }
+  }
+}
+
+// v_packed[panel][key][j] = V of dimension panel * kTileCols + j; panels are (key_tile, kTileCols), the last one only
+// kLanes wide if head_dim ends there.
+template <typename T>
+void pack_values(const T* const* v, int64_t num_keys, int64_t head_dim, int64_t key_tile, float* v_packed) {
+  for (int64_t key = 0; key < num_keys; ++key) {
+    int64_t d = 0;
+    for (; d + kTileCols <= head_dim; d += kTileCols) {
+      float* target = v_packed + d * key_tile + key * kTileCols;
+      for (int c = 0; c < kTileCols; c += kLanes) store(target + c, load(element_at(v[key], d + c)));
+    }
+    const int64_t width = round_up(head_dim - d, kLanes);
+    float* target = v_packed + d * key_tile + key * width;
+    for (; d + kLanes <= head_dim; d += kLanes, target += kLanes) store(target, load(element_at(v[key], d)));
+    if (kLanes > 8 && d < head_dim) store(target, load_half(element_at(v[key], d)));
+  }
+}
+
+// The keys of a tile that rows [r, r + n) see, all together, from whole register tile to whole register tile.
+struct KeySpan {
+  int64_t begin;
+  int64_t end;
+};
+
+MIXATTN_INLINE KeySpan key_span(const Rows& rows, int64_t r, int n, int64_t first, int64_t num_keys) {
+  const int64_t begin = clamp(rows.lo[r] - first, 0, num_keys);
+  const int64_t end = clamp(rows.hi[r + n - 1] - first, begin, num_keys);
+  if (begin == end) return {0, 0};
+  return {round_down(begin, kTileCols), round_up(end, kTileCols)};
+}
+
+// One tile of keys, as attend_packed works on it.
+template <typename T>
+struct PackedTile {
+  int64_t first;     // absolute position of its first key
+  int64_t num_keys;  // at most key_tile
+  int64_t key_tile;
+  const T* k[kPackedKeys];  // where its rows are
+  const T* v[kPackedKeys];
+  float k_scale[kPackedKeys];  // filled if each key has its own
+  float v_scale[kPackedKeys];
+};
+
+// Calls visit(r, n, span) for the rows [r, r + n) of each register tile and the keys of this tile that they see.
+template <typename Visit>
+MIXATTN_INLINE void for_each_row_tile(const Rows& rows, int64_t first, int64_t num_keys, const Visit& visit) {
+  for (int64_t r = 0; r < rows.num_rows;) {
+    const int n = tile_rows(rows.num_rows - r);
+    visit(r, n, key_span(rows, r, n, first, num_keys));
+    r += n;
+  }
+}
+
+// Prefetches the share of count rows that is due between steps `step` and `end` of num_steps: K or V come into L2 a few
+// rows at a time while register tiles are computed. All at once they would fill the load queues.
+template <typename T>
+MIXATTN_INLINE void prefetch_share(const T* const* source, int64_t count, int64_t step, int64_t end, int64_t num_steps,
+                                   int64_t head_dim) {
+  for (int64_t i = count * step / num_steps; i < count * end / num_steps; ++i) prefetch_row(source[i], head_dim);
+}
+
+// S = Q K^T. A panel of K (8 KiB at head_dim 128, AVX2) stays in L1 while all rows pass by. V of the tile is on its
+// way.
+template <typename T>
+void score_tile(const Rows& rows, const PackedTile<T>& tile, const float* k_packed, int64_t head_dim, float* scores) {
+  const int64_t num_panels = round_up(tile.num_keys, kTileCols) / kTileCols;
+  for (int64_t panel = 0; panel < num_panels; ++panel) {
+    const int64_t j = panel * kTileCols;
+    for_each_row_tile(rows, tile.first, tile.num_keys, [&](int64_t r, int n, KeySpan span) {
+      const int64_t step = panel * rows.num_rows + r;
+      prefetch_share(tile.v, tile.num_keys, step, step + n, num_panels * rows.num_rows, head_dim);
+      if (j < span.begin || j >= span.end) return;
+      tile_function<kTileVecs, false>(n)(rows.q + r * rows.stride, rows.stride, k_packed + j * head_dim, head_dim,
+                                         scores + r * tile.key_tile + j, tile.key_tile);
+    });
+  }
+}
+
+template <typename T>
+void softmax_tile(const AttentionParams& p, const Rows& rows, const PackedTile<T>& tile, float* scores) {
+  for_each_row_tile(rows, tile.first, tile.num_keys, [&](int64_t begin, int n, KeySpan span) {
+    if (span.begin == span.end) return;
+    const int64_t width = span.end - span.begin;
+    for (int64_t r = begin; r < begin + n; ++r) {
+      float* row = scores + r * tile.key_tile + span.begin;
+      if (p.k_scale.is_per_token) scale_scores(row, tile.k_scale + span.begin, width);
+      if (p.soft_cap > 0) cap_scores(row, width, p.soft_cap);
+      if (p.alibi_slopes != nullptr) add_alibi<1>(row, tile.first + span.begin, width, rows, r);
+      const int64_t lo = rows.lo[r] - tile.first - span.begin, hi = rows.hi[r] - tile.first - span.begin;
+      if (lo > 0 || hi < width) mask_scores(row, 1, width, lo, hi);
+      if (rows.hidden_begin < tile.first + tile.num_keys) {
+        hide_scores(row, 1, tile.first + span.begin, width, rows, r);
+      }
+      softmax_step(row, width, rows.m + r, rows.l + r, rows.o + r * rows.stride, rows.stride);
+      if (p.v_scale.is_per_token) scale_scores(row, tile.v_scale + span.begin, width);
+    }
+  });
+}
+
+// O += P V. A panel of V (8 KiB at 128 keys, AVX2) stays in L1 while all rows pass by. The next tile's K is on its way.
+template <typename T>
+void value_tile(const Rows& rows, const PackedTile<T>& tile, const PackedTile<T>& next, const float* v_packed,
+                int64_t head_dim, const float* scores) {
+  for (int64_t d = 0; d < rows.stride; d += kTileCols) {
+    const bool is_whole = d + kTileCols <= rows.stride;
+    const int64_t width = is_whole ? kTileCols : kLanes;
+    for_each_row_tile(rows, tile.first, tile.num_keys, [&](int64_t r, int n, KeySpan span) {
+      const int64_t step = d / kTileCols * rows.num_rows + r;
+      const int64_t num_steps = round_up(rows.stride, kTileCols) / kTileCols * rows.num_rows;
+      prefetch_share(next.k, next.num_keys, step, step + n, num_steps, head_dim);
+      if (span.begin == span.end) return;
+      const TileFunction multiply = is_whole ? tile_function<kTileVecs, true>(n) : tile_function<1, true>(n);
+      multiply(scores + r * tile.key_tile + span.begin, tile.key_tile,
+               v_packed + d * tile.key_tile + span.begin * width, span.end - span.begin, rows.o + r * rows.stride + d,
+               rows.stride);
+    });
+  }
+}
+
+template <typename T>
+void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratch) {
+  Rows rows = carve_rows(num_rows(item), p.head_dim, scratch);
+  const int64_t tile_keys = key_tile(p.head_dim);
+  float* const scores = scratch + rows_floats(rows.num_rows, p.head_dim);           // (rows, tile_keys)
+  float* const packed = scores + round_up(rows.num_rows, kLineFloats) * tile_keys;  // K, and when S is done V
+  start_rows<T>(p, item, rows.num_rows, &rows);
+
+  PackedTile<T> tiles[2];
+  const auto start_tile = [&](int64_t first, PackedTile<T>* tile) {
+    tile->first = first;
+    tile->num_keys = clamp(rows.kv_end - first, 0, tile_keys);
+    tile->key_tile = tile_keys;
+    if (tile->num_keys == 0) return;
+    locate_tile(p, item, rows, first, tile->num_keys, kTileCols, tile->k, tile->v);
+    if (p.k_scale.is_per_token) {
+      gather_tile_scales(p, p.k_scale, item, rows, first, tile->num_keys, kTileCols, tile->k_scale);
+    }
+    if (p.v_scale.is_per_token) {
+      gather_tile_scales(p, p.v_scale, item, rows, first, tile->num_keys, kTileCols, tile->v_scale);
+    }
+  };
+  int now = 0;
+  const bool is_aligned = p.invariant && item.kv_begin < rows.kv_end;
+  start_tile(is_aligned ? round_down(item.kv_begin, tile_keys) : item.kv_begin, &tiles[now]);
+  for (; tiles[now].num_keys > 0; now ^= 1) {
+    const PackedTile<T>& tile = tiles[now];
+    PackedTile<T>& next = tiles[now ^ 1];
+    start_tile(tile.first + tile_keys, &next);
+    const int64_t padded_keys = round_up(tile.num_keys, kTileCols);
+    pack_keys(tile.k, padded_keys / kTileCols, p.head_dim, packed);
+    score_tile(rows, tile, packed, p.head_dim, scores);
+    softmax_tile(p, rows, tile, scores);
+    pack_values(tile.v, padded_keys, p.head_dim, tile_keys, packed);
+    value_tile(rows, tile, next, packed, p.head_dim, scores);
+  }
+  finish_rows<T>(p, item, rows);
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace mixattn

@@ -1,0 +1,87 @@
+// register_tile-inl.h: the matrix product that packed attention and the linear maps are made of, for one ISA.
+// Math    c = a b, or c += a b, with c of up to kTileRows rows and one or two vectors of columns
+// Method  all of c in registers while the depth runs; the operands lie in L1 and L2 (README.md draws it)
+// Shapes  a (rows, depth) by stride, b (depth, columns) contiguous, c (rows, columns) by stride, all float32
+// Source  register tiles, doi 10.1145/1356052.1356053
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace mixattn {
+namespace cpu {
+namespace {
+
+constexpr int kTileVecs = 2;
+constexpr int kTileCols = kTileVecs * kLanes;  // of a register tile, whose rows are vec.h's kTileRows
+
+MIXATTN_INLINE int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+MIXATTN_INLINE int64_t round_down(int64_t n, int64_t multiple) {
+  return n / multiple * multiple;
+}
+MIXATTN_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) {
+  return value < low ? low : (value > high ? high : value);
+}
+
+// c (kRows, kVecs kLanes) = or += a (kRows, depth) b (depth, kVecs kLanes), all of c in registers.
+template <int kRows, int kVecs, bool kIsAdded>
+void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
+  Vec acc[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) acc[r][j] = kIsAdded ? load(c + r * c_stride + j * kLanes) : zero();
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec column[kVecs];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) column[j] = load(b + (k * kVecs + j) * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec x = broadcast(a[r * a_stride + k]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kVecs; ++j) acc[r][j] = fmadd(x, column[j], acc[r][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) store(c + r * c_stride + j * kLanes, acc[r][j]);
+  }
+}
+
+typedef void (*TileFunction)(const float*, int64_t, const float*, int64_t, float*, int64_t);
+
+template <int kVecs, bool kIsAdded>
+TileFunction tile_function(int num_rows) {
+  static_assert(kTileRows <= 8, "one entry per number of rows");
+  switch (num_rows) {
+    case 1:
+      return multiply_tile<1, kVecs, kIsAdded>;
+    case 2:
+      return multiply_tile<2, kVecs, kIsAdded>;
+    case 3:
+      return multiply_tile<3, kVecs, kIsAdded>;
+    case 4:
+      return multiply_tile<4, kVecs, kIsAdded>;
+    case 5:
+      return multiply_tile<5, kVecs, kIsAdded>;
+    case 6:
+      return multiply_tile<6, kVecs, kIsAdded>;
+    case 7:
+      return multiply_tile < kTileRows < 7 ? 1 : 7, kVecs, kIsAdded > ;
+    default:
+      return multiply_tile < kTileRows < 8 ? 1 : 8, kVecs, kIsAdded > ;
+  }
+}
+
+// Rows of the next register tile: kTileRows, but the last two share what is left, so that neither is nearly empty.
+MIXATTN_INLINE int tile_rows(int64_t rows_left) {
+  if (rows_left <= kTileRows) return static_cast<int>(rows_left);
+  return rows_left < 2 * kTileRows ? static_cast<int>((rows_left + 1) / 2) : kTileRows;
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace mixattn
