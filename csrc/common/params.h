@@ -53,7 +53,7 @@ struct AttentionParams {
   const float* sinks;           // [num_q_heads], natural log; nullptr: off
   const int64_t* tree_mask;     // [total_q] words; bit d: whether the row sees the key d before it; nullptr: off
   float* partial_out;           // [num_partial_rows, head_dim], each row normalised by its own sum
-  float* partial_lse;           // [num_partial_rows], natural log
+  float* partial_lse;           // [num_partial_rows], natural log (CPU) or base 2 (CUDA); -inf marks an empty part
   int32_t* tickets;             // [num_tickets], all zero between calls
 
   int64_t total_q, num_seqs, num_q_heads, num_kv_heads, head_dim, num_pages, page_size, max_pages;
