@@ -47,6 +47,7 @@ AVX512_FLAGS = [
 ]
 ISA_FLAGS = {
     "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "csrc/cpu/kernels_avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"],
     "csrc/cpu/kernels_avx512.cpp": ["-DMIXATTN_SIMDE", "-Wno-psabi", "-O0"] if BUILD_SIMDE else AVX512_FLAGS,
 }
 X86_ONLY = set(ISA_FLAGS)

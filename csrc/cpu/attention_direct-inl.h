@@ -2,6 +2,7 @@
 // Formulas and sources are in mixed_attention-inl.h.
 #pragma once
 
+#include "cpu/attention_dot-inl.h"
 #include "cpu/attention_rows-inl.h"
 
 namespace mixattn {
@@ -9,51 +10,81 @@ namespace cpu {
 namespace {
 
 constexpr int kDirectKeys = 64;  // keys of a direct tile: enough that softmax's fixed part is small
-// Keys per pass over O, direct; not many, because an 8-way L1 can hold only 8 rows that lie 4 KiB apart.
-constexpr int kBlockKeys = kLanes > 8 ? kLanes : 8;
+// Keys of a block: of one head they are scored, or have their values added up, in one go. Not many, because an 8-way L1
+// holds only 8 rows that lie 4 KiB apart, and because long runs over one operand leave memory idle (README.md).
+constexpr int kBlockKeys = 8;
+constexpr int kPaddedKeys =
+    kLanes > kBlockKeys ? kLanes : kBlockKeys;  // a tile has a multiple: whole vectors of scores
 
 // Scores of a block of kRows rows lie key by key, scores[key * kRows + row], so that softmax needs no sums across a
 // vector: lane i belongs to row i % kRows.
 
-// scores[j * kRows + r] = q[r] . k[j][offset...] over kBlockKeys keys; 8 accumulators whatever kRows.
-template <typename T, int kRows>
-MIXATTN_INLINE void score_block(const float* q, int64_t q_stride, const T* const* k, int64_t offset, int64_t head_dim,
-                                float* scores) {
-  constexpr int kKeys = 8 / kRows;
-  // Summed up across lanes in the end, all at once: after every 8 the sums would wait for the last FMA each time.
-  Vec sums[kBlockKeys * kRows / 8][8];
-  for (int n = 0; n < kBlockKeys / kKeys; ++n) {
-    const T* keys[kKeys];
-    for (int i = 0; i < kKeys; ++i) keys[i] = k[n * kKeys + i] + offset;
-    Vec acc[8];  // (kKeys, kRows)
-    for (int i = 0; i < 8; ++i) acc[i] = zero();
+constexpr int64_t kAheadBytes = 8192;  // what is prefetched is read after so much else
+
+// Rows that will be read soon, as many as a block has, each `offset` elements further.
+template <typename T>
+struct Ahead {
+  const T* const* rows;
+  int64_t offset;
+};
+
+// Prefetches the cache lines that begin in the elements [d, d + count) of row i.
+template <typename T>
+MIXATTN_INLINE void prefetch_piece(const Ahead<T>& ahead, int i, int64_t d, int64_t count) {
+  const char* bytes = reinterpret_cast<const char*>(element_at(ahead.rows[i] + ahead.offset, d));
+  if (row_bytes<T>(count) < 64 && row_bytes<T>(d) % 64 != 0) return;
+  for (int64_t b = 0; b < row_bytes<T>(count); b += 64) prefetch_once(bytes + b);
+}
+
+// Keys that score_block works on at a time: kRows times as many accumulators, 8 at least, beside two vectors per key.
+template <int kRows>
+constexpr int kKeysAtOnce = kLanes > 8 ? (kRows == 1 ? 8 : 4) : 8 / kRows;
+
+// scores[j * kRows + r] = q[r] . k[j][offset...] over kBlockKeys keys. The rows ahead are prefetched line by line in
+// between: many prefetches in a row would fill the core's miss buffers and stop the sums.
+template <class Dot, int kRows>
+MIXATTN_INLINE void score_block(const float* q, int64_t q_stride, const typename Dot::Key* const* k, int64_t offset,
+                                int64_t head_dim, const Ahead<typename Dot::Key>& ahead, float* scores) {
+  constexpr int kKeys = kKeysAtOnce<kRows>;
+  for (int n = 0; n < kBlockKeys; n += kKeys) {
+    const typename Dot::Key* keys[kKeys];
+    for (int i = 0; i < kKeys; ++i) keys[i] = k[n + i] + offset;
+    typename Dot::Sum products[kKeys * kRows];  // (kKeys, kRows)
+    for (int i = 0; i < kKeys * kRows; ++i) products[i] = Dot::start_sum();
     int64_t d = 0;
-    for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) {
-      Vec key[kKeys][2];
-      for (int i = 0; i < kKeys; ++i) load_pair(element_at(keys[i], d), &key[i][0], &key[i][1]);
-      for (int half = 0; half < 2; ++half) {
-        for (int r = 0; r < kRows; ++r) {
-          Vec query = load(q + r * q_stride + d + half * kLanes);
-          keep_in_register(&query);
-          for (int i = 0; i < kKeys; ++i) acc[i * kRows + r] = fmadd(query, key[i][half], acc[i * kRows + r]);
+    for (; d + Dot::kDepth <= head_dim; d += Dot::kDepth) {
+      typename Dot::Operand key[kKeys];
+      for (int i = 0; i < kKeys; ++i) {
+        key[i] = Dot::load_key(element_at(keys[i], d));
+        prefetch_piece(ahead, n + i, d, Dot::kDepth);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const typename Dot::Operand query = Dot::load_query(q + r * q_stride, d);
+        for (int i = 0; i < kKeys; ++i) {
+          products[i * kRows + r] = Dot::add_product(products[i * kRows + r], query, key[i]);
         }
       }
     }
-    for (; d + kLanes <= head_dim; d += kLanes) {
+    Vec sums[kKeys * kRows];
+    for (int i = 0; i < kKeys * kRows; ++i) sums[i] = Dot::to_vec(products[i]);
+    for (; d + kLanes <= head_dim; d += kLanes) {  // only FloatDot takes a head_dim that leaves something over
       for (int i = 0; i < kKeys; ++i) {
         const Vec key = load(element_at(keys[i], d));
-        for (int r = 0; r < kRows; ++r) acc[i * kRows + r] = fmadd(load(q + r * q_stride + d), key, acc[i * kRows + r]);
+        for (int r = 0; r < kRows; ++r) {
+          sums[i * kRows + r] = fmadd(load(q + r * q_stride + d), key, sums[i * kRows + r]);
+        }
       }
     }
     if (kLanes > 8 && d < head_dim) {
       for (int i = 0; i < kKeys; ++i) {
         const Vec key = load_half(element_at(keys[i], d));
-        for (int r = 0; r < kRows; ++r) acc[i * kRows + r] = fmadd(load(q + r * q_stride + d), key, acc[i * kRows + r]);
+        for (int r = 0; r < kRows; ++r) {
+          sums[i * kRows + r] = fmadd(load(q + r * q_stride + d), key, sums[i * kRows + r]);
+        }
       }
     }
-    for (int i = 0; i < 8; ++i) sums[n][i] = acc[i];
+    sum_each(sums, scores + n * kRows);
   }
-  for (int n = 0; n < kBlockKeys / kKeys; ++n) sum_each(sums[n], scores + n * 8);
 }
 
 // One step of online softmax for the rows [first_row, first_row + kRows): as softmax_step, for scores key by key.
@@ -111,7 +142,7 @@ MIXATTN_INLINE void load_columns(const T* source, Vec* value) {
 // o[r][d, d + kVecs kLanes) += sum_j weights[j kRows + r] v[j][offset + d...] over kBlockKeys keys.
 template <typename T, int kRows, int kVecs>
 MIXATTN_INLINE void value_columns(const float* weights, const T* const* v, int64_t offset, int64_t d, float* o,
-                                  int64_t o_stride) {
+                                  int64_t o_stride, const Ahead<T>& ahead) {
   constexpr int kAccs = kVecs == 0 ? 1 : kVecs;
   Vec acc[kRows][kAccs];
   for (int r = 0; r < kRows; ++r) {
@@ -120,6 +151,7 @@ MIXATTN_INLINE void value_columns(const float* weights, const T* const* v, int64
   for (int j = 0; j < kBlockKeys; ++j) {
     Vec value[kAccs];
     load_columns<T, kVecs>(element_at(v[j] + offset, d), value);
+    prefetch_piece(ahead, j, d, kAccs * kLanes);
     for (int r = 0; r < kRows; ++r) {
       const Vec weight = broadcast(weights[j * kRows + r]);
       for (int c = 0; c < kAccs; ++c) acc[r][c] = fmadd(weight, value[c], acc[r][c]);
@@ -132,21 +164,22 @@ MIXATTN_INLINE void value_columns(const float* weights, const T* const* v, int64
 
 template <typename T, int kRows>
 MIXATTN_INLINE void value_block(const float* weights, const T* const* v, int64_t offset, int64_t head_dim, float* o,
-                                int64_t o_stride) {
+                                int64_t o_stride, const Ahead<T>& ahead) {
   constexpr int kVecs = 8 / kRows;  // 8 accumulators whatever kRows
   int64_t d = 0;
   for (; d + kVecs * kLanes <= head_dim; d += kVecs * kLanes) {
-    value_columns<T, kRows, kVecs>(weights, v, offset, d, o, o_stride);
+    value_columns<T, kRows, kVecs>(weights, v, offset, d, o, o_stride, ahead);
   }
   if constexpr (kVecs > 2) {
-    for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) value_columns<T, kRows, 2>(weights, v, offset, d, o, o_stride);
+    for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes)
+      value_columns<T, kRows, 2>(weights, v, offset, d, o, o_stride, ahead);
   }
   if (d + kLanes <= head_dim) {
-    value_columns<T, kRows, 1>(weights, v, offset, d, o, o_stride);
+    value_columns<T, kRows, 1>(weights, v, offset, d, o, o_stride, ahead);
     d += kLanes;
   }
   if constexpr (kLanes > 8) {
-    if (d < head_dim) value_columns<T, kRows, 0>(weights, v, offset, d, o, o_stride);
+    if (d < head_dim) value_columns<T, kRows, 0>(weights, v, offset, d, o, o_stride, ahead);
   }
 }
 
@@ -160,6 +193,15 @@ MIXATTN_INLINE void scale_block(float* scores, const float* scales, int64_t num_
       for (int r = 0; r < kRows; ++r) scores[k * kRows + r] *= scales[k];
     }
   }
+}
+
+// The scores of a block's row r times factors[r].
+template <int kRows>
+MIXATTN_INLINE void scale_rows(float* scores, const float* factors, int64_t num_keys) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = factors[i % kRows];
+  const Vec factor = load(lanes);
+  for (int64_t i = 0; i < num_keys * kRows; i += kLanes) store(scores + i, mul(load(scores + i), factor));
 }
 
 // Asks for the scales of the keys [first, first + num_keys), of the item's head and, since they lie side by side, of
@@ -177,20 +219,7 @@ MIXATTN_INLINE void prefetch_scales(const AttentionParams& p, const KvScale& sca
   }
 }
 
-// From the order of memory to that of load_pair for type T, and back: q before the first key, o after the last one.
-template <typename T>
-MIXATTN_INLINE void split_order(const Rows& rows, int64_t head_dim) {
-  for (int64_t r = 0; r < rows.num_rows; ++r) {
-    float* q = rows.q + r * rows.stride;
-    for (int64_t d = 0; d + 2 * kLanes <= head_dim; d += 2 * kLanes) {
-      Vec a = load(q + d), b = load(q + d + kLanes);
-      split_pair(static_cast<const T*>(nullptr), &a, &b);
-      store(q + d, a);
-      store(q + d + kLanes, b);
-    }
-  }
-}
-
+// From the order of load_pair for type T to that of memory.
 template <typename T>
 MIXATTN_INLINE void restore_order(const Rows& rows, int64_t head_dim) {
   for (int64_t r = 0; r < rows.num_rows; ++r) {
@@ -211,61 +240,79 @@ struct KeyRows {
   const T* v[kDirectKeys];
 };
 
-template <typename T>
-MIXATTN_INLINE void prefetch_block(const T* const* rows, int64_t offset, int64_t head_dim) {
-  for (int i = 0; i < kBlockKeys; ++i) prefetch_row(rows[i] + offset, head_dim);
-}
-
 // Items that differ in their kv head only, side by side: block by block of keys, and in a block head by head, because
 // the heads of a token lie next to each other. One head after the other would walk over memory in small pieces, each in
 // another page of the system, once per head: that halves the bandwidth (README.md). kRows rows share each load of K and
 // V; further rows find them in L1.
-template <typename T, int kRows>
+template <class Dot, int kRows>
 void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_items, float* scratch) {
+  typedef typename Dot::Key T;
   const WorkItem& head0 = items[0];
   const int64_t item_rows = num_rows(head0);
   const int64_t padded_rows = round_up(item_rows, kRows);
   Rows rows[kMaxBundle];
+  float factors[kMaxBundle][kDirectRows];
   for (int64_t n = 0; n < num_items; ++n, scratch += rows_floats(item_rows, p.head_dim)) {
     rows[n] = carve_rows(item_rows, p.head_dim, scratch);
     start_rows<T>(p, items[n], padded_rows, &rows[n]);
-    split_order<T>(rows[n], p.head_dim);
+    for (int64_t r = 0; r < padded_rows; ++r) {
+      float* const q = rows[n].q + r * rows[n].stride;
+      factors[n][r] = r < item_rows ? Dot::start(p, items[n], r, q) : 1.0f;
+    }
   }
   float* const scores = scratch;  // (num_items, padded_rows, kDirectKeys)
   float scales[kDirectKeys];      // of one head's keys
+
+  const int64_t step_bytes = kBlockKeys * row_bytes<T>(p.head_dim);
+  const int64_t distance = (kAheadBytes + step_bytes - 1) / step_bytes;
+  // What is read `distance` steps after block j of head n: of these rows, or of those that are read when they are done.
+  struct Operand {
+    const T* const* rows;
+    int64_t num_keys;
+    int64_t head_stride;
+  };
+  const auto ahead_of = [&](const Operand& now, const Operand& then, int64_t j, int64_t n) {
+    const int64_t key = j + (n + distance) / num_items * kBlockKeys, head = (n + distance) % num_items;
+    if (key < now.num_keys) return Ahead<T>{now.rows + key, head * now.head_stride};
+    const int64_t then_key = clamp(key - now.num_keys, 0, then.num_keys - kBlockKeys);
+    return Ahead<T>{then.rows + then_key, head * then.head_stride};
+  };
 
   KeyRows<T> tiles[2];
   const int64_t kv_end = rows[0].kv_end;
   int64_t num_keys = clamp(kv_end - head0.kv_begin, 0, kDirectKeys);
   int now = 0;
-  if (num_keys > 0) locate_tile(p, head0, rows[0], head0.kv_begin, num_keys, kBlockKeys, tiles[now].k, tiles[now].v);
+  if (num_keys > 0) locate_tile(p, head0, rows[0], head0.kv_begin, num_keys, kPaddedKeys, tiles[now].k, tiles[now].v);
   for (int64_t first = head0.kv_begin; first < kv_end; first += kDirectKeys, now ^= 1) {
     const KeyRows<T>& keys = tiles[now];
-    const int64_t padded_keys = round_up(num_keys, kBlockKeys);
+    const int64_t padded_keys = round_up(num_keys, kPaddedKeys);
     const int64_t num_next = clamp(kv_end - first - kDirectKeys, 0, kDirectKeys);
     KeyRows<T>& next = tiles[now ^ 1];
-    if (num_next > 0) locate_tile(p, head0, rows[0], first + kDirectKeys, num_next, kBlockKeys, next.k, next.v);
+    if (num_next > 0) locate_tile(p, head0, rows[0], first + kDirectKeys, num_next, kPaddedKeys, next.k, next.v);
     prefetch_scales(p, p.k_scale, head0, first + kDirectKeys, num_next);
     prefetch_scales(p, p.v_scale, head0, first + kDirectKeys, num_next);
+    const Operand k_now{keys.k, padded_keys, p.k_head_stride}, v_now{keys.v, padded_keys, p.v_head_stride};
+    const Operand k_next = num_next > 0 ? Operand{next.k, round_up(num_next, kPaddedKeys), p.k_head_stride} : v_now;
 
     for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
       for (int64_t n = 0; n < num_items; ++n) {
         // Always this head's block that comes next: K is read before V, and V before the next tile's K.
-        if (j + kBlockKeys < padded_keys) {
-          prefetch_block(keys.k + j + kBlockKeys, n * p.k_head_stride, p.head_dim);
-        } else {
-          prefetch_block(keys.v, n * p.v_head_stride, p.head_dim);
-        }
+        const Ahead<T> ahead = ahead_of(k_now, v_now, j, n);
         for (int64_t r = 0; r < padded_rows; r += kRows) {
-          score_block<T, kRows>(rows[n].q + r * rows[n].stride, rows[n].stride, keys.k + j, n * p.k_head_stride,
-                                p.head_dim, scores + (n * padded_rows + r) * kDirectKeys + j * kRows);
+          score_block<Dot, kRows>(rows[n].q + r * rows[n].stride, rows[n].stride, keys.k + j, n * p.k_head_stride,
+                                  p.head_dim, ahead, scores + (n * padded_rows + r) * kDirectKeys + j * kRows);
         }
       }
     }
     for (int64_t n = 0; n < num_items; ++n) {
       float* const head_scores = scores + n * padded_rows * kDirectKeys;
+      if (Dot::kHasFactor) {
+        for (int64_t r = 0; r < padded_rows; r += kRows) {
+          scale_rows<kRows>(head_scores + r * kDirectKeys, factors[n] + r, padded_keys);
+        }
+      }
       if (p.k_scale.is_per_token) {
-        gather_tile_scales(p, p.k_scale, items[n], rows[n], first, num_keys, kBlockKeys, scales);
+        gather_tile_scales(p, p.k_scale, items[n], rows[n], first, num_keys, kPaddedKeys, scales);
         for (int64_t r = 0; r < padded_rows; r += kRows) {
           scale_block<kRows>(head_scores + r * kDirectKeys, scales, padded_keys);
         }
@@ -284,7 +331,7 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
         softmax_block<kRows>(block, padded_keys, rows[n], r);
       }
       if (p.v_scale.is_per_token) {
-        gather_tile_scales(p, p.v_scale, items[n], rows[n], first, num_keys, kBlockKeys, scales);
+        gather_tile_scales(p, p.v_scale, items[n], rows[n], first, num_keys, kPaddedKeys, scales);
         for (int64_t r = 0; r < padded_rows; r += kRows) {
           scale_block<kRows>(head_scores + r * kDirectKeys, scales, padded_keys);
         }
@@ -292,14 +339,10 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
     }
     for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
       for (int64_t n = 0; n < num_items; ++n) {
-        if (j + kBlockKeys < padded_keys) {
-          prefetch_block(keys.v + j + kBlockKeys, n * p.v_head_stride, p.head_dim);
-        } else if (num_next > 0) {
-          prefetch_block(next.k, n * p.k_head_stride, p.head_dim);
-        }
+        const Ahead<T> ahead = ahead_of(v_now, k_next, j, n);
         for (int64_t r = 0; r < padded_rows; r += kRows) {
           value_block<T, kRows>(scores + (n * padded_rows + r) * kDirectKeys + j * kRows, keys.v + j,
-                                n * p.v_head_stride, p.head_dim, rows[n].o + r * rows[n].stride, rows[n].stride);
+                                n * p.v_head_stride, p.head_dim, rows[n].o + r * rows[n].stride, rows[n].stride, ahead);
         }
       }
     }

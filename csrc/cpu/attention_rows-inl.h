@@ -108,12 +108,17 @@ MIXATTN_INLINE float shared_scale(const KvScale& scale, int64_t kv_head) {
   return scale.is_per_token ? 1.0f : scale.data[kv_head * scale.head_stride];
 }
 
+// What q . k is multiplied with before softmax in base 2: 2^(s log2(e)) = e^s. With soft_cap the factor behind tanh
+// comes later (cap_scores).
+MIXATTN_INLINE float query_scale(const AttentionParams& p, float k_factor) {
+  return (p.soft_cap > 0 ? p.softmax_scale / p.soft_cap : p.softmax_scale * kLog2E) * k_factor;
+}
+
 // Fills the rows' q, times k_factor, and visible keys and clears the rest; the rows from num_rows to padded_rows get
 // q 0.
 template <typename T>
 void fill_rows(const AttentionParams& p, const WorkItem& item, float k_factor, int64_t padded_rows, Rows* rows) {
-  // Base 2: 2^(s log2(e)) = e^s. With soft_cap the factor behind tanh comes later (cap_scores).
-  const Vec scale = broadcast((p.soft_cap > 0 ? p.softmax_scale / p.soft_cap : p.softmax_scale * kLog2E) * k_factor);
+  const Vec scale = broadcast(query_scale(p, k_factor));
   const int64_t group_size = p.num_q_heads / p.num_kv_heads;
   const int64_t q_len = int64_t{p.cu_seqlens_q[item.seq_idx + 1]} - p.cu_seqlens_q[item.seq_idx];
   const int64_t first_position = p.seq_lens[item.seq_idx] - q_len;

@@ -18,8 +18,9 @@ namespace cpu {
 namespace {
 
 struct X86Features {
-  bool avx2 = false;    // AVX2, FMA, F16C, and the system saves YMM
-  bool avx512 = false;  // besides F, BW, VL, DQ, and the system saves ZMM and the masks
+  bool avx2 = false;         // AVX2, FMA, F16C, and the system saves YMM
+  bool avx512 = false;       // besides F, BW, VL, DQ, and the system saves ZMM and the masks
+  bool avx512_bf16 = false;  // besides BF16 and VNNI
 };
 
 X86Features x86_features() {
@@ -37,6 +38,9 @@ X86Features x86_features() {
   features.avx2 = bit(ebx, 5) && has_fma && has_f16c && saves_ymm;
   const bool has_f_dq_bw_vl = bit(ebx, 16) && bit(ebx, 17) && bit(ebx, 30) && bit(ebx, 31);
   features.avx512 = features.avx2 && has_f_dq_bw_vl && saves_zmm;
+  const bool has_vnni = bit(ecx, 11), has_subleaf_1 = eax >= 1;
+  if (!has_subleaf_1 || __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0) return features;
+  features.avx512_bf16 = features.avx512 && has_vnni && bit(eax, 5);
 #endif
   return features;
 }
@@ -51,6 +55,7 @@ int64_t cache_bytes(int name) {
 const std::vector<const IsaKernels*>& compiled_kernels() {
   static const std::vector<const IsaKernels*> kernels = {
 #if defined(__x86_64__)
+      &kAvx512Bf16Kernels,
       &kAvx512Kernels,
       &kAvx2Kernels,
 #endif
@@ -63,6 +68,7 @@ bool is_available(const IsaKernels& kernels) {
   if (kernels.is_emulated || &kernels == &kScalarKernels) return true;
 #if defined(__x86_64__)
   static const X86Features features = x86_features();
+  if (&kernels == &kAvx512Bf16Kernels) return features.avx512_bf16;
   if (&kernels == &kAvx512Kernels) return features.avx512;
   if (&kernels == &kAvx2Kernels) return features.avx2;
 #endif

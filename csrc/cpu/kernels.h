@@ -57,6 +57,7 @@ struct IsaKernels {
   int64_t fma_flops_per_round;
 };
 
+extern const IsaKernels kAvx512Bf16Kernels;
 extern const IsaKernels kAvx512Kernels;
 extern const IsaKernels kAvx2Kernels;
 extern const IsaKernels kScalarKernels;

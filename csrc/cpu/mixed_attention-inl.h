@@ -42,37 +42,53 @@ int64_t attend_scratch_bytes(int64_t max_rows, int64_t head_dim) {
   return static_cast<int64_t>(sizeof(float)) * (direct > packed ? direct : packed);
 }
 
-template <typename T>
-void attend_typed(const AttentionParams& p, const WorkItem* items, int64_t num_items, float* scratch) {
+template <class Dot>
+void attend_few_rows(const AttentionParams& p, const WorkItem* items, int64_t num_items, float* scratch) {
   const int32_t rows = num_rows(items[0]);
-  if (rows > kDirectRows || p.invariant) {
+  if (rows == 1) return attend_direct<Dot, 1>(p, items, num_items, scratch);
+  if (rows == 2) return attend_direct<Dot, 2>(p, items, num_items, scratch);
+  return attend_direct<Dot, 4>(p, items, num_items, scratch);
+}
+
+// Dots, the fastest first, of which the last takes every call.
+template <class Dot, class... Others>
+void attend_dots(const AttentionParams& p, const WorkItem* items, int64_t num_items, float* scratch) {
+  typedef typename Dot::Key T;
+  if (num_rows(items[0]) > kDirectRows || p.invariant) {
     for (int64_t n = 0; n < num_items; ++n) attend_packed<T>(p, items[n], scratch);
-  } else if (rows == 1) {
-    attend_direct<T, 1>(p, items, num_items, scratch);
-  } else if (rows == 2) {
-    attend_direct<T, 2>(p, items, num_items, scratch);
-  } else {
-    attend_direct<T, 4>(p, items, num_items, scratch);
+    return;
   }
+  if constexpr (sizeof...(Others) > 0) {
+    if (!Dot::takes(p)) return attend_dots<Others...>(p, items, num_items, scratch);
+  }
+  attend_few_rows<Dot>(p, items, num_items, scratch);
 }
 
 void attend(const AttentionParams& p, const WorkItem* items, int64_t num_items, void* scratch) {
   float* floats = static_cast<float*>(scratch);
   switch (p.kv_dtype) {
     case KvDType::kFloat32:
-      return attend_typed<float>(p, items, num_items, floats);
+      return attend_dots<FloatDot<float>>(p, items, num_items, floats);
     case KvDType::kBFloat16:
-      return attend_typed<BFloat16>(p, items, num_items, floats);
+#if defined(MIXATTN_HAS_BFLOAT16_DOT)
+      return attend_dots<BFloat16Dot, FloatDot<BFloat16>>(p, items, num_items, floats);
+#else
+      return attend_dots<FloatDot<BFloat16>>(p, items, num_items, floats);
+#endif
     case KvDType::kFloat16:
-      return attend_typed<Float16>(p, items, num_items, floats);
+      return attend_dots<FloatDot<Float16>>(p, items, num_items, floats);
     case KvDType::kInt8:
-      return attend_typed<Int8>(p, items, num_items, floats);
+#if defined(MIXATTN_HAS_INT16_DOT)
+      return attend_dots<Int8Dot, FloatDot<Int8>>(p, items, num_items, floats);
+#else
+      return attend_dots<FloatDot<Int8>>(p, items, num_items, floats);
+#endif
     case KvDType::kFloat8E4M3:
-      return attend_typed<Float8E4M3>(p, items, num_items, floats);
+      return attend_dots<FloatDot<Float8E4M3>>(p, items, num_items, floats);
     case KvDType::kFloat8E5M2:
-      return attend_typed<Float8E5M2>(p, items, num_items, floats);
+      return attend_dots<FloatDot<Float8E5M2>>(p, items, num_items, floats);
     case KvDType::kInt4:
-      return attend_typed<Int4Pair>(p, items, num_items, floats);
+      return attend_dots<FloatDot<Int4Pair>>(p, items, num_items, floats);
   }
 }
 

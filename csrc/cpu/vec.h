@@ -50,6 +50,11 @@ MIXATTN_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p, 0, 3);
 }
 
+// Of what is read once only: into L1, not to be kept further out.
+MIXATTN_INLINE void prefetch_once(const void* p) {
+  __builtin_prefetch(p, 0, 0);
+}
+
 #if defined(MIXATTN_ISA_AVX2) || defined(MIXATTN_ISA_AVX512)
 
 // ---- 8 lanes: AVX2 itself, and half a vector of AVX-512 -------------------------------------------------------------
@@ -258,6 +263,49 @@ MIXATTN_INLINE void sum_each(const Vec (&x)[8], float* out) {
   for (int i = 0; i < 8; ++i) halves[i] = _mm256_add_ps(low_half(x[i]), high_half(x[i]));
   sum_each8(halves, out);
 }
+MIXATTN_INLINE void sum_each(const Vec (&x)[16], float* out) {
+  // As sum_each8 within quarters of 4 lanes; then quarters are added, by twos and by fours.
+  Vec pairs[8], quads[4];
+  for (int i = 0; i < 8; ++i) {
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+  }
+  for (int i = 0; i < 4; ++i) {
+    quads[i] = _mm512_add_ps(_mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0x44),
+                             _mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0xee));
+  }
+  const auto add_quarters = [](Vec a, Vec b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  _mm512_storeu_ps(out, add_quarters(add_quarters(quads[0], quads[1]), add_quarters(quads[2], quads[3])));
+}
+
+// Sums of products of pairs of 16 bits: each lane adds its two products.
+#define MIXATTN_HAS_INT16_DOT
+typedef __m512i IntVec;
+MIXATTN_INLINE IntVec int_zero() {
+  return _mm512_setzero_si512();
+}
+MIXATTN_INLINE IntVec load_int16(const int16_t* p) {
+  return _mm512_loadu_si512(p);
+}
+MIXATTN_INLINE Vec int_to_float(IntVec x) {
+  return _mm512_cvtepi32_ps(x);
+}
+#if defined(MIXATTN_ISA_AVX512_BF16)
+#define MIXATTN_HAS_BFLOAT16_DOT
+MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
+  // Not the intrinsic: GCC 12 copies each sum to another register and back around it.
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+MIXATTN_INLINE Vec add_bfloat16_products(Vec sum, IntVec a, IntVec b) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+#else
+MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+}
+#endif
 
 #elif defined(MIXATTN_ISA_AVX2)
 
@@ -360,6 +408,21 @@ MIXATTN_INLINE float sum_lanes(Vec x) {
 }
 MIXATTN_INLINE void sum_each(const Vec (&x)[8], float* out) {
   sum_each8(x, out);
+}
+
+#define MIXATTN_HAS_INT16_DOT
+typedef __m256i IntVec;
+MIXATTN_INLINE IntVec int_zero() {
+  return _mm256_setzero_si256();
+}
+MIXATTN_INLINE IntVec load_int16(const int16_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+MIXATTN_INLINE Vec int_to_float(IntVec x) {
+  return _mm256_cvtepi32_ps(x);
+}
+MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 }
 
 #elif defined(MIXATTN_ISA_SCALAR)

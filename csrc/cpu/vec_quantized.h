@@ -85,6 +85,9 @@ MIXATTN_INLINE __m256 load8(const Int4Pair* p) {
 
 #if defined(MIXATTN_ISA_AVX512)
 
+MIXATTN_INLINE IntVec load_as_int16(const Int8* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 MIXATTN_INLINE Vec load(const Int8* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16_bytes(p)));
 }
@@ -107,6 +110,9 @@ MIXATTN_INLINE void load_pair(const Int4Pair* p, Vec* a, Vec* b) {
 
 #elif defined(MIXATTN_ISA_AVX2)
 
+MIXATTN_INLINE IntVec load_as_int16(const Int8* p) {
+  return _mm256_cvtepi8_epi16(load_16_bytes(p));
+}
 MIXATTN_INLINE void load_pair(const Float8E5M2* p, Vec* a, Vec* b) {
   const __m128i bytes = load_16_bytes(p);
   *a = _mm256_cvtph_ps(_mm_unpacklo_epi8(_mm_setzero_si128(), bytes));

@@ -27,7 +27,7 @@ from tests.cases import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = ["scalar", "avx2", "avx512"]
+ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
 
 
 @pytest.fixture(params=ISAS)

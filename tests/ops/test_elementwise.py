@@ -10,7 +10,7 @@ from torch import Tensor
 from mixattn import _C, env
 from mixattn.ops.elementwise import rms_norm, silu_mul
 
-ISAS = ["scalar", "avx2", "avx512"]
+ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
 SIZES = [1, 3, 8, 31, 64, 576]
 
 

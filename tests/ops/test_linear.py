@@ -13,7 +13,7 @@ from torch import Tensor
 from mixattn import _C, env
 from mixattn.ops.linear import QUANTISED_FORMS, WEIGHT_FORMS, PackedWeight, linear, pack_weight, weight_rows
 
-ISAS = ["scalar", "avx2", "avx512"]
+ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
 # Depths of a quantised matrix are multiples of 32; 288 is more than one piece of a widened panel (256).
 SHAPES = [(1, 32), (7, 64), (16, 288), (33, 96), (100, 576)]
 ODD_SHAPES = [(1, 1), (5, 3), (17, 31), (31, 259)]

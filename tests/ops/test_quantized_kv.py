@@ -15,7 +15,7 @@ from mixattn.ops.kv_dtypes import MIN_ROW_SCALE, QUANTIZED
 from mixattn.ops.reference import append_kv_reference, dequantize_reference, quantize_reference
 from mixattn.ops.rope import rope_cos_sin
 
-ISAS = ["scalar", "avx2", "avx512"]
+ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
 DTYPES = list(QUANTIZED)
 NUM_PAGES, PAGE_SIZE = 3, 16
 
