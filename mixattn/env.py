@@ -2,7 +2,7 @@
 
 | variable | meaning |
 |---|---|
-| ``MIXATTN_CPU_ISA`` | ``avx512_bf16``, ``avx512``, ``avx2`` or ``scalar``: the CPU kernels to run instead of the best |
+| ``MIXATTN_CPU_ISA`` | ``avx512_bf16``, ``avx512``, ``avx2`` or ``scalar``: CPU kernels instead of the best |
 | ``MIXATTN_NUM_THREADS`` | threads of the CPU kernels instead of what ``num_threads`` finds |
 | ``MIXATTN_API_KEY`` | the server's key, or several with commas between them |
 | ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT`` | OpenMP's own; with neither, programs of ours let idle threads spin briefly |
