@@ -23,8 +23,9 @@ namespace mixattn {
 namespace cpu {
 namespace {
 
-constexpr int64_t kDepthPiece = 256;  // of a widened panel: 16 KiB (AVX2) of L1, beside 6 rows of x
-constexpr int64_t kRowBlock = 96;     // rows that share a widening, which then costs 3 %; x stays in L2 at depth 576
+constexpr int64_t kDepthPiece = kLanes > 8 ? 128 : 256;  // of a widened panel: 16 KiB of L1, beside a tile of x
+constexpr int kPanelAheadBytes = 4096;                   // of weights between a prefetch and its use
+constexpr int64_t kRowBlock = 96;  // rows that share a widening, which then costs 3 %; x stays in L2 at depth 576
 
 // A form's widen() gives use(i, w) the weights of kTileCols columns at depth i of a block, in order of depth.
 
@@ -105,13 +106,21 @@ struct Q4Form {
   }
 };
 
-// Calls use(k, i, w) for the depth [0, depth) of a panel; i is what an unrolled loop knows of k.
-template <class Form, typename Use>
+// Calls use(k, i, w) for the depth [0, depth) of a panel; i is what an unrolled loop knows of k. Prefetches what lies
+// kAhead bytes further, if that is not 0, line by line.
+template <class Form, int kAhead, typename Use>
 MIXATTN_INLINE void for_each_depth(const char* panel, int64_t depth, const Use& use) {
+  constexpr int kLines = (Form::kBytes + 63) / 64;
   int64_t k = 0;
   for (; k + Form::kDepth <= depth; k += Form::kDepth, panel += Form::kBytes) {
-    Form::template widen<Form::kDepth>(
-        panel, [&](int i, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) { use(k + i, i, w); });
+    Form::template widen<Form::kDepth>(panel, [&](int i, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
+      if (kAhead > 0) {
+        for (int line = i * kLines / Form::kDepth; line < (i + 1) * kLines / Form::kDepth; ++line) {
+          prefetch(panel + kAhead + line * 64);
+        }
+      }
+      use(k + i, i, w);
+    });
   }
   if constexpr (Form::kDepth < kBlockDepth) {  // quantised depths have no rest
     for (; k < depth; ++k, panel += Form::kBytes / Form::kDepth) {
@@ -132,14 +141,15 @@ void multiply_direct(const char* panel, const float* x, int64_t x_stride, int64_
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) acc[n][r][0] = acc[n][r][1] = zero();
   }
-  for_each_depth<Form>(panel, depth, [&](int64_t k, int i, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
+  for_each_depth<Form, kPanelAheadBytes>(
+      panel, depth, [&](int64_t k, int i, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vec value = broadcast(x[r * x_stride + k]);
+        for (int r = 0; r < kRows; ++r) {
+          const Vec value = broadcast(x[r * x_stride + k]);
 #pragma GCC unroll 2
-      for (int j = 0; j < kTileVecs; ++j) acc[i % kChains][r][j] = fmadd(value, w[j], acc[i % kChains][r][j]);
-    }
-  });
+          for (int j = 0; j < kTileVecs; ++j) acc[i % kChains][r][j] = fmadd(value, w[j], acc[i % kChains][r][j]);
+        }
+      });
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
@@ -176,19 +186,29 @@ void multiply_few_rows(int64_t num_rows, const char* panel, const float* x, int6
   }
 }
 
-// c (num_rows, kTileCols) = x (num_rows, depth) times the panel, a piece of its depth at a time.
+// Prefetches the share of num_bytes that is due between rows `row` and `end` of num_rows.
+MIXATTN_INLINE void prefetch_share(const char* source, int64_t num_bytes, int64_t row, int64_t end, int64_t num_rows) {
+  for (int64_t b = round_up(num_bytes * row / num_rows, 64); b < num_bytes * end / num_rows; b += 64) {
+    prefetch(source + b);
+  }
+}
+
+// c (num_rows, kTileCols) = x (num_rows, depth) times the panel, a piece of its depth at a time. The next piece comes
+// from memory while register tiles are computed.
 template <class Form>
 void multiply_many_rows(int64_t num_rows, const char* panel, const float* x, int64_t x_stride, int64_t depth,
                         float* c) {
   alignas(64) float widened[kDepthPiece * kTileCols];
   for (int64_t begin = 0; begin < depth; begin += kDepthPiece, panel += kDepthPiece / Form::kDepth * Form::kBytes) {
     const int64_t piece = clamp(depth - begin, 0, kDepthPiece);
-    for_each_depth<Form>(panel, piece, [&](int64_t k, int, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
+    const int64_t piece_bytes = piece / Form::kDepth * Form::kBytes;
+    for_each_depth<Form, 0>(panel, piece, [&](int64_t k, int, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
       store(widened + k * kTileCols, w[0]);
       store(widened + k * kTileCols + kLanes, w[1]);
     });
     for (int64_t r = 0; r < num_rows;) {
       const int n = tile_rows(num_rows - r);
+      prefetch_share(panel + piece_bytes, piece_bytes, r, r + n, num_rows);
       const TileFunction multiply = begin == 0 ? tile_function<kTileVecs, false>(n) : tile_function<kTileVecs, true>(n);
       multiply(x + r * x_stride + begin, x_stride, widened, piece, c + r * kTileCols, kTileCols);
       r += n;
@@ -263,12 +283,12 @@ template <class Form>
 void unpack_row(const char* panels, int64_t panel_bytes, int64_t row, int64_t depth, float* target) {
   const int64_t lane = row % kTileCols;
   alignas(64) float widened[kTileCols];
-  for_each_depth<Form>(panels + row / kTileCols * panel_bytes, depth,
-                       [&](int64_t k, int, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
-                         store(widened, w[0]);
-                         store(widened + kLanes, w[1]);
-                         target[k] = widened[lane];
-                       });
+  for_each_depth<Form, 0>(panels + row / kTileCols * panel_bytes, depth,
+                          [&](int64_t k, int, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
+                            store(widened, w[0]);
+                            store(widened + kLanes, w[1]);
+                            target[k] = widened[lane];
+                          });
 }
 
 void unpack_weight_row(WeightForm form, const void* panels, int64_t panel_bytes, int64_t row, int64_t depth,

@@ -140,9 +140,11 @@ void linear(const IsaKernels& kernels, const LinearParams& p, int64_t num_thread
   check_range("num_rows", p.num_rows, 0, INT32_MAX);
   check_matrix(p.form, p.num_cols, p.depth);
   const int64_t cols = kernels.panel_cols, num_panels = (p.num_cols + cols - 1) / cols;
+  // Few rows: long stretches of panels, because threads that take turns in memory stop each other's prefetching (half
+  // the bandwidth at 41 KB each), but no more than so many for each thread, or the last one is waited for.
   const bool is_direct = p.num_rows <= kernels.direct_rows;
-  const int64_t most = std::max<int64_t>(1, num_panels / (2 * num_threads));
-  const int64_t grain = is_direct ? std::clamp<int64_t>(kGrainWeights / (cols * p.depth), 1, most) : 1;
+  const int64_t fewest = kGrainWeights / (cols * p.depth), most = std::max<int64_t>(1, num_panels / (2 * num_threads));
+  const int64_t grain = is_direct ? std::clamp<int64_t>(std::max(fewest, num_panels / (4 * num_threads)), 1, most) : 1;
   // Draws run through all panels for one block of rows, then the next.
   const int64_t draws_per_block = (num_panels + grain - 1) / grain;
   const int64_t num_blocks = (p.num_rows + kRowsPerDraw - 1) / kRowsPerDraw;

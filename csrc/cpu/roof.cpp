@@ -17,7 +17,7 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kReadFloats = int64_t{1} << 26;  // 256 MiB: far beyond the last-level cache of a few cores
-constexpr int64_t kReadGrain = int64_t{1} << 18;   // 1 MiB per draw
+constexpr int64_t kReadGrain = int64_t{1} << 23;   // 32 MiB per draw: each thread reads its own stretch
 constexpr int64_t kFmaFlops = int64_t{1} << 31;    // per thread and round: some 30 ms
 constexpr int64_t kFmaDraws = 8;                   // per thread and round
 constexpr int kRounds = 8;
