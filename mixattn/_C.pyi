@@ -195,6 +195,7 @@ def linear(
     x_stride: int,
     residual_stride: int,
     y_stride: int,
+    rounds_x: bool,
     num_threads: int,
     isa: str | None = None,
 ) -> None: ...

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mixattn import __version__, env
 from mixattn.config import (
     KV_CACHE_DTYPES,
+    ACTIVATION_DTYPES,
     QUANTIZATIONS,
     CacheConfig,
     EngineConfig,
@@ -155,6 +156,12 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         choices=QUANTIZATIONS,
         help="auto holds matrices as the checkpoint does, none in float32, int8 and int4 round them (CPU, float32)",
     )
+    group.add_argument(
+        "--activation-dtype",
+        default="float32",
+        choices=ACTIVATION_DTYPES,
+        help="int8 rounds what quantised matrices are multiplied with: faster, not exact (CPU, float32)",
+    )
     group.add_argument("--seed", type=int, default=0, help="of requests that name none (%(default)s)")
     group.add_argument("--max-model-len", type=_size, metavar="N", help="longest context (the model's own)")
     group.add_argument(
@@ -235,6 +242,7 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
         model=arguments.model,
         dtype=arguments.dtype,
         quantization=arguments.quantization,
+        activation_dtype=arguments.activation_dtype,
         seed=arguments.seed,
         max_model_len=arguments.max_model_len,
         cache=CacheConfig(

@@ -16,6 +16,8 @@ def _require(condition: bool, message: str) -> None:
 
 QUANTIZATIONS = ("none", "auto", "int8", "int4")
 """How the matrices of a float32 model on the CPU are held, see ``EngineConfig.quantization``."""
+ACTIVATION_DTYPES = ("float32", "int8")
+"""What they are multiplied with, see ``EngineConfig.activation_dtype``."""
 
 
 class PolicyName(str, Enum):
@@ -172,12 +174,19 @@ class EngineConfig:
     quantization: str = "auto"
     """``auto``: matrices as the checkpoint stores them, blocks of GGUF included; nothing is lost. ``none``: float32.
     ``int8``, ``int4``: rounded to 8 or 4 bits in groups of 32 when they are loaded; int4 keeps 8 bits for the
-    vocabulary. Arithmetic is in float32 with all of them."""
+    vocabulary. Arithmetic is in float32 with all of them, unless ``activation_dtype`` says otherwise."""
+    activation_dtype: str = "float32"
+    """``int8``: what is multiplied with a quantised matrix is rounded to int8, each 32 elements with a scale of their
+    own, and products are summed in integers (CPU, float32; matrices in float32, bfloat16 and float16 stay exact)."""
 
     def __post_init__(self) -> None:
         _require(
             self.quantization in QUANTIZATIONS,
             f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}",
+        )
+        _require(
+            self.activation_dtype in ACTIVATION_DTYPES,
+            f"activation_dtype must be one of {', '.join(ACTIVATION_DTYPES)}, got {self.activation_dtype!r}",
         )
         _require(
             self.dtype in ("auto", "float32", "bfloat16", "float16"),

@@ -11,6 +11,14 @@ enum class WeightForm : int32_t { kFloat32, kBFloat16, kFloat16, kQ8_0, kQ4_0, k
 
 constexpr int64_t kBlockDepth = 32;
 
+// x rounded to int8 in blocks of kBlockDepth elements, x ~ scale value (linear_int8-inl.h).
+struct Int8Rows {
+  int8_t* values;      // [num_rows, depth]; nullptr: x is not rounded
+  float* scales;       // [num_rows, depth / kBlockDepth], as are the following
+  int32_t* sums;       // of a block's values
+  float* scaled_sums;  // scale times sum
+};
+
 struct LinearParams {
   WeightForm form;
   const void* panels;     // [num_panels, panel_bytes], written by pack_panels
@@ -21,6 +29,7 @@ struct LinearParams {
   int64_t num_rows, num_cols, depth;
   int64_t panel_bytes;
   int64_t x_stride, residual_stride, y_stride;
+  Int8Rows x_int8;
 };
 
 struct RmsNormParams {

@@ -5,6 +5,7 @@
 #include "cpu/kernels.h"
 #include "cpu/kv_cache-inl.h"
 #include "cpu/linear-inl.h"
+#include "cpu/linear_int8-inl.h"
 #include "cpu/merge-inl.h"
 #include "cpu/mixed_attention-inl.h"
 #include "cpu/roof-inl.h"
@@ -26,6 +27,8 @@ const IsaKernels MIXATTN_ISA_KERNELS = {
     append_kv_rows,
     merge_states_rows,
     linear_panels,
+    linear_int8_panels,
+    quantise_rows,
     kTileCols,
     kTileRows,
     unpack_weight_row,

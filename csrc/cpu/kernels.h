@@ -41,6 +41,10 @@ struct IsaKernels {
   // Rows [row_begin, row_end) and panels [panel_begin, panel_end) of a linear map; a panel is panel_cols columns of y.
   // If at most direct_rows rows are given, weights are widened in registers and never written.
   void (*linear)(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);
+  // The same from p.x_int8, which quantise_rows writes for rows [begin, end) of x; quantised forms only.
+  void (*linear_int8)(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                      int64_t panel_end);
+  void (*quantise_rows)(const LinearParams& p, int64_t begin, int64_t end);
   int64_t panel_cols;
   int64_t direct_rows;
   // target [depth] = row `row` of the matrix in these panels.

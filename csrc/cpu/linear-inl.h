@@ -27,7 +27,7 @@ constexpr int64_t kDepthPiece = kLanes > 8 ? 128 : 256;  // of a widened panel: 
 constexpr int kPanelAheadBytes = 4096;                   // of weights between a prefetch and its use
 constexpr int64_t kRowBlock = 96;  // rows that share a widening, which then costs 3 %; x stays in L2 at depth 576
 
-// A form's widen() gives use(i, w) the weights of kTileCols columns at depth i of a block, in order of depth.
+// A form's widen() gives use(d, i, w) the weights of kTileCols columns at depth d of a block; i counts its calls.
 
 template <typename T>
 struct PlainForm {
@@ -40,36 +40,54 @@ struct PlainForm {
     for (int i = 0; i < kCount; ++i) {
       const T* row = reinterpret_cast<const T*>(block) + i * kTileCols;
       const Vec w[kTileVecs] = {load(row), load(row + kLanes)};
-      use(i, w);
+      use(i, i, w);
     }
   }
 };
 
-// A block of the panel: d of each column, then kBlockDepth rows of int8.
+// Quantised weights lie in words of a column's 4 neighbouring depths, as linear_int8-inl.h multiplies them. Bytes and
+// nibbles are taken out where they stand in a word, as q 2^s, and d / 2^s undoes that, exactly.
+
+// A block of the panel: d of each column, then 8 rows of words; byte i of row g is depth 4 g + i, plus 128.
 struct Q8Form {
   static constexpr int kDepth = kBlockDepth;
-  static constexpr int64_t kBytes = kTileCols * (2 + kBlockDepth);
+  static constexpr int64_t kHeaderBytes = 2 * kTileCols;
+  static constexpr int64_t kBytes = kHeaderBytes + kTileCols * kBlockDepth;
 
   template <int kCount, typename Use>
   MIXATTN_INLINE void widen(const char* block, const Use& use) {
     const Float16* d = reinterpret_cast<const Float16*>(block);
     const Vec scale[kTileVecs] = {load(d), load(d + kLanes)};
-    const int8_t* q = reinterpret_cast<const int8_t*>(d + kTileCols);
-#pragma GCC unroll 32
-    for (int i = 0; i < kCount; ++i) {
-      const Vec w[kTileVecs] = {mul(load(q + i * kTileCols), scale[0]),
-                                mul(load(q + i * kTileCols + kLanes), scale[1])};
-      use(i, w);
+    const Vec min[kTileVecs] = {mul(scale[0], broadcast(-128.0f)), mul(scale[1], broadcast(-128.0f))};
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(d + kTileCols);
+    widen_byte<0>(words, scale, min, use);
+    widen_byte<1>(words, scale, min, use);
+    widen_byte<2>(words, scale, min, use);
+    widen_byte<3>(words, scale, min, use);
+  }
+
+  template <int kByte, typename Use>
+  MIXATTN_INLINE void widen_byte(const uint32_t* words, const Vec (&scale)[kTileVecs], const Vec (&min)[kTileVecs],
+                                 const Use& use) {
+    const Vec unit = broadcast(byte_unit<kByte>());
+    const Vec d[kTileVecs] = {mul(scale[0], unit), mul(scale[1], unit)};
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; ++g) {
+      const uint32_t* row = words + g * kTileCols;
+      const Vec w[kTileVecs] = {fmadd(load_bytes<kByte>(row), d[0], min[0]),
+                                fmadd(load_bytes<kByte>(row + kLanes), d[1], min[1])};
+      use(4 * g + kByte, 8 * kByte + g, w);
     }
   }
 };
 
-// A block of the panel: d of each column, m of each column if there is one, then 4 rows of 32-bit words; nibble j of
-// word row i is depth 4 j + i. Nibbles are taken out where they stand, as q 16^j, and d / 16^j undoes that, exactly.
+// A block of the panel: d of each column, m of each column if there is one, then 4 rows of words, each column's as in
+// GGUF: byte i of row g has depth 4 g + i in its low nibble, and 16 more in its high one.
 template <bool kHasMin>
 struct Q4Form {
   static constexpr int kDepth = kBlockDepth;
-  static constexpr int64_t kBytes = kTileCols * ((kHasMin ? 4 : 2) + kBlockDepth / 2);
+  static constexpr int64_t kHeaderBytes = (kHasMin ? 4 : 2) * kTileCols;
+  static constexpr int64_t kBytes = kHeaderBytes + kTileCols * kBlockDepth / 2;
 
   template <int kCount, typename Use>
   MIXATTN_INLINE void widen(const char* block, const Use& use) {
@@ -97,35 +115,35 @@ struct Q4Form {
     const Vec unit = broadcast(nibble_unit<kNibble>());
     const Vec d[kTileVecs] = {mul(scale[0], unit), mul(scale[1], unit)};
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t* row = words + i * kTileCols;
+    for (int g = 0; g < 4; ++g) {
+      const uint32_t* row = words + g * kTileCols;
       const Vec w[kTileVecs] = {fmadd(load_nibbles<kNibble>(row), d[0], min[0]),
                                 fmadd(load_nibbles<kNibble>(row + kLanes), d[1], min[1])};
-      use(4 * kNibble + i, w);
+      use(4 * g + kNibble / 2 + kNibble % 2 * 16, 4 * kNibble + g, w);
     }
   }
 };
 
-// Calls use(k, i, w) for the depth [0, depth) of a panel; i is what an unrolled loop knows of k. Prefetches what lies
+// Calls use(k, i, w) for every k of the depth [0, depth) of a panel; i counts in an unrolled block. Prefetches what lies
 // kAhead bytes further, if that is not 0, line by line.
 template <class Form, int kAhead, typename Use>
 MIXATTN_INLINE void for_each_depth(const char* panel, int64_t depth, const Use& use) {
   constexpr int kLines = (Form::kBytes + 63) / 64;
   int64_t k = 0;
   for (; k + Form::kDepth <= depth; k += Form::kDepth, panel += Form::kBytes) {
-    Form::template widen<Form::kDepth>(panel, [&](int i, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
+    Form::template widen<Form::kDepth>(panel, [&](int d, int i, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
       if (kAhead > 0) {
         for (int line = i * kLines / Form::kDepth; line < (i + 1) * kLines / Form::kDepth; ++line) {
           prefetch(panel + kAhead + line * 64);
         }
       }
-      use(k + i, i, w);
+      use(k + d, i, w);
     });
   }
   if constexpr (Form::kDepth < kBlockDepth) {  // quantised depths have no rest
     for (; k < depth; ++k, panel += Form::kBytes / Form::kDepth) {
       Form::template widen<1>(panel,
-                              [&](int, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) { use(k, 0, w); });
+                              [&](int, int, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) { use(k, 0, w); });
     }
   }
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <climits>
 #include <cstring>
+#include <vector>
 
 #include "common/checks.h"
 #include "cpu/ops.h"
@@ -69,21 +70,14 @@ void pack_blocks(WeightForm form, const char* rows, int64_t row_bytes, int64_t n
       for (int64_t i = 0; i < num_scales; ++i) {
         std::memcpy(panel + 2 * (i * panel_cols + col), block + 2 * i, 2);
       }
+      // Words of a column, of 4 neighbouring bytes; those of q8_0 get 128 more, which makes them unsigned.
       const char* q = block + 2 * num_scales;
-      if (form == WeightForm::kQ8_0) {
-        for (int64_t k = 0; k < kBlockDepth; ++k) quants[k * panel_cols + col] = q[k];
-        continue;
-      }
-      // Byte b of a GGUF block holds elements b (low nibble) and b + 16; word i of a panel's column the elements
-      // i, i + 4, ..., i + 28, from its lowest nibble up.
-      uint8_t pairs[kBlockDepth / 2];
-      std::memcpy(pairs, q, sizeof(pairs));
-      for (int64_t i = 0; i < 4; ++i) {
-        uint32_t word = 0;
-        for (int64_t j = 0; j < 4; ++j) {
-          const uint32_t pair = pairs[4 * j + i];
-          word |= (pair & 0xf) << (4 * j) | (pair >> 4) << (16 + 4 * j);
-        }
+      const int64_t num_words = (bytes - 2 * num_scales) / 4;
+      const uint32_t flipped = form == WeightForm::kQ8_0 ? 0x80808080 : 0;
+      for (int64_t i = 0; i < num_words; ++i) {
+        uint32_t word;
+        std::memcpy(&word, q + 4 * i, 4);
+        word ^= flipped;
         std::memcpy(quants + 4 * (i * panel_cols + col), &word, 4);
       }
     }
@@ -135,10 +129,9 @@ void unpack_weight_rows(const IsaKernels& kernels, WeightForm form, const void* 
   });
 }
 
-void linear(const IsaKernels& kernels, const LinearParams& p, int64_t num_threads) {
-  check_range("num_threads", num_threads, 1, INT_MAX);
-  check_range("num_rows", p.num_rows, 0, INT32_MAX);
-  check_matrix(p.form, p.num_cols, p.depth);
+namespace {
+
+void multiply_panels(const IsaKernels& kernels, const LinearParams& p, int64_t num_threads) {
   const int64_t cols = kernels.panel_cols, num_panels = (p.num_cols + cols - 1) / cols;
   // Few rows: long stretches of panels, because threads that take turns in memory stop each other's prefetching (half
   // the bandwidth at 41 KB each), but no more than so many for each thread, or the last one is waited for.
@@ -148,10 +141,35 @@ void linear(const IsaKernels& kernels, const LinearParams& p, int64_t num_thread
   // Draws run through all panels for one block of rows, then the next.
   const int64_t draws_per_block = (num_panels + grain - 1) / grain;
   const int64_t num_blocks = (p.num_rows + kRowsPerDraw - 1) / kRowsPerDraw;
+  const auto multiply = p.x_int8.values == nullptr ? kernels.linear : kernels.linear_int8;
   parallel_for(num_threads, num_blocks * draws_per_block, 1, [&](int64_t draw, int64_t) {
     const int64_t row = draw / draws_per_block * kRowsPerDraw, panel = draw % draws_per_block * grain;
-    kernels.linear(p, row, std::min(row + kRowsPerDraw, p.num_rows), panel, std::min(panel + grain, num_panels));
+    multiply(p, row, std::min(row + kRowsPerDraw, p.num_rows), panel, std::min(panel + grain, num_panels));
   });
+}
+
+}  // namespace
+
+void linear(const IsaKernels& kernels, const LinearParams& params, bool rounds_x, int64_t num_threads) {
+  check_range("num_threads", num_threads, 1, INT_MAX);
+  check_range("num_rows", params.num_rows, 0, INT32_MAX);
+  check_matrix(params.form, params.num_cols, params.depth);
+  LinearParams p = params;
+  p.x_int8 = {};
+  if (!rounds_x) return multiply_panels(kernels, p, num_threads);
+  if (!is_quantised(p.form)) throw std::invalid_argument("x is rounded to int8 beside quantised weights only");
+  // Lives as long as its thread and only grows, so that a step allocates nothing.
+  static thread_local std::vector<int32_t> scratch;
+  const int64_t num_values = p.num_rows * p.depth, num_blocks = num_values / kBlockDepth;
+  const size_t words = static_cast<size_t>(num_values / 4 + 3 * num_blocks);
+  if (scratch.size() < words) scratch.resize(words);
+  int32_t* const sums = scratch.data();
+  float* const scales = reinterpret_cast<float*>(sums + num_blocks);
+  p.x_int8 = {reinterpret_cast<int8_t*>(sums + 3 * num_blocks), scales, sums, scales + num_blocks};
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / p.depth);
+  parallel_for(num_threads, p.num_rows, grain,
+               [&](int64_t begin, int64_t end) { kernels.quantise_rows(p, begin, end); });
+  multiply_panels(kernels, p, num_threads);
 }
 
 void rms_norm(const IsaKernels& kernels, const RmsNormParams& p, int64_t num_threads) {

@@ -22,7 +22,8 @@ void pack_weight(const IsaKernels& kernels, WeightForm form, const void* rows, i
 void unpack_weight_rows(const IsaKernels& kernels, WeightForm form, const void* panels, int64_t num_rows, int64_t depth,
                         const int64_t* ids, int64_t num_ids, float* out, int64_t num_threads);
 
-void linear(const IsaKernels& kernels, const LinearParams& p, int64_t num_threads);
+// rounds_x: x is rounded to int8 in blocks (linear_int8-inl.h); quantised forms only.
+void linear(const IsaKernels& kernels, const LinearParams& p, bool rounds_x, int64_t num_threads);
 void rms_norm(const IsaKernels& kernels, const RmsNormParams& p, int64_t num_threads);
 void silu_mul(const IsaKernels& kernels, const SiluMulParams& p, int64_t num_threads);
 

@@ -166,6 +166,12 @@ MIXATTN_INLINE Vec load(const Float16* p) {
 MIXATTN_INLINE Vec load(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+template <int kByte>
+MIXATTN_INLINE Vec load_bytes(const uint32_t* p) {
+  const __m512i words = _mm512_loadu_si512(p);
+  if (kByte == 3) return _mm512_cvtepi32_ps(_mm512_srli_epi32(words, 24));
+  return _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xff << (8 * (kByte % 3)))));
+}
 template <int kNibble>
 MIXATTN_INLINE Vec load_nibbles(const uint32_t* p) {
   const __m512i words = _mm512_loadu_si512(p);
@@ -291,11 +297,30 @@ MIXATTN_INLINE IntVec load_int16(const int16_t* p) {
 MIXATTN_INLINE Vec int_to_float(IntVec x) {
   return _mm512_cvtepi32_ps(x);
 }
+MIXATTN_INLINE IntVec load_words(const void* p) {
+  return _mm512_loadu_si512(p);
+}
+MIXATTN_INLINE void store_words(void* p, IntVec x) {
+  _mm512_storeu_si512(p, x);
+}
+MIXATTN_INLINE IntVec broadcast_word(int32_t x) {
+  return _mm512_set1_epi32(x);
+}
+MIXATTN_INLINE IntVec low_nibbles(IntVec x) {
+  return _mm512_and_si512(x, _mm512_set1_epi32(0x0f0f0f0f));
+}
+MIXATTN_INLINE IntVec high_nibbles(IntVec x) {
+  return low_nibbles(_mm512_srli_epi32(x, 4));
+}
 #if defined(MIXATTN_ISA_AVX512_BF16)
 #define MIXATTN_HAS_BFLOAT16_DOT
 MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
   // Not the intrinsic: GCC 12 copies each sum to another register and back around it.
   __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVec signed_bytes) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
   return sum;
 }
 MIXATTN_INLINE Vec add_bfloat16_products(Vec sum, IntVec a, IntVec b) {
@@ -304,6 +329,13 @@ MIXATTN_INLINE Vec add_bfloat16_products(Vec sum, IntVec a, IntVec b) {
 #else
 MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
   return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+}
+// Bytes with even and with odd index are widened apart: maddubs would saturate.
+MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVec signed_bytes) {
+  const IntVec even = _mm512_and_si512(unsigned_bytes, _mm512_set1_epi16(0xff));
+  const IntVec signed_even = _mm512_srai_epi16(_mm512_slli_epi16(signed_bytes, 8), 8);
+  sum = add_int16_products(sum, even, signed_even);
+  return add_int16_products(sum, _mm512_srli_epi16(unsigned_bytes, 8), _mm512_srai_epi16(signed_bytes, 8));
 }
 #endif
 
@@ -329,6 +361,12 @@ MIXATTN_INLINE Vec load(const T* p) {
 }
 MIXATTN_INLINE Vec load(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+template <int kByte>
+MIXATTN_INLINE Vec load_bytes(const uint32_t* p) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if (kByte == 3) return _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 24));
+  return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(0xff << (8 * (kByte % 3)))));
 }
 template <int kNibble>
 MIXATTN_INLINE Vec load_nibbles(const uint32_t* p) {
@@ -421,8 +459,29 @@ MIXATTN_INLINE IntVec load_int16(const int16_t* p) {
 MIXATTN_INLINE Vec int_to_float(IntVec x) {
   return _mm256_cvtepi32_ps(x);
 }
+MIXATTN_INLINE IntVec load_words(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+MIXATTN_INLINE void store_words(void* p, IntVec x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), x);
+}
+MIXATTN_INLINE IntVec broadcast_word(int32_t x) {
+  return _mm256_set1_epi32(x);
+}
+MIXATTN_INLINE IntVec low_nibbles(IntVec x) {
+  return _mm256_and_si256(x, _mm256_set1_epi32(0x0f0f0f0f));
+}
+MIXATTN_INLINE IntVec high_nibbles(IntVec x) {
+  return low_nibbles(_mm256_srli_epi32(x, 4));
+}
 MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
+MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVec signed_bytes) {  // as for AVX-512
+  const IntVec even = _mm256_and_si256(unsigned_bytes, _mm256_set1_epi16(0xff));
+  const IntVec signed_even = _mm256_srai_epi16(_mm256_slli_epi16(signed_bytes, 8), 8);
+  sum = add_int16_products(sum, even, signed_even);
+  return add_int16_products(sum, _mm256_srli_epi16(unsigned_bytes, 8), _mm256_srai_epi16(signed_bytes, 8));
 }
 
 #elif defined(MIXATTN_ISA_SCALAR)
@@ -505,6 +564,36 @@ MIXATTN_INLINE Vec load(const float* p) {
   Vec x;
   memcpy(&x, p, sizeof(x));
   return x;
+}
+MIXATTN_INLINE IntVec load_words(const void* p) {
+  IntVec x;
+  memcpy(&x, p, sizeof(x));
+  return x;
+}
+MIXATTN_INLINE void store_words(void* p, IntVec x) {
+  memcpy(p, &x, sizeof(x));
+}
+MIXATTN_INLINE IntVec broadcast_word(int32_t x) {
+  return IntVec{x, x, x, x};
+}
+MIXATTN_INLINE IntVec low_nibbles(IntVec x) {
+  return x & 0x0f0f0f0f;
+}
+MIXATTN_INLINE IntVec high_nibbles(IntVec x) {
+  return low_nibbles(x >> 4);
+}
+MIXATTN_INLINE Vec int_to_float(IntVec x) {
+  return __builtin_convertvector(x, Vec);
+}
+MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVec signed_bytes) {
+  for (int i = 0; i < 32; i += 8) sum += ((unsigned_bytes >> i) & 0xff) * ((signed_bytes << (24 - i)) >> 24);
+  return sum;
+}
+template <int kByte>
+MIXATTN_INLINE Vec load_bytes(const uint32_t* p) {
+  const IntVec words = load_words(p);
+  const IntVec bytes = kByte == 3 ? (words >> 24) & 0xff : words & (0xff << (8 * (kByte % 3)));
+  return __builtin_convertvector(bytes, Vec);
 }
 template <int kNibble>
 MIXATTN_INLINE Vec load_nibbles(const uint32_t* p) {
@@ -627,6 +716,10 @@ MIXATTN_INLINE void split_pair(const void*, Vec*, Vec*) {}
 
 // What load_nibbles<kNibble>, the unsigned value of bits [4 kNibble, 4 kNibble + 4) of each word where it stands, is to
 // be multiplied with. Left in place it needs no shift, but for the highest, which would be a sign.
+template <int kByte>
+constexpr float byte_unit() {  // and load_bytes, which shifts byte 3 only
+  return kByte == 3 ? 1.0f : 1.0f / static_cast<float>(int64_t{1} << (8 * kByte));
+}
 template <int kNibble>
 constexpr float nibble_unit() {
   return kNibble == 7 ? 1.0f : 1.0f / static_cast<float>(int64_t{1} << (4 * kNibble));

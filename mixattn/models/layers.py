@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixattn.ops.elementwise import rms_norm, silu_mul
-from mixattn.ops.linear import PLAIN_FORMS, PackedWeight, linear, pack_weight, row_bytes, weight_rows
+from mixattn.ops.linear import PLAIN_FORMS, QUANTISED_FORMS, PackedWeight, linear, pack_weight, row_bytes, weight_rows
 
 WeightSlots = Iterator[tuple[str, Tensor]]
 """Names of a checkpoint's tensors, each with the view of a parameter that it is written to; of a packed matrix, which
@@ -88,10 +88,11 @@ class Linear(nn.Module):
         assert held is not None
         return held.nbytes
 
-    def pack(self) -> None:
-        """Packs the loaded rows and drops them."""
+    def pack(self, *, rounds_x: bool) -> None:
+        """Packs the loaded rows and drops them; quantised ones multiply inputs rounded to int8 on request."""
         assert self.form is not None and self.weight is not None, "store_as comes first"
-        self.packed = pack_weight(self.weight.data, self.form, self.in_features)
+        rounds_x = rounds_x and self.form in QUANTISED_FORMS
+        self.packed = pack_weight(self.weight.data, self.form, self.in_features, rounds_x=rounds_x)
         self.weight = None
 
     def weight_slots(self, prefix: str) -> WeightSlots:

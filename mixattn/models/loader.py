@@ -106,13 +106,17 @@ def _build(
             f"quantization {config.quantization!r} needs float32 on the CPU, got {dtype} on {device}; the nearest here "
             "is 'none'"
         )
+    elif config.activation_dtype == "int8":
+        raise NotImplementedError(
+            f"activation_dtype 'int8' needs float32 on the CPU, got {dtype} on {device}; the nearest here is 'float32'"
+        )
     slots = dict(model.weight_slots())
     if weights is not None:
         load_weights(slots, weights, show_progress=show_progress)
     else:
         fill_randomly(slots, config.seed)
     if is_packed:
-        _pack_matrices(model, config.quantization)
+        _pack_matrices(model, config.quantization, rounds_x=config.activation_dtype == "int8")
     if config.chat_template is not None:
         tokenizer.set_chat_template(_template_source(config.chat_template))
     return LoadedModel(model.eval(), tokenizer, model_config, dtype, device)
@@ -132,13 +136,13 @@ def _store_matrices(model: LlamaModel, weights: WeightSource | None, quantizatio
         matrix.store_as(forms.pop() if len(forms) == 1 else "float32")
 
 
-def _pack_matrices(model: LlamaModel, quantization: str) -> None:
+def _pack_matrices(model: LlamaModel, quantization: str, *, rounds_x: bool) -> None:
     """Packs what has been loaded, rounded on request."""
     for _, matrix in model.matrices():
         if quantization in _FORMS:
             is_vocab = matrix in (model.embed_tokens, model.lm_head)
             matrix.quantise(_VOCAB_FORM if is_vocab else _FORMS[quantization])
-        matrix.pack()
+        matrix.pack(rounds_x=rounds_x)
 
 
 def _with_special_tokens(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -1,7 +1,8 @@
 """Linear maps over weights that stay as a checkpoint stores them; ``mixattn::linear``.
 
 A matrix is packed once, when it is loaded, into panels that the CPU kernel reads from front to back
-(csrc/cpu/linear-inl.h); arithmetic is in float32. Nothing is rounded: a packed matrix has exactly the stored values.
+(csrc/cpu/linear-inl.h). No weight is rounded: a packed matrix has exactly the stored values. Arithmetic is in float32,
+unless a quantised matrix asks for inputs that are rounded to int8 (csrc/cpu/linear_int8-inl.h).
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class PackedWeight:
         panels: [num_panels * panel_bytes] uint8, for the kernels of ``isa`` only.
         form: one of ``WEIGHT_FORMS``.
         isa: of the kernels that read it.
+        rounds_x: whether ``linear`` first rounds each 32 neighbouring inputs of a row to int8 with a scale of their own.
     """
 
     panels: Tensor
@@ -55,6 +57,7 @@ class PackedWeight:
     num_cols: int
     depth: int
     isa: str
+    rounds_x: bool
 
 
 def row_bytes(form: str, depth: int) -> int:
@@ -66,7 +69,7 @@ def row_bytes(form: str, depth: int) -> int:
     return _C.weight_row_bytes(form, depth)
 
 
-def pack_weight(rows: Tensor, form: str, depth: int, *, isa: str | None = None) -> PackedWeight:
+def pack_weight(rows: Tensor, form: str, depth: int, *, rounds_x: bool = False, isa: str | None = None) -> PackedWeight:
     """The matrix whose rows, as a checkpoint stores them, are ``rows``.
 
     Args:
@@ -74,14 +77,17 @@ def pack_weight(rows: Tensor, form: str, depth: int, *, isa: str | None = None) 
             the CPU; copied.
         form: one of ``WEIGHT_FORMS``.
         depth: elements of a row.
+        rounds_x: round the inputs to int8, in the quantised forms.
         isa: the kernels to pack for; None is what ``linear`` runs here.
     Raises:
-        ValueError: the form is unknown, or the rows' shape, dtype or layout is not what it asks.
+        ValueError: the form is unknown or has no rounded inputs, or the rows' shape, dtype or layout is not what it asks.
     """
     check_tensor("rows", rows)
     if form not in WEIGHT_FORMS:
         raise ValueError(f"form must be one of {', '.join(WEIGHT_FORMS)}, got {form!r}")
     is_quantised = form in QUANTISED_FORMS
+    if rounds_x and not is_quantised:
+        raise ValueError(f"rounds_x must be False for {form}; forms with rounded inputs: {', '.join(QUANTISED_FORMS)}")
     if is_quantised and (depth < 1 or depth % QUANTISED_DEPTH_MULTIPLE):
         raise ValueError(f"depth must be a positive multiple of {QUANTISED_DEPTH_MULTIPLE} in {form}, got {depth}")
     check_dtype("rows", layout_of(rows), torch.uint8 if is_quantised else PLAIN_FORMS[form])
@@ -105,7 +111,7 @@ def pack_weight(rows: Tensor, form: str, depth: int, *, isa: str | None = None) 
         num_threads=env.num_threads(),
         isa=chosen,
     )
-    return PackedWeight(panels, form, rows.shape[0], depth, chosen)
+    return PackedWeight(panels, form, rows.shape[0], depth, chosen, rounds_x)
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -126,7 +132,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, residual
         if optional is not None:
             check_tensor(name, optional)
     run = _linear if is_plain(x, weight.panels, bias, residual) else torch.ops.mixattn.linear
-    y: Tensor = run(x, weight.panels, weight.form, weight.num_cols, weight.isa, bias, residual)
+    y: Tensor = run(x, weight.panels, weight.form, weight.num_cols, weight.isa, weight.rounds_x, bias, residual)
     return y
 
 
@@ -152,12 +158,20 @@ class _Layout(NamedTuple):
     form: str
     num_cols: int
     isa: str
+    rounds_x: bool
     bias: Layout | None
     residual: Layout | None
 
 
 def _layout(
-    x: Tensor, panels: Tensor, form: str, num_cols: int, isa: str, bias: Tensor | None, residual: Tensor | None
+    x: Tensor,
+    panels: Tensor,
+    form: str,
+    num_cols: int,
+    isa: str,
+    rounds_x: bool,
+    bias: Tensor | None,
+    residual: Tensor | None,
 ) -> _Layout:
     return _Layout(
         layout_of(x),
@@ -165,6 +179,7 @@ def _layout(
         form,
         num_cols,
         isa,
+        rounds_x,
         None if bias is None else layout_of(bias),
         None if residual is None else layout_of(residual),
     )
@@ -211,15 +226,23 @@ def _native_sizes(layout: _Layout) -> Mapping[str, Any]:
             "residual_stride": 0 if residual is None else residual.strides[0],
             "y_stride": layout.num_cols,
             "isa": layout.isa,
+            "rounds_x": layout.rounds_x,
         }
     )
 
 
 def _linear(
-    x: Tensor, panels: Tensor, form: str, num_cols: int, isa: str, bias: Tensor | None, residual: Tensor | None
+    x: Tensor,
+    panels: Tensor,
+    form: str,
+    num_cols: int,
+    isa: str,
+    rounds_x: bool,
+    bias: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
     """``mixattn::linear``: checks everything, then runs the CPU kernel."""
-    sizes = _native_sizes(_layout(x, panels, form, num_cols, isa, bias, residual))
+    sizes = _native_sizes(_layout(x, panels, form, num_cols, isa, rounds_x, bias, residual))
     check_no_grad(x, bias, residual)
     y = torch.empty(x.shape[0], num_cols)
     _C.linear(
@@ -235,7 +258,14 @@ def _linear(
 
 
 def _linear_fake(
-    x: Tensor, panels: Tensor, form: str, num_cols: int, isa: str, bias: Tensor | None, residual: Tensor | None
+    x: Tensor,
+    panels: Tensor,
+    form: str,
+    num_cols: int,
+    isa: str,
+    rounds_x: bool,
+    bias: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
     if len(x.shape) != 2:
         raise ValueError(f"x must be [num_rows, depth], got shape {list(x.shape)}")
@@ -268,7 +298,8 @@ def _weight_rows_fake(panels: Tensor, form: str, num_cols: int, depth: int, isa:
 
 
 register_op(
-    "linear(Tensor x, Tensor panels, str form, int num_cols, str isa, Tensor? bias, Tensor? residual) -> Tensor",
+    "linear(Tensor x, Tensor panels, str form, int num_cols, str isa, bool rounds_x, Tensor? bias, Tensor? residual) "
+    "-> Tensor",
     _linear,
     _linear_fake,
 )

@@ -171,6 +171,62 @@ def test_linear_ops_pass_opcheck() -> None:
     weight, _ = packed_matrix("q4_1", 20, 64, _C.cpu_info()["isa"])
     common = (weight.panels, weight.form, weight.num_cols)
     for rest in ((None, None), (torch.randn(20), torch.randn(3, 20))):
-        torch.library.opcheck(torch.ops.mixattn.linear.default, (torch.randn(3, 64), *common, weight.isa, *rest))
+        torch.library.opcheck(torch.ops.mixattn.linear.default, (torch.randn(3, 64), *common, weight.isa, False, *rest))
     ids = torch.tensor([3, 19])
     torch.library.opcheck(torch.ops.mixattn.weight_rows.default, (*common, weight.depth, weight.isa, ids))
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x with each 32 neighbours rounded to multiples of their largest / 127, in float64."""
+    blocks = x.unflatten(-1, (-1, 32))
+    scale = (blocks.abs().amax(dim=-1, keepdim=True) / 127).double()
+    return (scale * (blocks.double() / scale).nan_to_num().round()).flatten(-2)
+
+
+@pytest.mark.parametrize("form", QUANTISED_FORMS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_with_rounded_inputs_is_that_of_the_inputs_rounded_to_int8(
+    shape: tuple[int, int], form: str, isa: str
+) -> None:
+    num_cols, depth = shape
+    rows, values = stored_matrix(form, num_cols, depth)
+    weight = pack_weight(rows, form, depth, rounds_x=True, isa=isa)
+    for num_rows in NUM_ROWS:
+        x = torch.randn(num_rows, depth, generator=torch.Generator().manual_seed(num_rows))
+        x *= torch.logspace(-3, 3, depth // 32).repeat_interleave(32)  # each block needs its own scale
+        near = rounded(x)
+        # Half a step more or less, where a quotient lies within rounding of a tie, of one element in each block.
+        steps = x.unflatten(-1, (-1, 32)).abs().amax(-1).double() / 127
+        largest = values.abs().unflatten(-1, (-1, 32)).amax(-1)
+        y = linear(x, weight)
+        allowed = 1e-5 * (near.abs() @ values.abs().T) + 1e-3 * (steps @ largest.T)
+        assert bool(((y - near @ values.T).abs() <= allowed).all())
+        exact = linear(x, pack_weight(rows, form, depth, isa=isa))
+        assert num_rows == 0 or depth == 32 or not torch.equal(y, exact)
+
+
+def test_linear_with_rounded_inputs_adds_bias_and_residual_and_keeps_zeros_and_non_finite_rows(isa: str) -> None:
+    rows, values = stored_matrix("q4_1", 33, 96)
+    weight = pack_weight(rows, "q4_1", 96, rounds_x=True, isa=isa)
+    bias, residual = torch.randn(33), torch.randn(4, 33)
+    x = torch.zeros(4, 96)
+    x[1, 40], x[2, 50] = torch.inf, torch.nan
+    x[3, 3] = 1e-42  # its block's scale is subnormal: the block counts as zeros
+    y = linear(x, weight, bias, residual)
+    assert torch.equal(y[0], bias + residual[0]) and torch.equal(y[3], bias + residual[3])
+    assert bool(y[1:3].isnan().all())
+
+
+def test_linear_with_rounded_inputs_sums_the_largest_products_without_overflow(isa: str) -> None:
+    blocks = np.zeros((3, 34 * 4), np.uint8).reshape(3, 4, 34)
+    blocks[..., :2] = np.array([1.0], np.float16).view(np.uint8)
+    blocks[0, :, 2:], blocks[1, :, 2:], blocks[2, :, 2:] = 0x80, 0x7F, 0xFF  # -128, 127, -1
+    weight = pack_weight(torch.from_numpy(blocks.reshape(3, -1)), "q8_0", 128, rounds_x=True, isa=isa)
+    for sign in (1.0, -1.0):
+        y = linear(torch.full((7, 128), 127.0 * sign), weight)
+        assert torch.equal(y, sign * torch.tensor([-128.0, 127.0, -1.0]).mul(128 * 127).expand(7, 3))
+
+
+def test_pack_weight_refuses_rounded_inputs_of_a_plain_form() -> None:
+    with pytest.raises(ValueError, match="rounds_x must be False for bfloat16"):
+        pack_weight(torch.zeros(4, 32, dtype=torch.bfloat16), "bfloat16", 32, rounds_x=True)

@@ -1,0 +1,259 @@
+// linear_int8-inl.h: linear maps with x rounded to int8, over the quantised forms of linear-inl.h, for one ISA.
+// Math    x[r][k] ~ s[r][b] q[r][k] with b = k / 32, s = max |x| of the block / 127 and q = round(x / s). A weight is
+//         d (u - z) or d u + m with u in [0, 255]: of a block, y gains s d (sum_k u q - z sum_k q), or s d sum_k u q +
+//         s m sum_k q. Sums of products are exact, in int32; blocks are added up in float32
+// Method  Register tiles of kInt8Rows rows and one panel; u lies in words of 4 neighbouring depths, which one
+//         instruction multiplies with 4 elements of x where there is VNNI. A few rows unpack nibbles in registers;
+//         more rows have a piece of the panel unpacked once, into L1.
+// Shapes  as LinearParams; depth a multiple of 32
+// Memory  as linear-inl.h, x taking 1.4 bytes per element. Scratch 4 kTileCols kInt8Piece / 4 bytes on the stack
+// Twins   truth: float64 products of the dequantised matrix with the rounded x (tests/ops/test_linear.py)
+// Source  dynamic rounding per block as llama.cpp's Q8_0 activations, https://github.com/ggml-org/ggml
+#pragma once
+
+#include "cpu/linear-inl.h"
+#include "cpu/vec_quantized.h"
+
+namespace mixattn {
+namespace cpu {
+namespace {
+
+// What registers hold: kInt8Rows x 2 sums in int32, as many in float32, two words of weights, one of x.
+constexpr int kInt8Rows = kLanes > 8 ? 6 : 2;
+constexpr int64_t kInt8Piece = 512;  // depth of an unpacked piece: 16 KiB (AVX-512) of L1
+
+// One row of x, rounded: q, and of each block s, sum q, and s sum q. All that is not finite makes s NaN.
+void quantise_row(const float* x, int64_t depth, int8_t* q, float* scales, int32_t* sums, float* scaled_sums) {
+  for (int64_t b = 0; b < depth / kBlockDepth; ++b, x += kBlockDepth, q += kBlockDepth) {
+    Vec largest = zero(), magnitudes = zero();
+    for (int64_t i = 0; i < kBlockDepth; i += kLanes) {
+      const Vec magnitude = abs(load(x + i));
+      largest = max(largest, magnitude);
+      magnitudes = add(magnitudes, magnitude);
+    }
+    const float scale = max_lanes(largest) / 127.0f;
+    const float inverse = scale > kMinRowScale ? 1.0f / scale : 0.0f;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < kBlockDepth; ++i) {
+      const int32_t integer = to_integer<Int8>(x[i] * inverse);
+      q[i] = static_cast<int8_t>(integer);
+      sum += integer;
+    }
+    scales[b] = sum_lanes(magnitudes) < INFINITY ? scale : NAN;
+    sums[b] = sum;
+    scaled_sums[b] = scales[b] * static_cast<float>(sum);
+  }
+}
+
+void quantise_rows(const LinearParams& p, int64_t begin, int64_t end) {
+  const int64_t num_blocks = p.depth / kBlockDepth;
+  for (int64_t r = begin; r < end; ++r) {
+    quantise_row(p.x + r * p.x_stride, p.depth, p.x_int8.values + r * p.depth, p.x_int8.scales + r * num_blocks,
+                 p.x_int8.sums + r * num_blocks, p.x_int8.scaled_sums + r * num_blocks);
+  }
+}
+
+// Words of 4 weights u, of depth 4 group + [0, 4), as a block has them.
+struct ByteQuants {
+  static constexpr int64_t kBytes = kTileCols * kBlockDepth;
+  MIXATTN_INLINE IntVec words(const char* quants, int group, int c) {
+    return load_words(quants + (group * kTileCols + c * kLanes) * 4);
+  }
+};
+
+struct NibbleQuants {
+  MIXATTN_INLINE IntVec words(const char* quants, int group, int c) {
+    const IntVec pairs = load_words(quants + (group % 4 * kTileCols + c * kLanes) * 4);
+    return group < 4 ? low_nibbles(pairs) : high_nibbles(pairs);
+  }
+};
+
+template <class Form>
+struct Int8Form;
+template <>
+struct Int8Form<Q8Form> {
+  typedef ByteQuants Quants;
+  static constexpr int kZero = 128;
+  static constexpr bool kHasMin = false;
+};
+template <>
+struct Int8Form<Q4Form<false>> {
+  typedef NibbleQuants Quants;
+  static constexpr int kZero = 8;
+  static constexpr bool kHasMin = false;
+};
+template <>
+struct Int8Form<Q4Form<true>> {
+  typedef NibbleQuants Quants;
+  static constexpr int kZero = 0;
+  static constexpr bool kHasMin = true;
+};
+
+// Blocks [0, num_blocks) of a panel's piece: where their d and m are, and their u.
+struct Blocks {
+  const char* scales;
+  const char* quants;
+  int64_t quants_stride;
+  int64_t first;  // of the row's blocks
+  int64_t count;
+};
+
+// c (kRows, kTileCols) = or, after the first block, += x (rows from `row` on) times the blocks.
+template <class Form, class Quants, int kRows>
+void multiply_blocks(const Blocks& blocks, const Int8Rows& x, int64_t depth, int64_t row, float* c) {
+  typedef Int8Form<Form> Int8;
+  const int64_t row_blocks = depth / kBlockDepth;
+  Vec acc[kRows][kTileVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kTileVecs; ++j) acc[r][j] = blocks.first > 0 ? load(c + r * kTileCols + j * kLanes) : zero();
+  }
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const char* const scales = blocks.scales + b * Form::kBytes;
+    const char* const quants = blocks.quants + b * blocks.quants_stride;
+    const int64_t block = row * row_blocks + blocks.first + b;  // of row r, r row_blocks further
+    const int8_t* const values = x.values + block * kBlockDepth;
+    IntVec dots[kRows][kTileVecs];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const int32_t start = Int8::kZero == 0 ? 0 : -Int8::kZero * x.sums[block + r * row_blocks];
+      dots[r][0] = dots[r][1] = broadcast_word(start);
+    }
+#pragma GCC unroll 8
+    for (int group = 0; group < kBlockDepth / 4; ++group) {
+      const IntVec w[kTileVecs] = {Quants::words(quants, group, 0), Quants::words(quants, group, 1)};
+      // From memory far ahead, a line or two at a time.
+      if (group * 128 < Form::kBytes) prefetch(scales + kPanelAheadBytes + group * 128);
+      if (group * 128 + 64 < Form::kBytes) prefetch(scales + kPanelAheadBytes + group * 128 + 64);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        int32_t four;
+        memcpy(&four, values + r * depth + 4 * group, sizeof(four));
+        const IntVec x_words = broadcast_word(four);
+#pragma GCC unroll 2
+        for (int j = 0; j < kTileVecs; ++j) dots[r][j] = add_byte_products(dots[r][j], w[j], x_words);
+      }
+    }
+    const Float16* d = reinterpret_cast<const Float16*>(scales);
+    const Vec scale[kTileVecs] = {load(d), load(d + kLanes)};
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec x_scale = broadcast(x.scales[block + r * row_blocks]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kTileVecs; ++j) {
+        acc[r][j] = fmadd(int_to_float(dots[r][j]), mul(scale[j], x_scale), acc[r][j]);
+      }
+    }
+    if (Int8::kHasMin) {
+      const Vec min[kTileVecs] = {load(d + kTileCols), load(d + kTileCols + kLanes)};
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Vec sum = broadcast(x.scaled_sums[block + r * row_blocks]);
+#pragma GCC unroll 2
+        for (int j = 0; j < kTileVecs; ++j) acc[r][j] = fmadd(min[j], sum, acc[r][j]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kTileVecs; ++j) store(c + r * kTileCols + j * kLanes, acc[r][j]);
+  }
+}
+
+template <class Form, class Quants>
+void multiply_rows(const Blocks& blocks, const Int8Rows& x, int64_t depth, int64_t row, int64_t num_rows, float* c) {
+  static_assert(kInt8Rows <= 6, "one case per number of rows");
+  switch (num_rows) {
+    case 1:
+      return multiply_blocks<Form, Quants, 1>(blocks, x, depth, row, c);
+    case 2:
+      return multiply_blocks<Form, Quants, 2>(blocks, x, depth, row, c);
+    case 3:
+      return multiply_blocks < Form, Quants, kInt8Rows<3 ? 1 : 3>(blocks, x, depth, row, c);
+    case 4:
+      return multiply_blocks < Form, Quants, kInt8Rows<4 ? 1 : 4>(blocks, x, depth, row, c);
+    case 5:
+      return multiply_blocks < Form, Quants, kInt8Rows<5 ? 1 : 5>(blocks, x, depth, row, c);
+    default:
+      return multiply_blocks < Form, Quants, kInt8Rows<6 ? 1 : 6>(blocks, x, depth, row, c);
+  }
+}
+
+void unpack_nibbles(const Blocks& blocks, char* bytes) {
+  for (int64_t b = 0; b < blocks.count; ++b, bytes += ByteQuants::kBytes) {
+#pragma GCC unroll 8
+    for (int group = 0; group < kBlockDepth / 4; ++group) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kTileVecs; ++j) {
+        store_words(bytes + (group * kTileCols + j * kLanes) * 4,
+                    NibbleQuants::words(blocks.quants + b * blocks.quants_stride, group, j));
+      }
+    }
+  }
+}
+
+// Rows of the next register tile: kInt8Rows, but the last two share what is left.
+MIXATTN_INLINE int64_t int8_tile_rows(int64_t rows_left) {
+  return rows_left <= kInt8Rows || rows_left >= 2 * kInt8Rows ? clamp(rows_left, 0, kInt8Rows) : (rows_left + 1) / 2;
+}
+
+// c (num_rows, kTileCols) = x (rows from `row` on) times the panel, a piece of its depth at a time.
+template <class Form>
+void multiply_panel_int8(const LinearParams& p, const char* panel, int64_t row, int64_t num_rows, float* c) {
+  typedef typename Int8Form<Form>::Quants Quants;
+  constexpr int64_t kPieceBlocks = kInt8Piece / kBlockDepth;
+  constexpr bool kHasNibbles = Form::kBytes - Form::kHeaderBytes < ByteQuants::kBytes;
+  alignas(64) char bytes[kHasNibbles ? kPieceBlocks * ByteQuants::kBytes : 1];
+  const bool is_unpacked = kHasNibbles && num_rows > kInt8Rows;
+  const int64_t num_blocks = p.depth / kBlockDepth;
+  for (int64_t first = 0; first < num_blocks; first += kPieceBlocks, panel += kPieceBlocks * Form::kBytes) {
+    Blocks blocks{panel, panel + Form::kHeaderBytes, Form::kBytes, first, clamp(num_blocks - first, 0, kPieceBlocks)};
+    if (is_unpacked) {
+      unpack_nibbles(blocks, bytes);
+      blocks.quants = bytes;
+      blocks.quants_stride = ByteQuants::kBytes;
+    }
+    for (int64_t r = 0; r < num_rows;) {
+      const int64_t n = int8_tile_rows(num_rows - r);
+      if (is_unpacked) {
+        multiply_rows<Form, ByteQuants>(blocks, p.x_int8, p.depth, row + r, n, c + r * kTileCols);
+      } else {
+        multiply_rows<Form, Quants>(blocks, p.x_int8, p.depth, row + r, n, c + r * kTileCols);
+      }
+      r += n;
+    }
+  }
+}
+
+template <class Form>
+void linear_int8_typed(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                       int64_t panel_end) {
+  alignas(64) float c[kRowBlock * kTileCols];
+  for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
+    const int64_t num_rows = clamp(row_end - row, 0, kRowBlock);
+    for (int64_t n = panel_begin; n < panel_end; ++n) {
+      multiply_panel_int8<Form>(p, static_cast<const char*>(p.panels) + n * p.panel_bytes, row, num_rows, c);
+      finish_panel(p, c, row, num_rows, n);
+    }
+  }
+}
+
+void linear_int8_panels(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                        int64_t panel_end) {
+  switch (p.form) {
+    case WeightForm::kQ8_0:
+      return linear_int8_typed<Q8Form>(p, row_begin, row_end, panel_begin, panel_end);
+    case WeightForm::kQ4_0:
+      return linear_int8_typed<Q4Form<false>>(p, row_begin, row_end, panel_begin, panel_end);
+    case WeightForm::kQ4_1:
+      return linear_int8_typed<Q4Form<true>>(p, row_begin, row_end, panel_begin, panel_end);
+    default:
+      return;  // cpu/linear.cpp refuses the others
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace mixattn
