@@ -33,15 +33,16 @@ void quantise_row(const float* x, int64_t depth, int8_t* q, float* scales, int32
     }
     const float scale = max_lanes(largest) / 127.0f;
     const float inverse = scale > kMinRowScale ? 1.0f / scale : 0.0f;
-    int32_t sum = 0;
-    for (int64_t i = 0; i < kBlockDepth; ++i) {
-      const int32_t integer = to_integer<Int8>(x[i] * inverse);
-      q[i] = static_cast<int8_t>(integer);
-      sum += integer;
+    IntVec total = broadcast_word(0);
+    for (int64_t i = 0; i < kBlockDepth; i += kLanes) {
+      const IntVec integers = round_to_int(mul(load(x + i), broadcast(inverse)));
+      store_low_bytes(q + i, integers);
+      total = add_words(total, integers);
     }
+    const float sum = sum_lanes(int_to_float(total));  // exact: below 2^12
     scales[b] = sum_lanes(magnitudes) < INFINITY ? scale : NAN;
-    sums[b] = sum;
-    scaled_sums[b] = scales[b] * static_cast<float>(sum);
+    sums[b] = static_cast<int32_t>(sum);
+    scaled_sums[b] = scales[b] * sum;
   }
 }
 

@@ -306,6 +306,15 @@ MIXATTN_INLINE void store_words(void* p, IntVec x) {
 MIXATTN_INLINE IntVec broadcast_word(int32_t x) {
   return _mm512_set1_epi32(x);
 }
+MIXATTN_INLINE IntVec add_words(IntVec a, IntVec b) {
+  return _mm512_add_epi32(a, b);
+}
+MIXATTN_INLINE IntVec round_to_int(Vec x) {  // to nearest, ties to even
+  return _mm512_cvtps_epi32(x);
+}
+MIXATTN_INLINE void store_low_bytes(int8_t* p, IntVec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
 MIXATTN_INLINE IntVec low_nibbles(IntVec x) {
   return _mm512_and_si512(x, _mm512_set1_epi32(0x0f0f0f0f));
 }
@@ -468,6 +477,18 @@ MIXATTN_INLINE void store_words(void* p, IntVec x) {
 MIXATTN_INLINE IntVec broadcast_word(int32_t x) {
   return _mm256_set1_epi32(x);
 }
+MIXATTN_INLINE IntVec add_words(IntVec a, IntVec b) {
+  return _mm256_add_epi32(a, b);
+}
+MIXATTN_INLINE IntVec round_to_int(Vec x) {  // to nearest, ties to even
+  return _mm256_cvtps_epi32(x);
+}
+MIXATTN_INLINE void store_low_bytes(int8_t* p, IntVec x) {
+  const __m256i firsts = _mm256_set1_epi32(0x0c080400);  // of each half, the lowest byte of its 4 words
+  const __m256i packed = _mm256_shuffle_epi8(x, firsts);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p),
+                   _mm_unpacklo_epi32(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1)));
+}
 MIXATTN_INLINE IntVec low_nibbles(IntVec x) {
   return _mm256_and_si256(x, _mm256_set1_epi32(0x0f0f0f0f));
 }
@@ -575,6 +596,15 @@ MIXATTN_INLINE void store_words(void* p, IntVec x) {
 }
 MIXATTN_INLINE IntVec broadcast_word(int32_t x) {
   return IntVec{x, x, x, x};
+}
+MIXATTN_INLINE IntVec add_words(IntVec a, IntVec b) {
+  return a + b;
+}
+MIXATTN_INLINE IntVec round_to_int(Vec x) {  // to nearest, ties to even, for |x| < 2^22
+  return __builtin_convertvector((x + 0x1.8p23f) - 0x1.8p23f, IntVec);
+}
+MIXATTN_INLINE void store_low_bytes(int8_t* p, IntVec x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(x[i]);
 }
 MIXATTN_INLINE IntVec low_nibbles(IntVec x) {
   return x & 0x0f0f0f0f;
