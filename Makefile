@@ -11,11 +11,11 @@ CXX_FILES := '*.h' '*.cpp' '*.cuh' '*.cu'
 PYTEST ?= OMP_NUM_THREADS=1 MIXATTN_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint format bench static build env clean
+.PHONY: help run test test-slow lint format bench bench-peers static build env clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
-	@echo 'make lint | format | bench | static | build | test-slow | clean'
+	@echo 'make lint | format | bench | bench-peers | static | build | test-slow | clean'
 
 # The environment is made anew when what it is made from changes.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt tools/make_env.sh
@@ -58,6 +58,12 @@ bench: build
 	$(PY) -m bench.serving.bench_scheduler
 	$(PY) -m bench.serving.bench_step $(MODEL)
 	$(PY) -m bench.serving.bench_offline $(MODEL)
+
+# Beside vLLM, OpenVINO and llama.cpp, in environments of their own under .peers: some 20 minutes and 7 GB to set up.
+PEERS ?= $(CURDIR)/.peers
+bench-peers: build
+	PYTHON=$(PYTHON) sh bench/peers/setup.sh $(PEERS)
+	$(PY) -m bench.peers --peers $(PEERS) --rounds 5 --json bench/out/peers.jsonl
 
 # What the compilers make of the Triton kernels for GPUs that need not be there, against limits and record.
 static: build

@@ -44,7 +44,7 @@ _EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the process's exit status: 0, 2 for the user's mistakes, 130 after Ctrl-C."""
-    env.wait_briefly()
+    env.prepare_process()
     parser = build_parser()
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=arguments.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")

@@ -13,10 +13,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from pathlib import Path
 
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+"""Of glibc's malloc.h."""
 CPU_ISAS = ("avx512_bf16", "avx512", "avx2", "scalar")
 
 
@@ -35,8 +38,28 @@ def cpu_isa() -> str | None:
     return value
 
 
-def wait_briefly() -> None:
-    """Lets idle OpenMP threads sleep after a few microseconds, unless the user chose; before torch is loaded.
+def prepare_process() -> None:
+    """What our programs do to their process before torch is loaded; the library never does it to its user's."""
+    _wait_briefly()
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep freed blocks of up to 32 MiB for the next step.
+
+    Else each tensor of a prompt's chunk comes from the system and is cleared by it: a step of 512 tokens of smollm2 with
+    int8 activations takes 162 ms instead of 150 (2 threads, Zen 5, 2026-11-27).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+    mallopt(_M_TOP_PAD, 64 << 20)
+
+
+def _wait_briefly() -> None:
+    """Lets idle OpenMP threads sleep after a few microseconds, unless the user chose.
 
     A decode step has some 150 parallel regions: to wake a sleeping thread for each costs more than the small products,
     and a thread that spins on takes the core from whoever else wants it. Milliseconds per step of smollm2, 2 threads on
