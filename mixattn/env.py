@@ -4,11 +4,12 @@
 |---|---|
 | ``MIXATTN_CPU_ISA`` | ``avx512``, ``avx2`` or ``scalar``: the CPU kernels to run instead of the best |
 | ``MIXATTN_NUM_THREADS`` | threads of the CPU kernels instead of what ``num_threads`` finds |
+| ``MIXATTN_LIBCUDA`` | what to open in place of ``libcuda.so.1``: tests take an emulated driver, for CPU tensors |
 | ``MIXATTN_API_KEY`` | the server's key, or several with commas between them |
 | ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT`` | OpenMP's own; with neither, programs of ours let idle threads spin briefly |
 | ``TRITON_INTERPRET`` | ``1``: Triton runs its kernels in its interpreter, on CPU tensors (Triton's own variable) |
 
-``setup.py`` alone reads ``MIXATTN_BUILD_SIMDE``.
+``setup.py`` alone reads ``MIXATTN_BUILD_SIMDE`` and ``MIXATTN_BUILD_CUDA``.
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ def num_threads() -> int:
 def api_keys() -> tuple[str, ...]:
     """The server's keys, from ``MIXATTN_API_KEY``."""
     return tuple(key.strip() for key in os.environ.get("MIXATTN_API_KEY", "").split(",") if key.strip())
+
+
+def libcuda() -> str | None:
+    """The library to take in place of NVIDIA's driver."""
+    return os.environ.get("MIXATTN_LIBCUDA") or None
 
 
 def triton_interpret() -> bool:

@@ -25,11 +25,14 @@ struct LaunchParams {
 
 constexpr int64_t kVectorElements = 8;  // of 16 bytes: what one asynchronous copy moves
 
-// Throws what a call that this kernel cannot run deserves: NotImplementedError for a valid one (std::domain_error
-// here), ValueError (std::invalid_argument) for addresses that no tensor of the doors has.
+// Throws std::domain_error (Python: NotImplementedError), naming the nearest call that has a kernel, unless this one
+// has. What addresses hold is not read; an option is on if its address is not null.
 inline void check_call(const AttentionParams& p) {
   if (p.dtype == DType::kFloat32) {
     throw std::domain_error("q.dtype float32 has no CUDA kernel; the nearest that has is bfloat16");
+  }
+  if (static_cast<int32_t>(p.kv_dtype) != static_cast<int32_t>(p.dtype)) {
+    throw std::domain_error("k_cache in another dtype than q has no CUDA kernel; the nearest that has is q's");
   }
   if (p.head_dim != 64 && p.head_dim != 128) {
     throw std::domain_error("head_dim " + std::to_string(p.head_dim) + " has no CUDA kernel; the nearest that has is " +
@@ -73,7 +76,10 @@ inline void check_call(const AttentionParams& p) {
                               std::to_string(each.alignment) + " bytes for the CUDA kernel");
     }
   }
-  const PlanHeader& plan = *reinterpret_cast<const PlanHeader*>(p.plan);
+}
+
+// Throws std::invalid_argument (Python: ValueError) unless the workspace holds what this plan needs.
+inline void check_workspace(const AttentionParams& p, const PlanHeader& plan) {
   check_range("num_tickets", p.num_tickets, 1 + int64_t{plan.num_merges}, INT64_MAX);
   check_range("num_partial_rows", p.num_partial_rows, plan.num_partial_rows, INT64_MAX);
 }

@@ -211,6 +211,11 @@ def _check_score_options(layout: AttentionLayout, dims: Dims) -> None:
         raise ValueError("causal must be True with tree_mask, got False")
 
 
+def address(tensor: Tensor | None) -> int:
+    """Where the tensor's elements begin, as ``mixattn._C`` takes it; 0 without a tensor."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def check_features(call: AttentionCall, backend: str) -> None:
     """Raises NotImplementedError if the call has an argument that this backend does not have yet."""
     check_kv_dtype_backend(call.k_cache.dtype, "q", call.q.dtype, backend)

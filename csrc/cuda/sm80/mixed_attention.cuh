@@ -354,8 +354,9 @@ struct Attend {
   }
 };
 
+// The body of a kernel; its entry points are in entry.cuh.
 template <class T, int kHeadDim, bool kHasSoftCap>
-MX_KERNEL MX_LAUNCH_BOUNDS(kNumThreads, kBlocksPerSm) mixed_attention_kernel(const MX_GRID_CONSTANT LaunchParams p) {
+MX_DEVICE void mixed_attention(const LaunchParams& p) {
   run_plan<T, kHeadDim, Attend<T, kHeadDim, kHasSoftCap>>(p);
 }
 
