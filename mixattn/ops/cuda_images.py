@@ -178,6 +178,61 @@ def describe() -> str:
     )
 
 
+@dataclass(frozen=True)
+class SmLimits:
+    """What a streaming multiprocessor holds. Shared memory includes 1 KiB per block that the system keeps."""
+
+    num_warps: int
+    num_blocks: int
+    num_registers: int
+    shared_bytes: int
+
+
+SM_LIMITS = {
+    "sm_80": SmLimits(num_warps=64, num_blocks=32, num_registers=65536, shared_bytes=164 * 1024),
+    "sm_90a": SmLimits(num_warps=64, num_blocks=32, num_registers=65536, shared_bytes=228 * 1024),
+}
+"""Source: CUDA C++ Programming Guide 13.0, "Technical Specifications per Compute Capability"."""
+_WARP_SIZE = 32
+_REGISTERS_AT_ONCE = 256
+"""A warp's registers are handed out in multiples of this."""
+_RESERVED_SHARED_BYTES = 1024
+
+
+def blocks_per_sm(architecture: str, registers: int, num_threads: int, shared_bytes: int) -> int:
+    """How many blocks of a kernel an SM of this architecture holds at once."""
+    limits, num_warps = SM_LIMITS[architecture], -(-num_threads // _WARP_SIZE)
+    warp_registers = -(-registers * _WARP_SIZE // _REGISTERS_AT_ONCE) * _REGISTERS_AT_ONCE
+    return min(
+        limits.num_blocks,
+        limits.num_warps // num_warps,
+        limits.num_registers // warp_registers // num_warps,
+        limits.shared_bytes // (shared_bytes + _RESERVED_SHARED_BYTES),
+    )
+
+
+def kernel_lines() -> list[str]:
+    """Every compiled kernel and what it takes, a line each, by architecture; one line where there are none."""
+    made = manifest()
+    if made is None:
+        return ["built without CUDA kernels: there was no nvcc"]
+    num_bytes = sum(image.num_bytes for image in made.images.values())
+    lines = [
+        f"{made.needs}; {num_bytes / 1e6:.1f} MB in {len(made.images)} images",
+        f"{'kernel':32} {'for':7} {'registers':>9} {'threads':>7} {'shared bytes':>12} {'blocks/SM':>9} {'spilled':>7}",
+    ]
+    for kernel in _C.cuda_instances():
+        by_architecture = made.images[kernel["image"]].kernels[kernel["name"]]
+        for architecture, usage in sorted(by_architecture.items()):
+            num_threads, shared_bytes = kernel["num_threads"], kernel["shared_bytes"]
+            num_blocks = blocks_per_sm(architecture, usage.registers, num_threads, shared_bytes)
+            lines.append(
+                f"{kernel['name']:32} {architecture:7} {usage.registers:9} {num_threads:7} {shared_bytes:12} "
+                f"{num_blocks:9} {usage.spilled_bytes:7}"
+            )
+    return lines
+
+
 def forget() -> None:
     """Forgets what was found, for tests that change the driver."""
     for cached in (manifest, driver, devices, image, why_device_lacks):
