@@ -15,7 +15,7 @@ from setuptools.build_meta import *  # noqa: F403 (the hooks that stay setuptool
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import nvcc  # noqa: E402
+import nvcc
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:

@@ -23,8 +23,8 @@ drivers compile for GPUs of other generations."""
 PACKAGES = tuple(
     f"{name}==13.0.*" for name in ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime")
 )
-"""nvcc and what it calls, of one version: ptxas refuses the PTX of a newer nvvm. 13.0 because drivers compile PTX that is
-no newer than themselves."""
+"""nvcc and what it calls, of one version: ptxas refuses the PTX of a newer nvvm. An old one: a driver compiles no PTX
+that is newer than itself."""
 
 _ENTRY = re.compile(r"Compiling entry function '(?P<kernel>\w+)' for '(?P<architecture>\w+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
