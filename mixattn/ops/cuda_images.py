@@ -12,6 +12,7 @@ from mixattn import _C, env
 FOLDER = Path(__file__).resolve().parent.parent / "cuda_images"
 """Written by setup.py (tools/nvcc.py): a fatbin per image, and manifest.json."""
 LIBCUDA = "libcuda.so.1"
+BUILT_WITHOUT = "built without CUDA kernels (setup.py found no nvcc, or MIXATTN_BUILD_CUDA was 0)"
 EMULATED_IMAGE = b"emulated"
 """What an emulated driver, which has every kernel itself, takes for an image (tests/cuda/emulated_driver.cpp)."""
 
@@ -116,12 +117,12 @@ def why_unavailable() -> str | None:
         seen = devices()
     except RuntimeError as error:
         if made is None:
-            return "built without CUDA kernels: there was no nvcc; triton serves GPUs"
+            return f"{BUILT_WITHOUT}; triton serves GPUs"
         return f"{made.needs}; no driver: {error}"
     if found.is_emulation:
         return why_device_lacks(0)
     if made is None:
-        return "built without CUDA kernels: there was no nvcc; triton serves GPUs"
+        return f"{BUILT_WITHOUT}; triton serves GPUs"
     if not seen:
         return f"{made.needs}; the driver sees no GPU"
     reasons = [why_device_lacks(idx) for idx in range(len(seen))]
@@ -215,7 +216,7 @@ def kernel_lines() -> list[str]:
     """Every compiled kernel and what it takes, a line each, by architecture; one line where there are none."""
     made = manifest()
     if made is None:
-        return ["built without CUDA kernels: there was no nvcc"]
+        return [BUILT_WITHOUT]
     num_bytes = sum(image.num_bytes for image in made.images.values())
     lines = [
         f"{made.needs}; {num_bytes / 1e6:.1f} MB in {len(made.images)} images",

@@ -6,7 +6,15 @@ import pytest
 
 from mixattn import _C
 from mixattn.ops import cuda_images
-from mixattn.ops.cuda_images import ImageDescription, KernelUsage, Manifest, blocks_per_sm, kernel_lines, runs_on
+from mixattn.ops.cuda_images import (
+    BUILT_WITHOUT,
+    ImageDescription,
+    KernelUsage,
+    Manifest,
+    blocks_per_sm,
+    kernel_lines,
+    runs_on,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +69,7 @@ def test_kernel_lines_show_each_kernel_on_each_architecture(monkeypatch: pytest.
 
 def test_kernel_lines_without_images_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_images, "manifest", lambda: None)
-    assert kernel_lines() == ["built without CUDA kernels: there was no nvcc"]
+    assert kernel_lines() == [BUILT_WITHOUT]
 
 
 def test_images_that_were_built_are_small_and_their_kernels_fit_as_planned() -> None:
