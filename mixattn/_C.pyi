@@ -268,6 +268,9 @@ class CudaDriver:
 
 class CudaImage:
     def __init__(self, driver: CudaDriver, device_idx: int, data: bytes) -> None: ...
+    def num_blocks(
+        self, *, kernel: str, num_threads: int, shared_bytes: int
+    ) -> int: ...  # that the device holds at once
     def launch_pointers(
         self, *, kernel: str, num_blocks: int, num_threads: int, shared_bytes: int, pointers: Sequence[int], stream: int
     ) -> None: ...

@@ -107,6 +107,12 @@ void bind_cuda(py::module_& m) {
              return new Image(driver, device_idx, data);
            }),
            py::keep_alive<1, 2>(), arg("driver"), arg("device_idx"), arg("data"))
+      .def(
+          "num_blocks",
+          [](Image& image, const std::string& kernel, int num_threads, int shared_bytes) {
+            return image.prepare(kernel, num_threads, shared_bytes).num_blocks;
+          },
+          py::kw_only(), arg("kernel"), arg("num_threads"), arg("shared_bytes"))
       .def("launch_pointers", &launch_pointers, py::kw_only(), arg("kernel"), arg("num_blocks"), arg("num_threads"),
            arg("shared_bytes"), arg("pointers"), arg("stream"));
   m.def("cuda_instances", &cuda_instances, "Every kernel that is compiled for GPUs.");

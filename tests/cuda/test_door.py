@@ -275,6 +275,27 @@ def test_kernel_that_fails_shows_the_emulators_report(emulation: Emulation) -> N
         launched.launch(emulation, seed=0)
 
 
+def test_every_kernel_of_the_list_is_emulated_and_fills_the_device(driver: Emulation) -> None:
+    image = driver.image(num_sms=5)
+    for kernel in _C.cuda_instances():
+        sizes = {"num_threads": kernel["num_threads"], "shared_bytes": kernel["shared_bytes"]}
+        assert image.num_blocks(kernel=kernel["name"], **sizes) == 5
+
+
+def test_kernel_that_takes_more_shared_memory_than_a_block_may_have_is_refused(driver: Emulation) -> None:
+    kernel = _C.cuda_instances()[0]["name"]
+    with pytest.raises(RuntimeError, match="cuFuncSetAttribute: CUDA_ERROR_INVALID_VALUE"):
+        driver.image().num_blocks(kernel=kernel, num_threads=128, shared_bytes=2**20)
+
+
+def test_images_that_were_built_are_fatbins(driver: Emulation) -> None:
+    made = cuda_images.manifest()
+    if made is None:
+        pytest.skip("built without CUDA kernels: needs nvcc")
+    for name in made.images:
+        _C.CudaImage(_C.CudaDriver(str(driver.path)), 0, (cuda_images.FOLDER / f"{name}.fatbin").read_bytes())
+
+
 def test_every_kernel_of_the_list_is_in_the_images_that_were_built() -> None:
     made = cuda_images.manifest()
     if made is None:
