@@ -26,7 +26,7 @@ std::vector<Instance> make_instances() {
 #define MIXATTN_ADD(element, kHeadDim, kHasSoftCap)                                                                    \
   all.push_back({MIXATTN_NAME(MIXATTN_SM80_NAME(element, kHeadDim, kHasSoftCap)), "sm80_mixed_attention_hd" #kHeadDim, \
                  kSm80, kAnyCapability, dtype_of(mx::element{}), kHeadDim, kHasSoftCap != 0, kNumThreads,              \
-                 static_cast<int>(sm80::shared_bytes<kHeadDim>())});
+                 static_cast<int>(sm80::kSharedBytes<kHeadDim>)});
   MIXATTN_SM80_INSTANCES(MIXATTN_ADD)
 #undef MIXATTN_ADD
   return all;

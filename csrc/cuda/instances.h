@@ -16,9 +16,12 @@
   X(bf16, kHeadDim, 1)                         \
   X(f16, kHeadDim, 0)                          \
   X(f16, kHeadDim, 1)
-#define MIXATTN_SM80_INSTANCES(X)  \
-  MIXATTN_SM80_INSTANCES_OF(X, 64) \
-  MIXATTN_SM80_INSTANCES_OF(X, 128)
+#define MIXATTN_SM80_INSTANCES(X)   \
+  MIXATTN_SM80_INSTANCES_OF(X, 64)  \
+  MIXATTN_SM80_INSTANCES_OF(X, 96)  \
+  MIXATTN_SM80_INSTANCES_OF(X, 128) \
+  MIXATTN_SM80_INSTANCES_OF(X, 192) \
+  MIXATTN_SM80_INSTANCES_OF(X, 256)
 
 // The name of an instance's entry point, in its image and everywhere.
 #define MIXATTN_SM80_NAME(element, kHeadDim, kHasSoftCap) mixattn_sm80_##element##_hd##kHeadDim##_cap##kHasSoftCap

@@ -1,8 +1,10 @@
 // launch_params.h: a call of attention as the CUDA kernels take it, and what they can run. Host code.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -23,6 +25,7 @@ struct LaunchParams {
   float score_cap;
 };
 
+constexpr int64_t kHeadDims[] = {64, 96, 128, 192, 256};
 constexpr int64_t kVectorElements = 8;  // of 16 bytes: what one asynchronous copy moves
 
 // Throws std::domain_error (Python: NotImplementedError), naming the nearest call that has a kernel, unless this one
@@ -34,9 +37,10 @@ inline void check_call(const AttentionParams& p) {
   if (static_cast<int32_t>(p.kv_dtype) != static_cast<int32_t>(p.dtype)) {
     throw std::domain_error("k_cache in another dtype than q has no CUDA kernel; the nearest that has is q's");
   }
-  if (p.head_dim != 64 && p.head_dim != 128) {
+  const auto nearest = std::lower_bound(std::begin(kHeadDims), std::end(kHeadDims) - 1, p.head_dim);
+  if (*nearest != p.head_dim) {
     throw std::domain_error("head_dim " + std::to_string(p.head_dim) + " has no CUDA kernel; the nearest that has is " +
-                            (p.head_dim <= 96 ? "64" : "128"));
+                            std::to_string(*nearest));
   }
   const struct {
     const char* name;

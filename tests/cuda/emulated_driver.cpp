@@ -99,9 +99,10 @@ EXPORT int mixattn_emulation() {
 EXPORT void mixattn_emulation_configure(int driver_version, int capability, int num_sms, uint64_t seed, int fault) {
   config = {driver_version, capability, num_sms, seed};
   emu::active_fault = fault;
+  counts = emu::Stats();
 }
 
-// Of the last launch, in JSON.
+// Of the last launch since the configuration, in JSON.
 EXPORT const char* mixattn_emulation_counts() {
   static std::string text;
   text = "{\"num_switches\": " + std::to_string(counts.num_switches) +

@@ -59,7 +59,8 @@ def test_attention_on_an_emulated_driver_is_within_twice_eager(
     )  # fmt: skip
     driver.configure(seed=1)
     run(case, inputs, plan=plan)
-    assert driver.counts()["num_switches"] > 0, "something else has run it"
+    has_run = driver.counts()["num_switches"] > 0
+    assert has_run is (case.total_q > 0), "something else has run it"
 
 
 def test_attention_without_a_plan_makes_one(driver: Emulation) -> None:
@@ -96,7 +97,7 @@ def test_backends_names_the_emulation_and_leaves_cpu_tensors_to_the_cpu(driver: 
     [
         ({"alibi": "per-head"}, "alibi_slopes is not supported by backend 'cuda'; backends that have it: cpu, triton"),
         ({"has_sinks": True}, "sinks is not supported by backend 'cuda'"),
-        ({"head_dim": 80}, "head_dim 80 has no CUDA kernel"),
+        ({"head_dim": 80}, "head_dim 80 has no CUDA kernel; the nearest that has is 96"),
     ],
 )
 def test_attention_that_no_kernel_takes_is_refused_before_anything_is_written(

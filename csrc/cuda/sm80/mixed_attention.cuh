@@ -5,10 +5,11 @@
 //         of the second product without a shuffle. Only tiles that some row does not see whole are masked. In a small
 //         item (decodes) the warps split the keys of each tile, do not wait for each other, and add up at the end.
 // Grid    kBlocksPerSm blocks of 128 threads per SM: 255 registers a thread are what fits two; tiles: tile.cuh
-// Shapes  as cuda/mixed_attention.cuh; tiles (128, 64), (64, 64), (16, 128) of (packed query rows, keys) by item kind
+// Shapes  as cuda/mixed_attention.cuh; tiles (128, 64), (64, 64), (16, 128) of (packed query rows, keys) by item kind;
+//         above head_dim 128 (64, 32) for large, twice, and medium, (16, 64) for small
 // Memory  an item reads 2 keys head_dim elements of K and V, and reads and writes rows head_dim; shared: tile.cuh
 // Static  nvcc 13.0, bf16, head_dim 128, registers and warp instructions per MMA-MFLOP of large / medium / small tiles:
-//         sm_80: 255; 952 / 1,320 / 2,567. sm_90a: 255; 946 / 1,293 / 2,533. No spills in any kernel, no bank conflicts
+//         sm_80: 255; 949 / 1,314 / 2,556. sm_90a: 255; 943 / 1,287 / 2,522. No spills in any kernel, no bank conflicts
 // Limits  as cuda/mixed_attention.cuh
 // Twins   triton_kernels/mixed_attention.py (the same names and order); truth ops/reference.py
 // Source  arXiv:2307.08691, section 3; GQA rows packed: arXiv:2305.13245; fragments: PTX ISA 8.7, section 9.7.14.5.8
@@ -59,7 +60,7 @@ MX_DEVICE void clear(RowState<kHeadDim, kRowTiles>& state) {
 
 // The address that a lane gives ldmatrix for 16 rows from first_row, 16 columns from 0: matrix 0 is rows 0-7 columns
 // 0-7, and kRowsFirst says whether matrix 1 is the next 8 rows (true) or the next 8 columns. Columns 16 k and behind
-// are at this address ^ (32 k): places of chunks differ by xor, see tile.cuh.
+// are at step_right(address, k).
 template <int kRowBytes, bool kRowsFirst>
 MX_DEVICE uint32_t ldmatrix_address(uint32_t tile, int first_row) {
   const int lane = this_thread().lane;
@@ -73,7 +74,6 @@ MX_DEVICE uint32_t ldmatrix_address(uint32_t tile, int first_row) {
 template <class T, int kHeadDim, class TileShape>
 MX_DEVICE void multiply_queries(float (&scores)[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaColumns][4]) {
   using Shared = Layout<kHeadDim, TileShape>;
-  constexpr uint32_t kStepBytes = kMmaDepth * kElementBytes;
   const uint32_t q_address =
       ldmatrix_address<Shared::kRowBytes, true>(mx::shared_base() + Shared::kQ, warp_row<TileShape>());
   const uint32_t k_address =
@@ -91,12 +91,12 @@ MX_DEVICE void multiply_queries(float (&scores)[TileShape::kRowTiles][TileShape:
     uint32_t q[TileShape::kRowTiles][4];  // (16, 16) fragments of A
     MX_UNROLL
     for (int r = 0; r < TileShape::kRowTiles; ++r) {
-      mx::ldmatrix_x4(q[r], (q_address ^ (k * kStepBytes)) + r * kMmaRows * Shared::kRowBytes);
+      mx::ldmatrix_x4(q[r], step_right<Shared::kRowBytes>(q_address, k) + r * kMmaRows * Shared::kRowBytes);
     }
     MX_UNROLL
     for (int n = 0; n < TileShape::kWarpKeys / 16; ++n) {
       uint32_t keys[4];  // (16 dimensions, 16 keys): two fragments of B
-      mx::ldmatrix_x4(keys, (k_address ^ (k * kStepBytes)) + n * 16 * Shared::kRowBytes);
+      mx::ldmatrix_x4(keys, step_right<Shared::kRowBytes>(k_address, k) + n * 16 * Shared::kRowBytes);
       MX_UNROLL
       for (int r = 0; r < TileShape::kRowTiles; ++r) {
         mx::mma_m16n8k16(scores[r][2 * n], q[r], keys[0], keys[1], T{});
@@ -111,15 +111,15 @@ template <class T, int kHeadDim, class TileShape>
 MX_DEVICE void multiply_values(const uint32_t (&weights)[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaDepth][4],
                                float (&accumulator)[TileShape::kRowTiles][kHeadDim / kMmaColumns][4]) {
   using Shared = Layout<kHeadDim, TileShape>;
-  constexpr uint32_t kStepBytes = 16 * kElementBytes;
   const uint32_t v_address =
       ldmatrix_address<Shared::kRowBytes, true>(mx::shared_base() + Shared::kV, warp_key<TileShape>());
   MX_UNROLL
   for (int k = 0; k < TileShape::kWarpKeys / kMmaDepth; ++k) {
     MX_UNROLL
     for (int d = 0; d < kHeadDim / 16; ++d) {
+      const uint32_t from = step_right<Shared::kRowBytes>(v_address, d) + k * kMmaDepth * Shared::kRowBytes;
       uint32_t values[4];  // (16 keys, 16 dimensions): two fragments of B
-      mx::ldmatrix_x4_trans(values, (v_address ^ (d * kStepBytes)) + k * kMmaDepth * Shared::kRowBytes);
+      mx::ldmatrix_x4_trans(values, from);
       MX_UNROLL
       for (int r = 0; r < TileShape::kRowTiles; ++r) {
         mx::mma_m16n8k16(accumulator[r][2 * d], weights[r][k], values[0], values[1], T{});
@@ -238,10 +238,8 @@ MX_DEVICE void merge_warps(const LaunchParams& p, const RowState<kHeadDim, 1>& s
   const Thread thread = this_thread();
   using Shared = Layout<kHeadDim, TileShape>;
   constexpr int kColumnTiles = kHeadDim / kMmaColumns / kNumWarps;
-  // 8 words more than kHeadDim: the rows that half a warp stores at once start 8 banks apart.
-  constexpr uint32_t kRowBytes = (kHeadDim + 8) * sizeof(float);
+  constexpr uint32_t kRowBytes = Shared::kSumRowBytes;
   constexpr uint32_t kWarpBytes = kMmaRows * kRowBytes;
-  static_assert(kNumWarps * kWarpBytes <= 2 * TileShape::kKeys * Shared::kRowBytes, "sums fit where K and V were");
   const uint32_t sums = mx::shared_base() + Shared::kK;
   const uint32_t states = mx::shared_base() + Shared::kQ;  // (warps, 16 rows) of row_max and row_sum
   const int first_column = thread.warp * kColumnTiles * kMmaColumns;
@@ -340,16 +338,35 @@ MX_DEVICE void attend_item(const LaunchParams& p) {
   }
 }
 
+// Makes the item what is left of it below the first num_rows rows. Also a barrier, on both sides.
+MX_DEVICE void drop_rows(int32_t num_rows) {
+  mx::sync_threads();  // no thread reads the item as it was any more, or its tiles
+  if (mx::thread_idx() == 0) {
+    set_control(kRowBegin, control(kRowBegin) + num_rows);
+    set_control(kNumRows, control(kNumRows) - num_rows);
+    set_control(kPartialRow, control(kPartialRow) + num_rows);
+  }
+  mx::sync_threads();  // the item is what is left
+}
+
 template <class T, int kHeadDim, bool kHasSoftCap>
 struct Attend {
+  using Shapes = Tiles<kHeadDim>;
+
   static MX_DEVICE void item(const LaunchParams& p) {
-    switch (control(kTileKindOf)) {
-      case kTileLarge:
-        return attend_item<T, kHeadDim, LargeTile, kHasSoftCap>(p);
-      case kTileMedium:
-        return attend_item<T, kHeadDim, MediumTile, kHasSoftCap>(p);
-      default:
-        return attend_item<T, kHeadDim, SmallTile, kHasSoftCap>(p);
+    const int32_t kind = control(kTileKindOf);
+    if (kind == kTileSmall) return attend_item<T, kHeadDim, typename Shapes::Small, kHasSoftCap>(p);
+    if constexpr (Shapes::kIsWide) {
+      // The keys that all rows of the item see are seen by those below as well: some masks too many, none too few.
+      while (true) {
+        attend_item<T, kHeadDim, typename Shapes::Medium, kHasSoftCap>(p);
+        if (control(kNumRows) <= Shapes::Medium::kRows) return;
+        drop_rows(Shapes::Medium::kRows);
+      }
+    } else if (kind == kTileLarge) {
+      attend_item<T, kHeadDim, typename Shapes::Large, kHasSoftCap>(p);
+    } else {
+      attend_item<T, kHeadDim, typename Shapes::Medium, kHasSoftCap>(p);
     }
   }
 };

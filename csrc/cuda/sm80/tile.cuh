@@ -1,15 +1,21 @@
 // tile.cuh: the shapes of sm_80's tiles, where they lie in shared memory, and how keys get there from their pages.
-// Method  A row of a tile is head_dim elements, its 16-byte chunks permuted: chunk c of row r lies where chunk
-//         c ^ (r mod 8) would. The 8 rows that one phase of ldmatrix reads, the same chunk of each, then lie in 8
-//         different groups of 4 banks, and so do the 8 chunks that 8 lanes copy: no bank conflicts (tests/cuda counts).
+// Method  A row of a tile is head_dim elements, rounded up to 128 bytes, its 16-byte chunks permuted: chunk c of row r
+//         lies where chunk c ^ (r mod 8) would. The 8 rows that one phase of ldmatrix reads, the same chunk of each,
+//         then lie in 8 different groups of 4 banks, and so do the 8 chunks that 8 lanes copy: no bank conflicts
+//         (tests/cuda counts).
 //         Each warp copies a quarter of a tile's keys. A lane finds the page of one key, and the warp's lanes hand
 //         each other the offsets by shuffles: one read of the block table and one division per key and tile.
 // Shapes  large (128, 64): 4 warps x 32 rows; medium (64, 64): 4 x 16 rows; small (16, 128): all warps have the same 16
-//         rows, and 32 keys each, which they copy themselves and never wait for each other
-// Memory  block: kControlBytes + 2 head_dim (rows + 2 keys), the most of the three: 68.25 KiB at head_dim 128
-// Limits  head_dim 64 or 128
+//         rows, and 32 keys each, which they copy themselves and never wait for each other. Above head_dim 128 the sums
+//         of 32 rows do not fit a warp's registers: there a large item is computed by the medium tile, twice, and
+//         medium is (64, 32), small (16, 64)
+// Memory  block: kControlBytes + 2 head_dim (rows + 2 keys), or what the small tile's warps add up in, the most of
+//         all: 68.25 KiB at head_dim 128, 75.75 at 256
+// Limits  head_dim 64, 96, 128, 192 or 256
 // Source  swizzle and ldmatrix: PTX ISA 8.7, section 9.7.14.5.15
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/mixed_attention.cuh"
 
@@ -39,31 +45,74 @@ struct Tile {
 using LargeTile = Tile<2, 64, 1>;
 using MediumTile = Tile<1, 64, 1>;
 using SmallTile = Tile<1, 32, kNumWarps>;
+// Above head_dim 128, half the keys: two blocks fit the shared memory of an SM.
+using WideMediumTile = Tile<1, 32, 1>;
+using WideSmallTile = Tile<1, 16, kNumWarps>;
+
+constexpr int kMaxLargeHeadDim = 128;
+
+// The tiles that items of each kind are computed in. There is no large one above head_dim 128.
+template <int kHeadDim>
+struct Tiles {
+  static constexpr bool kIsWide = kHeadDim > kMaxLargeHeadDim;
+  using Medium = std::conditional_t<kIsWide, WideMediumTile, MediumTile>;
+  using Large = std::conditional_t<kIsWide, Medium, LargeTile>;
+  using Small = std::conditional_t<kIsWide, WideSmallTile, SmallTile>;
+};
+
+// What all 8 permutations of a row's chunks stay within.
+constexpr uint32_t kSwizzleBytes = 8 * mx::kVectorBytes;
+
+constexpr int power_of_two_from(int least) {
+  int power = 1;
+  while (power < least) power *= 2;
+  return power;
+}
 
 // Where an item's tiles start in shared memory.
 template <int kHeadDim, class TileShape>
 struct Layout {
-  static constexpr uint32_t kRowBytes = kHeadDim * kElementBytes;
-  static constexpr int kRowChunks = kRowBytes / mx::kVectorBytes;
+  static constexpr int kRowChunks = kHeadDim * kElementBytes / mx::kVectorBytes;
+  static constexpr uint32_t kRowBytes = (kHeadDim * kElementBytes + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
+  static constexpr int kRowLanes = power_of_two_from(kRowChunks);    // that copy a row; those past it are idle
   static constexpr uint32_t kQ = kControlBytes;                      // (kRows, kHeadDim)
   static constexpr uint32_t kK = kQ + TileShape::kRows * kRowBytes;  // (kKeys, kHeadDim)
   static constexpr uint32_t kV = kK + TileShape::kKeys * kRowBytes;  // (kKeys, kHeadDim)
-  static constexpr uint32_t kBytes = kV + TileShape::kKeys * kRowBytes;
-  // The bits of a chunk's place must be free in the address of its row: ldmatrix_address xors them.
-  static_assert(kQ % kRowBytes == 0 && kK % kRowBytes == 0 && kV % kRowBytes == 0, "tiles start at a row's multiple");
+  // What the warps of a small tile leave for each other in place of K and V: (kNumWarps, kMmaRows, kHeadDim) float32.
+  // 8 words more than kHeadDim: the rows that half a warp stores at once start 8 banks apart.
+  static constexpr uint32_t kSumRowBytes = (kHeadDim + 8) * sizeof(float);
+  static constexpr uint32_t kSumBytes = TileShape::kKeyWarps > 1 ? kNumWarps * kMmaRows * kSumRowBytes : 0;
+  static constexpr uint32_t kTileBytes = 2 * TileShape::kKeys * kRowBytes;
+  static constexpr uint32_t kBytes = kK + (kTileBytes > kSumBytes ? kTileBytes : kSumBytes);
+  // The bits of a chunk's place among 8 must be free in the address of its row: chunk_address xors them.
+  static_assert(kQ % kSwizzleBytes == 0 && kRowBytes % kSwizzleBytes == 0, "rows start at a multiple of 8 chunks");
 };
 
+// Of a block: what the largest tile takes, which is large or small; a medium one is a part of a large one.
 template <int kHeadDim>
-constexpr uint32_t shared_bytes() {
-  constexpr uint32_t large = Layout<kHeadDim, LargeTile>::kBytes;
-  constexpr uint32_t small = Layout<kHeadDim, SmallTile>::kBytes;
-  return large > small ? large : small;  // a medium tile is a part of a large one
-}
+constexpr uint32_t kSharedBytes = Layout<kHeadDim, typename Tiles<kHeadDim>::Large>::kBytes >
+                                          Layout<kHeadDim, typename Tiles<kHeadDim>::Small>::kBytes
+                                      ? Layout<kHeadDim, typename Tiles<kHeadDim>::Large>::kBytes
+                                      : Layout<kHeadDim, typename Tiles<kHeadDim>::Small>::kBytes;
 
 // Address of chunk c of row r of the tile at `tile`.
 template <int kRowBytes>
 MX_DEVICE uint32_t chunk_address(uint32_t tile, int row, int chunk) {
   return tile + row * kRowBytes + ((chunk ^ (row & 7)) * mx::kVectorBytes);
+}
+
+// The address of the chunk 2 step further to the right in the same row, for a chunk 0 or 1: two chunks are the 16
+// elements of an mma's step. Where rows start at multiples of their size, all bits of a chunk's place are free in the
+// address of its row; elsewhere those within 8 chunks.
+template <int kRowBytes>
+MX_DEVICE uint32_t step_right(uint32_t address, int step) {
+  constexpr int kStepBytes = 2 * mx::kVectorBytes;
+  if constexpr (kControlBytes % kRowBytes == 0) {
+    return address ^ (step * kStepBytes);
+  } else {
+    constexpr int kSwizzleSteps = kSwizzleBytes / kStepBytes;
+    return (address ^ (step % kSwizzleSteps * kStepBytes)) + step / kSwizzleSteps * kSwizzleBytes;
+  }
 }
 
 // The address of the same chunk num_rows further down, for a row that is a multiple of num_rows plus less than that:
@@ -124,11 +173,11 @@ template <class T, int kHeadDim, class TileShape>
 MX_DEVICE void copy_keys(const Cache<T>& cache, const KeyPlace& place, uint32_t tile, int32_t tile_begin) {
   using Shared = Layout<kHeadDim, TileShape>;
   const Thread thread = this_thread();
-  constexpr int kRowsAtOnce = mx::kWarpSize / Shared::kRowChunks;
+  constexpr int kRowsAtOnce = mx::kWarpSize / Shared::kRowLanes;
   const int64_t offset = place.page * cache.page_stride + place.slot * cache.token_stride +
                          control(kKvHead) * cache.head_stride;  // may pass 2^31
-  const int lane_row = thread.lane / Shared::kRowChunks;
-  const int chunk = thread.lane % Shared::kRowChunks;
+  const int lane_row = thread.lane / Shared::kRowLanes;
+  const int chunk = thread.lane % Shared::kRowLanes;
   const int first_row = thread.warp * TileShape::kCopiedKeys + lane_row;
   const uint32_t to = mx::opaque(chunk_address<Shared::kRowBytes>(tile, first_row, chunk));
   const int32_t kv_begin = control(kKvBegin);
@@ -137,6 +186,7 @@ MX_DEVICE void copy_keys(const Cache<T>& cache, const KeyPlace& place, uint32_t 
   for (int i = 0; i < TileShape::kCopiedKeys / kRowsAtOnce; ++i) {
     const int64_t row_offset = mx::shfl_idx(offset, i * kRowsAtOnce + lane_row);
     const int32_t key = tile_begin + first_row + i * kRowsAtOnce;
+    if (Shared::kRowLanes > Shared::kRowChunks && chunk >= Shared::kRowChunks) continue;
     mx::cp_async16(row_below<Shared::kRowBytes>(to, i * kRowsAtOnce),
                    cache.data + (row_offset + chunk * kVectorElements), key >= kv_begin && key < kv_end);
   }
@@ -147,10 +197,11 @@ template <class T, int kHeadDim, class TileShape>
 MX_DEVICE void copy_queries(const LaunchParams& p, uint32_t tile) {
   using Shared = Layout<kHeadDim, TileShape>;
   const Thread thread = this_thread();
-  constexpr int kRowsAtOnce = kNumThreads / Shared::kRowChunks;
-  const int chunk = thread.idx % Shared::kRowChunks;
+  constexpr int kRowsAtOnce = kNumThreads / Shared::kRowLanes;
+  const int chunk = thread.idx % Shared::kRowLanes;
+  if (Shared::kRowLanes > Shared::kRowChunks && chunk >= Shared::kRowChunks) return;
   MX_NO_UNROLL
-  for (int row = thread.idx / Shared::kRowChunks; row < TileShape::kRows; row += kRowsAtOnce) {
+  for (int row = thread.idx / Shared::kRowLanes; row < TileShape::kRows; row += kRowsAtOnce) {
     const bool is_row = row < control(kNumRows);
     const RowPlace place =
         place_row(p, control(kFirstToken), control(kKvHead), control(kRowBegin) + (is_row ? row : 0));
