@@ -23,9 +23,9 @@ constexpr DType dtype_of(mx::f16) {
 
 std::vector<Instance> make_instances() {
   std::vector<Instance> all;
-#define MIXATTN_ADD(element, kHeadDim, kHasSoftCap)                                                                    \
-  all.push_back({MIXATTN_NAME(MIXATTN_SM80_NAME(element, kHeadDim, kHasSoftCap)), "sm80_mixed_attention_hd" #kHeadDim, \
-                 kSm80, kAnyCapability, dtype_of(mx::element{}), kHeadDim, kHasSoftCap != 0, kNumThreads,              \
+#define MIXATTN_ADD(element, kHeadDim, scores)                                                                    \
+  all.push_back({MIXATTN_NAME(MIXATTN_SM80_NAME(element, kHeadDim, scores)), "sm80_mixed_attention_hd" #kHeadDim, \
+                 kSm80, kAnyCapability, dtype_of(mx::element{}), kHeadDim, MIXATTN_SCORES(scores), kNumThreads,   \
                  static_cast<int>(sm80::kSharedBytes<kHeadDim>)});
   MIXATTN_SM80_INSTANCES(MIXATTN_ADD)
 #undef MIXATTN_ADD
@@ -39,10 +39,19 @@ const std::vector<Instance>& instances() {
   return all;
 }
 
+namespace {
+
+bool takes(Scores scores, const AttentionParams& p) {
+  if (scores == Scores::kAny) return true;
+  return p.alibi_slopes == nullptr && p.tree_mask == nullptr && (p.soft_cap > 0.0f) == (scores == Scores::kCapped);
+}
+
+}  // namespace
+
 const Instance& instance_for(const AttentionParams& p, int capability) {
   for (const Instance& instance : instances()) {
     if (capability >= instance.least_capability && capability <= instance.most_capability &&
-        p.dtype == instance.dtype && p.head_dim == instance.head_dim && (p.soft_cap > 0.0f) == instance.has_soft_cap) {
+        p.dtype == instance.dtype && p.head_dim == instance.head_dim && takes(instance.scores, p)) {
       return instance;
     }
   }

@@ -10,12 +10,14 @@
 
 #include "cuda/launch_params.h"
 
-// X(element, head_dim, has_soft_cap): element as in prim.cuh, has_soft_cap 0 or 1.
+// X(element, head_dim, scores): element as in prim.cuh; scores plain, capped or any: Scores::kPlain, ...
 #define MIXATTN_SM80_INSTANCES_OF(X, kHeadDim) \
-  X(bf16, kHeadDim, 0)                         \
-  X(bf16, kHeadDim, 1)                         \
-  X(f16, kHeadDim, 0)                          \
-  X(f16, kHeadDim, 1)
+  X(bf16, kHeadDim, plain)                     \
+  X(bf16, kHeadDim, capped)                    \
+  X(bf16, kHeadDim, any)                       \
+  X(f16, kHeadDim, plain)                      \
+  X(f16, kHeadDim, capped)                     \
+  X(f16, kHeadDim, any)
 #define MIXATTN_SM80_INSTANCES(X)   \
   MIXATTN_SM80_INSTANCES_OF(X, 64)  \
   MIXATTN_SM80_INSTANCES_OF(X, 96)  \
@@ -23,8 +25,12 @@
   MIXATTN_SM80_INSTANCES_OF(X, 192) \
   MIXATTN_SM80_INSTANCES_OF(X, 256)
 
-// The name of an instance's entry point, in its image and everywhere.
-#define MIXATTN_SM80_NAME(element, kHeadDim, kHasSoftCap) mixattn_sm80_##element##_hd##kHeadDim##_cap##kHasSoftCap
+// The name of an instance's entry point, in its image and everywhere, and its Scores.
+#define MIXATTN_SM80_NAME(element, kHeadDim, scores) mixattn_sm80_##element##_hd##kHeadDim##_##scores
+#define MIXATTN_SCORES(scores) mixattn::cuda::Scores::MIXATTN_SCORES_##scores
+#define MIXATTN_SCORES_plain kPlain
+#define MIXATTN_SCORES_capped kCapped
+#define MIXATTN_SCORES_any kAny
 
 namespace mixattn {
 namespace cuda {
@@ -36,7 +42,7 @@ struct Instance {
   int most_capability;  // 10 major + minor, both ends included
   DType dtype;
   int head_dim;
-  bool has_soft_cap;
+  Scores scores;
   int num_threads;
   int shared_bytes;
 };

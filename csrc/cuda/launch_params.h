@@ -25,6 +25,13 @@ struct LaunchParams {
   float score_cap;
 };
 
+// What a kernel is compiled for.
+enum class Scores {
+  kPlain,
+  kCapped,  // with a soft cap
+  kAny,     // soft cap, ALiBi and tree mask where the call has them
+};
+
 constexpr int64_t kHeadDims[] = {64, 96, 128, 192, 256};
 constexpr int64_t kVectorElements = 8;  // of 16 bytes: what one asynchronous copy moves
 
@@ -42,16 +49,7 @@ inline void check_call(const AttentionParams& p) {
     throw std::domain_error("head_dim " + std::to_string(p.head_dim) + " has no CUDA kernel; the nearest that has is " +
                             std::to_string(*nearest));
   }
-  const struct {
-    const char* name;
-    bool is_on;
-  } options[] = {{"alibi_slopes", p.alibi_slopes != nullptr},
-                 {"sinks", p.sinks != nullptr},
-                 {"tree_mask", p.tree_mask != nullptr},
-                 {"invariant", p.invariant}};
-  for (const auto& option : options) {
-    if (option.is_on) throw std::domain_error(std::string(option.name) + " has no CUDA kernel; the cpu backend has it");
-  }
+  if (p.invariant) throw std::domain_error("invariant has no CUDA kernel; the cpu backend has it");
   const struct {
     const char* name;
     int64_t stride;
@@ -89,14 +87,14 @@ inline void check_workspace(const AttentionParams& p, const PlanHeader& plan) {
 }
 
 inline LaunchParams make_launch_params(const AttentionParams& p) {
-  constexpr float kLog2E = 1.4426950408889634f;
+  constexpr float kBase2 = 1.4426950408889634f;  // log2(e)
   LaunchParams launch;
   launch.call = p;
   launch.group_size = static_cast<int32_t>(p.group_size());
   launch.window_left = p.window_left < 0 ? INT32_MAX : static_cast<int32_t>(p.window_left);
   const bool has_soft_cap = p.soft_cap > 0.0f;
-  launch.score_scale = has_soft_cap ? 2.0f * p.softmax_scale * kLog2E / p.soft_cap : p.softmax_scale * kLog2E;
-  launch.score_cap = p.soft_cap * kLog2E;
+  launch.score_scale = has_soft_cap ? 2.0f * p.softmax_scale * kBase2 / p.soft_cap : p.softmax_scale * kBase2;
+  launch.score_cap = p.soft_cap * kBase2;
   return launch;
 }
 

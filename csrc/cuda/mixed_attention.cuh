@@ -1,5 +1,6 @@
 // mixed_attention.cuh: paged attention over prefill chunks and decode rows in one launch: the part of every GPU.
-// Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys j that row i may see
+// Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys j that row i may see; soft cap, ALiBi,
+//         sinks, tree masks as ops/attention.py defines them. A sink enters once, where its row's sum is complete
 // Method  persistent blocks draw the items of a plan (ops/plan.py) from a counter; attend_item, which differs by
 //         architecture, leaves finished rows or, for rows whose keys are split, float32 partials; the last block to
 //         finish a split of some rows merges them in split order. Counter and tickets are zero again when the launch
@@ -8,7 +9,7 @@
 // Shapes  AttentionParams (common/params.h), q, k_cache, v_cache, out in f16 or bf16; partial_lse in log2
 // Memory  merging a row of n splits reads 4 n (head_dim + 1) bytes and writes 2 head_dim
 // Limits  sm_80+; head_dim 64, 96, 128, 192, 256; any page_size and group_size; strides as launch_params.h checks; no
-//         ALiBi, sinks, tree mask or invariance yet; keys and packed rows of a slice up to 2^31 - 129
+//         invariance yet; keys and packed rows of a slice up to 2^31 - 129
 // Twins   triton_kernels/mixed_attention.py, csrc/cpu/mixed_attention-inl.h; truth ops/reference.py
 // Source  split keys: arXiv:2311.01282, section 3; merge of online-softmax states: arXiv:1805.02867
 #pragma once
@@ -97,6 +98,11 @@ MX_DEVICE T* out_row(const LaunchParams& p, const RowPlace& place) {
   return static_cast<T*>(p.call.out) + place.token * p.call.out_token_stride + place.head * p.call.out_head_stride;
 }
 
+// The sink of a row's head; -inf for none.
+MX_DEVICE float row_sink_log2(const LaunchParams& p, int32_t head) {
+  return p.call.sinks == nullptr ? -INFINITY : p.call.sinks[head] * kLog2E;
+}
+
 MX_DEVICE void store_lse(const LaunchParams& p, const RowPlace& place, float lse_log2) {
   if (p.call.lse == nullptr) return;
   mx::st_global(p.call.lse + place.token * p.call.lse_token_stride + place.head, lse_log2 * kLn2);
@@ -133,7 +139,9 @@ MX_DEVICE void describe_item(const LaunchParams& p, const WorkItem& item) {
   set_control(kContext, context);
   // The first row sees the fewest keys to the right, the last row the fewest to the left.
   set_control(kFullBegin, visible_keys(p, last_position, item.kv_begin, item.kv_end).begin);
-  set_control(kFullEnd, visible_keys(p, first_position, item.kv_begin, item.kv_end).end);
+  const int32_t full_end = visible_keys(p, first_position, item.kv_begin, item.kv_end).end;
+  // A tree mask speaks of the slice's own keys.
+  set_control(kFullEnd, p.call.tree_mask == nullptr ? full_end : clamp(context, item.kv_begin, full_end));
 }
 
 // Draws the block's next item; false when there is none. Also a barrier: every thread is done with the shared memory of
@@ -196,8 +204,8 @@ MX_DEVICE void merge_item(const LaunchParams& p, const Merge& merge) {
                   sum[d].y * factors.rescale + value.y * factors.weight};
       }
     }
-    const RowEnd end = finish_row(row_max, row_sum);
     const RowPlace place = place_row(p, p.call.cu_seqlens_q[merge.seq_idx], merge.kv_head, merge.row_begin + row);
+    const RowEnd end = finish_row_with_sink(row_max, row_sum, row_sink_log2(p, place.head));
     T* const out = out_row<T>(p, place) + dim;
     MX_UNROLL
     for (int d = 0; d < kPairs; ++d) {

@@ -62,9 +62,9 @@ class AttentionCall(NamedTuple):
 
 
 BACKENDS_WITH = {
-    "alibi_slopes": ("cpu", "triton", "reference"),
-    "sinks": ("cpu", "triton", "reference"),
-    "tree_mask": ("cpu", "triton", "reference"),
+    "alibi_slopes": ("cpu", "triton", "cuda", "reference"),
+    "sinks": ("cpu", "triton", "cuda", "reference"),
+    "tree_mask": ("cpu", "triton", "cuda", "reference"),
     "invariant": ("cpu",),
 }
 """The arguments that not every backend has, and the backends that have them."""

@@ -56,8 +56,8 @@ bool add(const char* name, void (*kernel)(LaunchParams)) {
 
 #define STRING(text) #text
 #define NAME(name) STRING(name)
-#define ADD(element, kHeadDim, kHasSoftCap) \
-  add(NAME(MIXATTN_SM80_NAME(element, kHeadDim, kHasSoftCap)), MIXATTN_SM80_NAME(element, kHeadDim, kHasSoftCap)),
+#define ADD(element, kHeadDim, scores) \
+  add(NAME(MIXATTN_SM80_NAME(element, kHeadDim, scores)), MIXATTN_SM80_NAME(element, kHeadDim, scores)),
 [[maybe_unused]] const bool kAdded[] = {MIXATTN_SM80_INSTANCES(ADD)};
 
 }  // namespace

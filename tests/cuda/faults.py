@@ -49,8 +49,9 @@ FAULTS = [
     Fault(
         "k-overwritten-while-it-is-read",
         SM80,
-        "place = find_key<TileShape>(p, next_begin);",
-        "place = find_key<TileShape>(p, next_begin); if (next_begin < control(kKvEnd)) copy_k(place, next_begin);",
+        "place = find_key<TileShape, kScores>(p, next_begin);",
+        "place = find_key<TileShape, kScores>(p, next_begin);"
+        " if (next_begin < control(kKvEnd)) copy_k(place, next_begin);",
         CHUNK,
     ),
     Fault("no-wait-for-v", SM80, "mx::cp_async_wait<0>();  // for V", "", CHUNK),
@@ -124,6 +125,36 @@ FAULTS = [
         "set_control(kPartialRow, control(kPartialRow) + num_rows);",
         "",
         WIDE,
+    ),
+    Fault(
+        "alibi-added",
+        SM80,
+        "slopes[head] * kLog2E",
+        "-slopes[head] * kLog2E",
+        "alibi-q1-gqa8",
+    ),
+    Fault("alibi-of-keys-behind-negative", SM80, "distance < 0 ? -distance : distance", "distance", "alibi-non-causal"),
+    Fault(
+        "sink-in-every-split",
+        SM80,
+        "p.call.sinks == nullptr || control(kMergeIdx) >= 0",
+        "p.call.sinks == nullptr",
+        "sinks-soft-cap-window-splits",
+    ),
+    Fault("tree-bit-off-by-one", SM80, "word >> distance & 1", "word >> (distance + 1) & 1", "tree-gqa1"),
+    Fault(
+        "tree-tiles-not-masked",
+        PLAN,
+        "clamp(context, item.kv_begin, full_end)",
+        "full_end",
+        "tree-words-0-in-long-chunk",
+    ),
+    Fault(
+        "hidden-keys-read",
+        TILE,
+        "if (kScores == Scores::kAny && place.is_hidden) offset = kNowhere;",
+        "",
+        "tree-keys-that-no-row-sees",
     ),
 ]
 

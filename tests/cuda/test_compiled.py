@@ -17,12 +17,12 @@ pytestmark = pytest.mark.skipif(
 SOURCES = sorted((ROOT / "csrc" / "cuda" / "sm80").glob("*.cu"))
 ONE_KERNEL = """
 #include "cuda/sm80/entry.cuh"
-MIXATTN_SM80_ENTRY(bf16, 128, 0)
+MIXATTN_SM80_ENTRY(bf16, 128, plain)
 """
 MMAS_OF_LOOPS = [256, 128, 64]
 """Of a warp, per tile of keys, at head_dim 128: 2 products x rows / 16 x keys / 8 x head_dim / 16, over the warps."""
 MOST_INSTRUCTIONS_PER_MFLOP = [1000, 1400, 2700]
-"""A little above what nvcc 13.0 gives, 949, 1,314 and 2,556 on sm_80; more is a change that someone should look at."""
+"""A little above what nvcc 13.0 gives, 948, 1,314 and 2,556 on sm_80; more is a change that someone should look at."""
 
 
 def assert_no_local_memory(kernel: Compiled) -> None:
@@ -49,6 +49,6 @@ def test_mixed_attention_head_dim_128_compiles_within_its_budgets(architecture: 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_mixed_attention_every_kernel_compiles_without_spills(source: Path, architecture: str, tmp_path: Path) -> None:
     kernels = compile_kernels(source, architecture, tmp_path)
-    assert len(kernels) == 4
+    assert len(kernels) == 6
     for kernel in kernels.values():
         assert_no_local_memory(kernel)

@@ -95,8 +95,6 @@ def test_backends_names_the_emulation_and_leaves_cpu_tensors_to_the_cpu(driver: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"alibi": "per-head"}, "alibi_slopes is not supported by backend 'cuda'; backends that have it: cpu, triton"),
-        ({"has_sinks": True}, "sinks is not supported by backend 'cuda'"),
         ({"head_dim": 80}, "head_dim 80 has no CUDA kernel; the nearest that has is 96"),
     ],
 )
@@ -164,11 +162,12 @@ def test_default_call_on_a_gpu_without_a_cuda_kernel_takes_triton_and_says_so(
     driver: Emulation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     backends._log_passed_over.cache_clear()
+    odd = torch.empty(50 * 6 * 64 + 1, dtype=torch.bfloat16)[1:].view(50, 6, 64)
     with caplog.at_level(logging.INFO, logger="mixattn.ops.backends"):
-        assert choose({"sinks": torch.zeros(6)}, monkeypatch) == "triton"
-        assert choose({"sinks": torch.zeros(6)}, monkeypatch) == "triton"
+        assert choose({"q": odd}, monkeypatch) == "triton"
+        assert choose({"q": odd}, monkeypatch) == "triton"
     passed_over = [r.getMessage() for r in caplog.records if "not backend" in r.getMessage()]
-    assert len(passed_over) == 1 and "sinks is not supported by backend 'cuda'" in passed_over[0]
+    assert len(passed_over) == 1 and "q must start at a multiple of 16 bytes" in passed_over[0]
 
 
 def test_default_call_on_an_old_gpu_takes_triton(driver: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:

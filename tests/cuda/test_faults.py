@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from tests.cases import CASES, assert_attention_close, make_inputs
+from tests.cases import CASES, SCORE_CASES, assert_attention_close, make_inputs
 from tests.cuda.attention_run import prepare
 from tests.cuda.emulation import Emulation, build_emulation
 from tests.cuda.faults import FAULTS, Fault, write_sources
@@ -27,7 +27,7 @@ def faulty() -> Emulation:
 
 def outcome(emulation: Emulation, case_id: str, fault: int, seed: int) -> str:
     """``right``, ``result``, ``tickets``, or the emulator's report."""
-    case = next(case for case in [*CASES, *ALL_KINDS_CASES] if case.id == case_id)
+    case = next(case for case in [*CASES, *SCORE_CASES, *ALL_KINDS_CASES] if case.id == case_id)
     inputs = make_inputs(case, torch.bfloat16)
     run = prepare(case, torch.bfloat16, inputs=inputs)
     try:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import CASES, AttentionCase, AttentionInputs, assert_attention_close, make_inputs
+from tests.cases import CASES, SCORE_CASES, AttentionCase, AttentionInputs, assert_attention_close, make_inputs
 from tests.cuda.attention_run import AttentionRun, prepare
 from tests.cuda.emulation import Emulation
 
 DTYPES = [torch.bfloat16, torch.float16]
 HEAD_DIMS = (64, 96, 128, 192, 256)
-SUPPORTED_CASES = [case for case in CASES if case.head_dim in HEAD_DIMS]
+SUPPORTED_CASES = [case for case in CASES + SCORE_CASES if case.head_dim in HEAD_DIMS]
 SEEDS = range(3)
 """One of each pair of schedule and arrival."""
 SPLIT_CASE = AttentionCase("splits-chunk-and-decode", (1, 40, 9), (300, 90, 200), num_q_heads=6, num_workers=8)
@@ -190,9 +190,6 @@ def test_mixed_attention_block_table_is_not_read_past_the_last_page(emulation: E
         (dataclasses.replace(SPLIT_CASE, head_dim=40), torch.bfloat16, "head_dim 40 .* nearest .* is 64"),
         (dataclasses.replace(SPLIT_CASE, head_dim=248), torch.bfloat16, "head_dim 248 .* nearest .* is 256"),
         (SPLIT_CASE, torch.float32, "float32 has no CUDA kernel"),
-        (dataclasses.replace(SPLIT_CASE, alibi="per-head"), torch.bfloat16, "alibi_slopes has no CUDA kernel"),
-        (dataclasses.replace(SPLIT_CASE, has_sinks=True), torch.bfloat16, "sinks has no CUDA kernel"),
-        (dataclasses.replace(SPLIT_CASE, tree_mask=(-1,) * 50), torch.bfloat16, "tree_mask has no CUDA kernel"),
     ],
 )
 def test_mixed_attention_unsupported_call_names_the_nearest_supported(

@@ -64,7 +64,7 @@ def test_kernel_lines_show_each_kernel_on_each_architecture(monkeypatch: pytest.
     assert f"{0.5 * len(images):.1f} MB in {len(images)} images" in first
     assert header.split() == ["kernel", "for", "registers", "threads", "shared", "bytes", "blocks/SM", "spilled"]
     assert len(lines) == 2 * len(_C.cuda_instances())
-    assert ["mixattn_sm80_bf16_hd128_cap0", "sm_90a", "255", "128", "69888", "2", "16"] in [s.split() for s in lines]
+    assert ["mixattn_sm80_bf16_hd128_plain", "sm_90a", "255", "128", "69888", "2", "16"] in [s.split() for s in lines]
 
 
 def test_kernel_lines_without_images_say_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@
 #include "cuda/instances.h"
 #include "cuda/sm80/mixed_attention.cuh"
 
-#define MIXATTN_SM80_ENTRY(element, kHeadDim, kHasSoftCap)                                                      \
-  extern "C" MX_KERNEL MX_LAUNCH_BOUNDS(mixattn::cuda::kNumThreads, mixattn::cuda::sm80::kBlocksPerSm)          \
-      MIXATTN_SM80_NAME(element, kHeadDim, kHasSoftCap)(const MX_GRID_CONSTANT mixattn::cuda::LaunchParams p) { \
-    mixattn::cuda::sm80::mixed_attention<mx::element, kHeadDim, kHasSoftCap != 0>(p);                           \
+#define MIXATTN_SM80_ENTRY(element, kHeadDim, scores)                                                      \
+  extern "C" MX_KERNEL MX_LAUNCH_BOUNDS(mixattn::cuda::kNumThreads, mixattn::cuda::sm80::kBlocksPerSm)     \
+      MIXATTN_SM80_NAME(element, kHeadDim, scores)(const MX_GRID_CONSTANT mixattn::cuda::LaunchParams p) { \
+    mixattn::cuda::sm80::mixed_attention<mx::element, kHeadDim, MIXATTN_SCORES(scores)>(p);                \
   }

@@ -49,14 +49,18 @@ using SmallTile = Tile<1, 32, kNumWarps>;
 using WideMediumTile = Tile<1, 32, 1>;
 using WideSmallTile = Tile<1, 16, kNumWarps>;
 
+// The widest head whose sums a large tile has registers for, beside plain and capped scores and beside any.
 constexpr int kMaxLargeHeadDim = 128;
+constexpr int kMaxLargeHeadDimAnyScores = 64;
 
-// The tiles that items of each kind are computed in. There is no large one above head_dim 128.
-template <int kHeadDim>
+// The tiles that items of each kind are computed in; without a large one, those of large items are medium.
+template <int kHeadDim, Scores kScores = Scores::kPlain>
 struct Tiles {
   static constexpr bool kIsWide = kHeadDim > kMaxLargeHeadDim;
+  static constexpr bool kHasLarge =
+      kHeadDim <= (kScores == Scores::kAny ? kMaxLargeHeadDimAnyScores : kMaxLargeHeadDim);
   using Medium = std::conditional_t<kIsWide, WideMediumTile, MediumTile>;
-  using Large = std::conditional_t<kIsWide, Medium, LargeTile>;
+  using Large = std::conditional_t<kHasLarge, LargeTile, Medium>;
   using Small = std::conditional_t<kIsWide, WideSmallTile, SmallTile>;
 };
 
@@ -137,16 +141,35 @@ MX_DEVICE void sync_tile() {
 struct KeyPlace {
   int32_t page;
   int32_t slot;
+  bool is_hidden;  // by the tree mask, from all rows of the item
 };
 
-template <class TileShape>
+constexpr int kTreeMaskBits = 64;  // of a tree_mask word
+
+// Whether the tree mask and the window let no row of the item see this key, one of its own.
+MX_DEVICE bool is_hidden_from_all(const LaunchParams& p, int32_t key) {
+  const int32_t context = control(kContext);
+  if (key < context) return false;
+  const int32_t first = control(kRowBegin) / p.group_size;
+  const int32_t last = (control(kRowBegin) + control(kNumRows) - 1) / p.group_size;
+  const int64_t* const words = p.call.tree_mask + control(kFirstToken);
+  const int32_t own = key - context;  // the row of the slice that the key belongs to
+  MX_NO_UNROLL
+  for (int32_t row = own > first ? own : first; row <= last && row - own <= p.window_left; ++row) {
+    if (row - own >= kTreeMaskBits || (words[row] >> (row - own) & 1) != 0) return false;
+  }
+  return true;
+}
+
+template <class TileShape, Scores kScores>
 MX_DEVICE KeyPlace find_key(const LaunchParams& p, int32_t tile_begin) {
   const Thread thread = this_thread();
   const int32_t key = tile_begin + thread.warp * TileShape::kCopiedKeys + thread.lane % TileShape::kCopiedKeys;
-  if (key < control(kKvBegin) || key >= control(kKvEnd)) return {0, 0};
+  if (key < control(kKvBegin) || key >= control(kKvEnd)) return {0, 0, false};
   const int32_t page_size = static_cast<int32_t>(p.call.page_size);
   const int32_t* const block_table_row = p.call.block_table + control(kSeqIdx) * p.call.block_table_stride;
-  return {block_table_row[key / page_size], key % page_size};
+  const bool is_hidden = kScores == Scores::kAny && p.call.tree_mask != nullptr && is_hidden_from_all(p, key);
+  return {block_table_row[key / page_size], key % page_size, is_hidden};
 }
 
 // K or V of every page.
@@ -167,15 +190,18 @@ MX_DEVICE Cache<T> v_cache(const LaunchParams& p) {
   return {static_cast<const T*>(p.call.v_cache), p.call.v_page_stride, p.call.v_token_stride, p.call.v_head_stride};
 }
 
+constexpr int64_t kNowhere = INT64_MIN;  // the offset of a key that is not to be read
+
 // Starts the copy of this warp's part of a tile of K or V, place being what find_key gave for it. Keys outside of the
-// item become 0, not what memory holds there: 0 * NaN would be NaN.
-template <class T, int kHeadDim, class TileShape>
+// item, and those hidden from all its rows, become 0, not what memory holds there: 0 * NaN would be NaN.
+template <class T, int kHeadDim, class TileShape, Scores kScores>
 MX_DEVICE void copy_keys(const Cache<T>& cache, const KeyPlace& place, uint32_t tile, int32_t tile_begin) {
   using Shared = Layout<kHeadDim, TileShape>;
   const Thread thread = this_thread();
   constexpr int kRowsAtOnce = mx::kWarpSize / Shared::kRowLanes;
-  const int64_t offset = place.page * cache.page_stride + place.slot * cache.token_stride +
-                         control(kKvHead) * cache.head_stride;  // may pass 2^31
+  int64_t offset = place.page * cache.page_stride + place.slot * cache.token_stride +
+                   control(kKvHead) * cache.head_stride;  // may pass 2^31
+  if (kScores == Scores::kAny && place.is_hidden) offset = kNowhere;
   const int lane_row = thread.lane / Shared::kRowLanes;
   const int chunk = thread.lane % Shared::kRowLanes;
   const int first_row = thread.warp * TileShape::kCopiedKeys + lane_row;
@@ -186,9 +212,12 @@ MX_DEVICE void copy_keys(const Cache<T>& cache, const KeyPlace& place, uint32_t 
   for (int i = 0; i < TileShape::kCopiedKeys / kRowsAtOnce; ++i) {
     const int64_t row_offset = mx::shfl_idx(offset, i * kRowsAtOnce + lane_row);
     const int32_t key = tile_begin + first_row + i * kRowsAtOnce;
-    if (Shared::kRowLanes > Shared::kRowChunks && chunk >= Shared::kRowChunks) continue;
+    // Lanes past the end of a row fill what pads it with zeros where they can: no branch, and fewer registers.
+    const bool is_chunk = Shared::kRowLanes == Shared::kRowChunks || chunk < Shared::kRowChunks;
+    if (Shared::kRowLanes * mx::kVectorBytes > Shared::kRowBytes && !is_chunk) continue;
+    const bool is_key = key >= kv_begin && key < kv_end && (kScores != Scores::kAny || row_offset != kNowhere);
     mx::cp_async16(row_below<Shared::kRowBytes>(to, i * kRowsAtOnce),
-                   cache.data + (row_offset + chunk * kVectorElements), key >= kv_begin && key < kv_end);
+                   cache.data + (row_offset + chunk * kVectorElements), is_key && is_chunk);
   }
 }
 
