@@ -1,8 +1,7 @@
 // instances.h: every kernel that is compiled for GPUs, and which of them a call gets. Host code.
 // Method  a list per architecture, MIXATTN_<ARCHITECTURE>_INSTANCES(X), names the compile-time parameters of each
-// kernel
-//         once. csrc/cuda/<architecture>/*.cu make the entry points from it for nvcc, instances.cpp the table below,
-//         and tests/cuda/emulated.cpp the same entry points for the emulation.
+//         kernel once. csrc/cuda/<architecture>/*.cu make the entry points from it for nvcc, instances.cpp the table
+//         below, and tests/cuda/emulated_attention.cpp the same entry points for the emulation.
 #pragma once
 
 #include <string>

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import nvcc
+from tools import build_backend, nvcc
 
 LOG = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'one' for 'sm_80'
@@ -85,6 +85,20 @@ def test_install_images_writes_a_manifest_and_removes_what_is_no_image_any_more(
     before = (target / "sm80_a.fatbin").stat().st_mtime_ns
     nvcc.install_images(compiler, built, target)
     assert (target / "sm80_a.fatbin").stat().st_mtime_ns == before
+
+
+def test_build_backend_asks_for_the_packages_only_where_nvcc_is_wanted_and_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CUDA_HOME", "CUDA_PATH", "MIXATTN_BUILD_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(sys, "path", [])
+    assert build_backend._compiler() == ()
+    monkeypatch.setenv("MIXATTN_BUILD_CUDA", "1")
+    assert build_backend._compiler() == nvcc.PACKAGES
+    make_nvcc(tmp_path / "bin")
+    assert build_backend._compiler() == ()
 
 
 def test_gencode_names_the_virtual_architecture_of_each() -> None:
