@@ -1,6 +1,6 @@
 // driver.h: what launching takes of NVIDIA's driver API, from a library that is opened at run time.
-// Method  types, numbers and signatures are those of cuda.h, declared here: neither building nor importing mixattn takes
-//         CUDA. A function is looked up under the name that cuda.h maps it to: the one with _v2 where there is one.
+// Method  types, numbers and signatures are those of cuda.h, declared here: neither building nor importing takes CUDA.
+//         A function is looked up under the name that cuda.h maps it to: the one with _v2 where there is one.
 // Limits  a driver of CUDA 11 or later; what images need besides is for ops/cuda_images.py to check
 // Source  CUDA Driver API reference, CUDA 13.0
 #pragma once
