@@ -1,13 +1,15 @@
-"""Builds ``mixattn._C`` with ninja: one compile rule, per-file flags, only what changed.
+"""Builds ``mixattn._C`` and the CUDA kernels' images with ninja: per-file flags, only what changed.
 
 Project metadata is in pyproject.toml. ``python setup.py build_ext --inplace`` (``make build``) and an editable install
-share one build folder, so that either recompiles only the C++ that changed.
+share one build folder, so that either recompiles only what changed. Where there is no nvcc, the package is built
+without the images; MIXATTN_BUILD_CUDA=0 leaves them out, MIXATTN_BUILD_CUDA=1 fails without nvcc.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +20,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import nvcc  # noqa: E402
+
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 # -ffp-contract=off keeps the planner bit-equal with its Python twin and leaves fused multiply-adds to vec.h, where they
@@ -56,14 +62,34 @@ X86_ONLY = set(ISA_FLAGS)
 def sources() -> list[str]:
     """The C++ files of this architecture, relative to the root, sorted."""
     found = sorted(
-        str(p.relative_to(ROOT)) for folder in ("csrc/cpu", "csrc/bindings") for p in (ROOT / folder).glob("*.cpp")
+        str(p.relative_to(ROOT))
+        for folder in ("csrc/cpu", "csrc/cuda", "csrc/bindings")
+        for p in (ROOT / folder).glob("*.cpp")
     )
     return [f for f in found if IS_X86 or f not in X86_ONLY]
 
 
-def ninja_file(build_dir: Path, output: Path) -> str:
-    """The text of build.ninja that makes ``output`` from the sources."""
-    escape = lambda p: str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
+def chosen_nvcc() -> Path | None:
+    """The compiler of the CUDA kernels; None where the package is to be built without them."""
+    wish = os.environ.get("MIXATTN_BUILD_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"setup.py: MIXATTN_BUILD_CUDA must be 0 or 1, got {wish!r}")
+    found = None if wish == "0" else nvcc.find_nvcc()
+    if wish == "1" and found is None:
+        raise SystemExit(f"setup.py: MIXATTN_BUILD_CUDA=1, and {NO_NVCC}")
+    return found
+
+
+NO_NVCC = "no nvcc is in CUDA_HOME, on PATH or in the package nvidia-cuda-nvcc"
+
+
+def escape(path: Path) -> str:
+    """The path as ninja reads it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def ninja_file(build_dir: Path, output: Path, cuda_compiler: Path | None) -> str:
+    """The text of build.ninja that makes ``output`` from the sources, and the images beside it."""
     includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags = [*CXX_FLAGS, *(f"-I{i}" for i in includes), *os.environ.get("CXXFLAGS", "").split()]
     lines = [
@@ -88,6 +114,8 @@ def ninja_file(build_dir: Path, output: Path) -> str:
         lines.append(f"build {obj}: compile {escape(ROOT / source)}")
         lines.append(f"  isa_flags = {' '.join(ISA_FLAGS.get(source, []))}")
     lines.append(f"build {escape(output)}: link {' '.join(objects)}")
+    if cuda_compiler is not None:
+        lines += nvcc.ninja_lines(cuda_compiler, build_dir, escape)
     return "\n".join(lines) + "\n"
 
 
@@ -101,10 +129,14 @@ class NinjaBuildExt(build_ext):
         build_dir = ROOT / "build" / f"cpp-{sys.implementation.cache_tag}-{sysconfig.get_platform()}{variant}"
         build_dir.mkdir(parents=True, exist_ok=True)
         built = build_dir / output.name
-        text = ninja_file(build_dir, built)
+        cuda_compiler = chosen_nvcc()
+        text = ninja_file(build_dir, built, cuda_compiler)
         file = build_dir / "build.ninja"
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
+            if cuda_compiler is None:
+                reason = "MIXATTN_BUILD_CUDA=0" if os.environ.get("MIXATTN_BUILD_CUDA") == "0" else NO_NVCC
+                print(f"mixattn is built without CUDA kernels: {reason}. On GPUs its Triton kernels serve.", flush=True)
         try:
             from ninja import BIN_DIR
 
@@ -119,6 +151,20 @@ class NinjaBuildExt(build_ext):
             aside = output.with_suffix(".tmp")
             self.copy_file(str(built), str(aside))
             os.replace(aside, output)
+        self.cuda_compiler, self.build_dir = cuda_compiler, build_dir
+        self.install_images(output.parent)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        self.install_images(ROOT / "mixattn")
+
+    def install_images(self, package: Path) -> None:
+        """Puts the CUDA kernels' images beside the extension."""
+        images = package / "cuda_images"
+        if self.cuda_compiler is not None:
+            nvcc.install_images(self.cuda_compiler, self.build_dir, images)
+        elif images.exists():
+            shutil.rmtree(images)  # of sources that may have changed since
 
 
 setup(

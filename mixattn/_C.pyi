@@ -2,7 +2,7 @@
 """The compiled half of mixattn. Every ``int`` that stands for an array is its address."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 PLAN_MAGIC: int
 PLAN_HEADER_WORDS: int
@@ -246,3 +246,38 @@ class CpuInfo(TypedDict):
 
 def cpu_info() -> CpuInfo: ...
 def measure_roofs(num_threads: int, isa: str | None = None) -> dict[str, float]: ...
+
+# The CUDA kernels (csrc/bindings/cuda.cpp). RuntimeError is the driver's, and names its function and error.
+
+class CudaInstance(TypedDict):
+    name: str  # of the kernel
+    image: str  # the fatbin that it is in
+    num_threads: int
+    shared_bytes: int
+
+class CudaDevice(TypedDict):
+    name: str
+    capability: tuple[int, int]
+    num_sms: int
+    shared_bytes_per_block: int
+
+class CudaDriver:
+    version: int  # 1000 major + 10 minor of the newest CUDA that it runs
+    is_emulation: bool  # runs kernels on the host, in the host's memory
+    def __init__(self, path: str) -> None: ...
+    def devices(self) -> list[CudaDevice]: ...
+
+class CudaImage:
+    def __init__(self, driver: CudaDriver, device_idx: int, data: bytes) -> None: ...
+    def num_blocks(
+        self, *, kernel: str, num_threads: int, shared_bytes: int
+    ) -> int: ...  # that the device holds at once
+    def launch_pointers(
+        self, *, kernel: str, num_blocks: int, num_threads: int, shared_bytes: int, pointers: Sequence[int], stream: int
+    ) -> None: ...
+
+def cuda_instances() -> list[CudaInstance]: ...
+
+# call: what ``attention`` takes, less num_threads and isa. NotImplementedError names the nearest call with a kernel.
+def cuda_instance(*, capability: tuple[int, int], **call: Any) -> CudaInstance: ...  # addresses: only whether 0
+def cuda_attention(*, image: CudaImage, device_plan: int, stream: int, **call: Any) -> None: ...  # plan: on the host

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from mixattn import __version__, env
 from mixattn.config import (
-    KV_CACHE_DTYPES,
     ACTIVATION_DTYPES,
+    KV_CACHE_DTYPES,
     QUANTIZATIONS,
     CacheConfig,
     EngineConfig,
@@ -100,7 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--output-json", type=Path, metavar="FILE", help="write the result there, too")
     _add_engine_flags(bench)
 
-    add("info", _info, "Show the CPU, the GPU and what can run on them.")
+    info = add("info", _info, "Show the CPU, the GPU and what can run on them.")
+    info.add_argument("--kernels", action="store_true", help="show the compiled CUDA kernels instead")
 
     demo = add("demo", _demo, "Measure what a long prompt does to running streams, in chunks and not.")
     demo.add_argument("--num-streams", type=int, default=8, help="streams that decode (%(default)s)")
@@ -383,8 +384,9 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _info(arguments: argparse.Namespace) -> int:
     from mixattn.engine.info import info_lines
+    from mixattn.ops.cuda_images import kernel_lines
 
-    print("\n".join(info_lines()))
+    print("\n".join(kernel_lines() if arguments.kernels else info_lines()))
     return 0
 
 

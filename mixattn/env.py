@@ -4,11 +4,12 @@
 |---|---|
 | ``MIXATTN_CPU_ISA`` | ``avx512_bf16``, ``avx512``, ``avx2`` or ``scalar``: CPU kernels instead of the best |
 | ``MIXATTN_NUM_THREADS`` | threads of the CPU kernels instead of what ``num_threads`` finds |
+| ``MIXATTN_LIBCUDA`` | what to open in place of ``libcuda.so.1``: tests take an emulated driver, for CPU tensors |
 | ``MIXATTN_API_KEY`` | the server's key, or several with commas between them |
 | ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT`` | OpenMP's own; with neither, programs of ours let idle threads spin briefly |
 | ``TRITON_INTERPRET`` | ``1``: Triton runs its kernels in its interpreter, on CPU tensors (Triton's own variable) |
 
-``setup.py`` alone reads ``MIXATTN_BUILD_SIMDE``.
+``setup.py`` alone reads ``MIXATTN_BUILD_SIMDE`` and ``MIXATTN_BUILD_CUDA``.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def prepare_process() -> None:
 def _keep_freed_memory() -> None:
     """Lets glibc keep freed blocks of up to 32 MiB for the next step.
 
-    Else each tensor of a prompt's chunk comes from the system and is cleared by it: a step of 512 tokens of smollm2 with
+    Else each tensor of a prompt's chunk comes from the system, which clears it: a step of 512 tokens of smollm2 with
     int8 activations takes 162 ms instead of 150 (2 threads, Zen 5, 2026-11-27).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -93,6 +94,11 @@ def num_threads() -> int:
 def api_keys() -> tuple[str, ...]:
     """The server's keys, from ``MIXATTN_API_KEY``."""
     return tuple(key.strip() for key in os.environ.get("MIXATTN_API_KEY", "").split(",") if key.strip())
+
+
+def libcuda() -> str | None:
+    """The library to take in place of NVIDIA's driver."""
+    return os.environ.get("MIXATTN_LIBCUDA") or None
 
 
 def triton_interpret() -> bool:

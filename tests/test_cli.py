@@ -167,6 +167,12 @@ def test_info_lists_every_backend_with_a_reason(capsys: pytest.CaptureFixture[st
         assert re.search(rf"^  {backend} +(yes|no) +\S", out, re.MULTILINE)
 
 
+def test_info_kernels_lists_the_compiled_kernels_or_says_why_there_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "info", "--kernels")
+    assert status == 0
+    assert re.match(r"built without CUDA kernels|kernels for .*\nkernel +for +registers", out)
+
+
 def test_demo_prints_a_row_for_each_way_of_batching(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "demo", *TINY, "--num-streams", "2", "--prompt-len", "300")
     assert status == 0

@@ -1,8 +1,10 @@
 // launch_params.h: a call of attention as the CUDA kernels take it, and what they can run. Host code.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -23,28 +25,31 @@ struct LaunchParams {
   float score_cap;
 };
 
+// What a kernel is compiled for.
+enum class Scores {
+  kPlain,
+  kCapped,  // with a soft cap
+  kAny,     // soft cap, ALiBi and tree mask where the call has them
+};
+
+constexpr int64_t kHeadDims[] = {64, 96, 128, 192, 256};
 constexpr int64_t kVectorElements = 8;  // of 16 bytes: what one asynchronous copy moves
 
-// Throws what a call that this kernel cannot run deserves: NotImplementedError for a valid one (std::domain_error
-// here), ValueError (std::invalid_argument) for addresses that no tensor of the doors has.
+// Throws std::domain_error (Python: NotImplementedError), naming the nearest call that has a kernel, unless this one
+// has. What addresses hold is not read; an option is on if its address is not null.
 inline void check_call(const AttentionParams& p) {
   if (p.dtype == DType::kFloat32) {
     throw std::domain_error("q.dtype float32 has no CUDA kernel; the nearest that has is bfloat16");
   }
-  if (p.head_dim != 64 && p.head_dim != 128) {
+  if (static_cast<int32_t>(p.kv_dtype) != static_cast<int32_t>(p.dtype)) {
+    throw std::domain_error("k_cache in another dtype than q has no CUDA kernel; the nearest that has is q's");
+  }
+  const auto nearest = std::lower_bound(std::begin(kHeadDims), std::end(kHeadDims) - 1, p.head_dim);
+  if (*nearest != p.head_dim) {
     throw std::domain_error("head_dim " + std::to_string(p.head_dim) + " has no CUDA kernel; the nearest that has is " +
-                            (p.head_dim <= 96 ? "64" : "128"));
+                            std::to_string(*nearest));
   }
-  const struct {
-    const char* name;
-    bool is_on;
-  } options[] = {{"alibi_slopes", p.alibi_slopes != nullptr},
-                 {"sinks", p.sinks != nullptr},
-                 {"tree_mask", p.tree_mask != nullptr},
-                 {"invariant", p.invariant}};
-  for (const auto& option : options) {
-    if (option.is_on) throw std::domain_error(std::string(option.name) + " has no CUDA kernel; the cpu backend has it");
-  }
+  if (p.invariant) throw std::domain_error("invariant has no CUDA kernel; the cpu backend has it");
   const struct {
     const char* name;
     int64_t stride;
@@ -73,20 +78,23 @@ inline void check_call(const AttentionParams& p) {
                               std::to_string(each.alignment) + " bytes for the CUDA kernel");
     }
   }
-  const PlanHeader& plan = *reinterpret_cast<const PlanHeader*>(p.plan);
+}
+
+// Throws std::invalid_argument (Python: ValueError) unless the workspace holds what this plan needs.
+inline void check_workspace(const AttentionParams& p, const PlanHeader& plan) {
   check_range("num_tickets", p.num_tickets, 1 + int64_t{plan.num_merges}, INT64_MAX);
   check_range("num_partial_rows", p.num_partial_rows, plan.num_partial_rows, INT64_MAX);
 }
 
 inline LaunchParams make_launch_params(const AttentionParams& p) {
-  constexpr float kLog2E = 1.4426950408889634f;
+  constexpr float kBase2 = 1.4426950408889634f;  // log2(e)
   LaunchParams launch;
   launch.call = p;
   launch.group_size = static_cast<int32_t>(p.group_size());
   launch.window_left = p.window_left < 0 ? INT32_MAX : static_cast<int32_t>(p.window_left);
   const bool has_soft_cap = p.soft_cap > 0.0f;
-  launch.score_scale = has_soft_cap ? 2.0f * p.softmax_scale * kLog2E / p.soft_cap : p.softmax_scale * kLog2E;
-  launch.score_cap = p.soft_cap * kLog2E;
+  launch.score_scale = has_soft_cap ? 2.0f * p.softmax_scale * kBase2 / p.soft_cap : p.softmax_scale * kBase2;
+  launch.score_cap = p.soft_cap * kBase2;
   return launch;
 }
 

@@ -1,5 +1,6 @@
 // mixed_attention.cuh: paged attention over prefill chunks and decode rows in one launch: the part of every GPU.
-// Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys j that row i may see
+// Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys j that row i may see; soft cap, ALiBi,
+//         sinks, tree masks as ops/attention.py defines them. A sink enters once, where its row's sum is complete
 // Method  persistent blocks draw the items of a plan (ops/plan.py) from a counter; attend_item, which differs by
 //         architecture, leaves finished rows or, for rows whose keys are split, float32 partials; the last block to
 //         finish a split of some rows merges them in split order. Counter and tickets are zero again when the launch
@@ -7,8 +8,8 @@
 // Grid    as many blocks as are resident at once, kNumThreads threads each: a warp per quarter of an SM
 // Shapes  AttentionParams (common/params.h), q, k_cache, v_cache, out in f16 or bf16; partial_lse in log2
 // Memory  merging a row of n splits reads 4 n (head_dim + 1) bytes and writes 2 head_dim
-// Limits  sm_80+; head_dim 64 or 128; any page_size and group_size; strides as launch_params.h checks; no ALiBi, sinks,
-//         tree mask or invariance yet; keys and packed rows of a slice up to 2^31 - 129
+// Limits  sm_80+; head_dim 64, 96, 128, 192, 256; any page_size and group_size; strides as launch_params.h checks; no
+//         invariance yet; keys and packed rows of a slice up to 2^31 - 129
 // Twins   triton_kernels/mixed_attention.py, csrc/cpu/mixed_attention-inl.h; truth ops/reference.py
 // Source  split keys: arXiv:2311.01282, section 3; merge of online-softmax states: arXiv:1805.02867
 #pragma once
@@ -26,7 +27,8 @@ constexpr int kNumThreads = kNumWarps * mx::kWarpSize;
 // The first words of a block's shared memory: what thread 0 drew, and the item that this is. Every thread reads them
 // again wherever it needs them: in registers they would be spilled by the walk over the keys.
 enum ControlWord : uint32_t {
-  kItemIdx,
+  kItemsLeft,      // this one included; 0 and below: none
+  kCapacityItems,  // of the plan: its merges are behind them
   kTicket,
   // As in WorkItem.
   kSeqIdx,
@@ -77,7 +79,7 @@ MX_DEVICE const WorkItem* plan_items(const LaunchParams& p) {
   return reinterpret_cast<const WorkItem*>(p.call.plan + kPlanHeaderWords);
 }
 MX_DEVICE const Merge* plan_merges(const LaunchParams& p) {
-  return reinterpret_cast<const Merge*>(plan_items(p) + plan_header(p).capacity_items);
+  return reinterpret_cast<const Merge*>(plan_items(p) + control(kCapacityItems));
 }
 
 // Where a packed row of a slice lies: query token of the batch, query head.
@@ -94,6 +96,11 @@ MX_DEVICE RowPlace place_row(const LaunchParams& p, int32_t first_token, int32_t
 template <class T>
 MX_DEVICE T* out_row(const LaunchParams& p, const RowPlace& place) {
   return static_cast<T*>(p.call.out) + place.token * p.call.out_token_stride + place.head * p.call.out_head_stride;
+}
+
+// The sink of a row's head; -inf for none.
+MX_DEVICE float row_sink_log2(const LaunchParams& p, int32_t head) {
+  return p.call.sinks == nullptr ? -INFINITY : p.call.sinks[head] * kLog2E;
 }
 
 MX_DEVICE void store_lse(const LaunchParams& p, const RowPlace& place, float lse_log2) {
@@ -132,21 +139,24 @@ MX_DEVICE void describe_item(const LaunchParams& p, const WorkItem& item) {
   set_control(kContext, context);
   // The first row sees the fewest keys to the right, the last row the fewest to the left.
   set_control(kFullBegin, visible_keys(p, last_position, item.kv_begin, item.kv_end).begin);
-  set_control(kFullEnd, visible_keys(p, first_position, item.kv_begin, item.kv_end).end);
+  const int32_t full_end = visible_keys(p, first_position, item.kv_begin, item.kv_end).end;
+  // A tree mask speaks of the slice's own keys.
+  set_control(kFullEnd, p.call.tree_mask == nullptr ? full_end : clamp(context, item.kv_begin, full_end));
 }
 
 // Draws the block's next item; false when there is none. Also a barrier: every thread is done with the shared memory of
 // the item before.
 MX_DEVICE bool draw_item(const LaunchParams& p) {
-  const int32_t num_items = plan_header(p).num_items;
   mx::sync_threads();
   if (mx::thread_idx() == 0) {
+    const int32_t num_items = plan_header(p).num_items;
     const int32_t item_idx = mx::atomic_add_relaxed(p.call.tickets, 1);
-    set_control(kItemIdx, item_idx);
+    set_control(kItemsLeft, num_items - item_idx);
+    set_control(kCapacityItems, plan_header(p).capacity_items);
     if (item_idx < num_items) describe_item(p, plan_items(p)[item_idx]);
   }
   mx::sync_threads();
-  return control(kItemIdx) < num_items;
+  return control(kItemsLeft) > 0;
 }
 
 // Whether this block, with its split's partials written, is the last of the merge's splits to get here; if so, it sees
@@ -168,7 +178,9 @@ MX_DEVICE bool is_last_split(const LaunchParams& p, int32_t merge_idx, int32_t n
 // 2 lane + 64 d and the one behind.
 template <class T, int kHeadDim>
 MX_DEVICE void merge_item(const LaunchParams& p, const Merge& merge) {
-  constexpr int kPairs = kHeadDim / (2 * mx::kWarpSize);  // of a lane
+  constexpr int kStride = 2 * mx::kWarpSize;
+  constexpr int kPairs =
+      (kHeadDim + kStride - 1) / kStride;  // of a lane; the last is no dimension for some lanes of 96
   const Thread thread = this_thread();
   const int dim = 2 * thread.lane;
   MX_NO_UNROLL
@@ -186,18 +198,19 @@ MX_DEVICE void merge_item(const LaunchParams& p, const Merge& merge) {
       row_sum = row_sum * factors.rescale + factors.weight;
       MX_UNROLL
       for (int d = 0; d < kPairs; ++d) {
-        const mx::float2 value = mx::ld_global_cg_v2(partial + 2 * mx::kWarpSize * d);
+        if (dim + kStride * d >= kHeadDim) continue;
+        const mx::float2 value = mx::ld_global_cg_v2(partial + kStride * d);
         sum[d] = {sum[d].x * factors.rescale + value.x * factors.weight,
                   sum[d].y * factors.rescale + value.y * factors.weight};
       }
     }
-    const RowEnd end = finish_row(row_max, row_sum);
     const RowPlace place = place_row(p, p.call.cu_seqlens_q[merge.seq_idx], merge.kv_head, merge.row_begin + row);
+    const RowEnd end = finish_row_with_sink(row_max, row_sum, row_sink_log2(p, place.head));
     T* const out = out_row<T>(p, place) + dim;
     MX_UNROLL
     for (int d = 0; d < kPairs; ++d) {
-      mx::st_global(out + 2 * mx::kWarpSize * d,
-                    mx::pack2(sum[d].x * end.inverse_sum, sum[d].y * end.inverse_sum, T{}));
+      if (dim + kStride * d >= kHeadDim) continue;
+      mx::st_global(out + kStride * d, mx::pack2(sum[d].x * end.inverse_sum, sum[d].y * end.inverse_sum, T{}));
     }
     if (thread.lane == 0) store_lse(p, place, end.lse_log2);
   }
@@ -217,7 +230,7 @@ MX_DEVICE void run_plan(const LaunchParams& p) {
     if (mx::thread_idx() == 0) mx::st_global(p.call.tickets + 1 + merge_idx, 0u);
   }
   // Every block draws one number past the items; whoever draws the last of these resets the counter.
-  if (mx::thread_idx() == 0 && control(kItemIdx) == plan_header(p).num_items + mx::num_blocks() - 1) {
+  if (mx::thread_idx() == 0 && control(kItemsLeft) == 1 - mx::num_blocks()) {
     mx::st_global(p.call.tickets, 0u);
   }
 }

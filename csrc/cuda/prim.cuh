@@ -12,9 +12,6 @@
 #include <stdint.h>
 
 #ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #define MX_DEVICE __device__ __forceinline__
 #define MX_KERNEL __global__ void
 #define MX_LAUNCH_BOUNDS(threads, blocks_per_sm) __launch_bounds__(threads, blocks_per_sm)

@@ -14,7 +14,8 @@
 namespace mixattn {
 namespace cuda {
 
-constexpr float kLn2 = 0.6931471805599453f;  // lse in base 2 times this is lse in natural log
+constexpr float kLn2 = 0.6931471805599453f;    // lse in base 2 times this is lse in natural log
+constexpr float kLog2E = 1.4426950408889634f;  // and back
 
 MX_DEVICE float quad_max(float value) {
   value = fmaxf(value, mx::shfl_xor(value, 1));
@@ -92,6 +93,13 @@ MX_DEVICE StateFactors absorb_state(float state_log2, float& row_max) {
   const StateFactors factors = {mx::ex2(row_max - offset), mx::ex2(state_log2 - offset)};
   row_max = new_row_max;
   return factors;
+}
+
+// finish_row after one more logit that has no value: sink_log2, -inf for none.
+MX_DEVICE RowEnd finish_row_with_sink(float row_max, float row_sum, float sink_log2) {
+  const StateFactors factors = absorb_state(sink_log2, row_max);
+  const RowEnd end = finish_row(row_max, row_sum * factors.rescale + factors.weight);
+  return {end.inverse_sum * factors.rescale, end.lse_log2};
 }
 
 }  // namespace cuda

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from mixattn import _C, env
+from mixattn.ops import attention_cuda
 from mixattn.ops.attention_call import (
     AttentionCall,
+    AttentionLayout,
     PlanHeader,
+    address,
     attention_layout,
     check_attention,
     check_block_rows,
@@ -147,7 +150,8 @@ def attention(
             (its ``buffer`` as a CPU tensor will do too); None makes one.
         out: written and returned; as q in shape, dtype and device. None allocates.
         return_lse: whether the log-sum-exp is returned too.
-        backend: ``cpu``, ``triton`` or ``reference``; None is the fastest here (see ``mixattn.backends``).
+        backend: ``cpu``, ``triton``, ``cuda`` or ``reference``; None is the first here that takes the call (see
+            ``mixattn.backends``).
     Returns:
         out [total_q, num_q_heads, head_dim]; with ``return_lse`` also lse [total_q, num_q_heads] float32, natural log.
     Raises:
@@ -212,9 +216,10 @@ def _default_plan(call: AttentionCall) -> Tensor:
 
 def _run(call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
     """Checks everything, then lets the backend write ``out`` and, unless None, ``lse``."""
-    sizes = native_sizes(attention_layout(call, out, lse))
+    layout = attention_layout(call, out, lse)
+    sizes = native_sizes(layout)
     check_no_grad(call.q, call.k_cache, call.v_cache, call.alibi_slopes, call.sinks)
-    backend = choose_backend(call.q.device.type, call.backend)
+    backend = choose_backend(call.q.device.type, call.backend, lambda name: _why_not(name, call, layout, out))
     check_features(call, backend)
     # With a plan, compiled code checks all that index tensors hold, plan included, as it reads it.
     if call.q.device.type == "cpu" and (backend != "cpu" or call.plan is None):
@@ -228,8 +233,21 @@ def _run(call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
         _run_reference(call, out, lse)
     elif backend == "cpu":
         _run_cpu(call, header, sizes, out, lse)
+    elif backend == "cuda":
+        attention_cuda.run(call, layout, header, sizes, out, lse)
     else:
         _run_triton(call, header, sizes["softmax_scale"], out, lse)
+
+
+def _why_not(backend: str, call: AttentionCall, layout: AttentionLayout, out: Tensor) -> str | None:
+    """The reason why this backend does not take the call; None if it does."""
+    try:
+        check_features(call, backend)
+        if backend == "cuda":
+            attention_cuda.kernel_for(call, layout, out)
+    except NotImplementedError as error:
+        return str(error)
+    return None
 
 
 def _run_reference(call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
@@ -273,14 +291,14 @@ def _run_cpu(
         k_scale=0 if call.k_scale is None else call.k_scale.data_ptr(),
         v_scale=0 if call.v_scale is None else call.v_scale.data_ptr(),
         out=out.data_ptr(),
-        lse=_address(lse),
+        lse=address(lse),
         cu_seqlens_q=call.cu_seqlens_q.data_ptr(),
         seq_lens=call.seq_lens.data_ptr(),
         block_table=call.block_table.data_ptr(),
         plan=call.plan.data_ptr(),
-        alibi_slopes=_address(call.alibi_slopes),
-        sinks=_address(call.sinks),
-        tree_mask=_address(call.tree_mask),
+        alibi_slopes=address(call.alibi_slopes),
+        sinks=address(call.sinks),
+        tree_mask=address(call.tree_mask),
         plan_words=call.plan.shape[0],
         partial_out=partial_out.data_ptr(),
         partial_lse=partial_out.data_ptr() + partial_lse_bytes,
@@ -290,10 +308,6 @@ def _run_cpu(
         num_threads=env.num_threads(),
         isa=env.cpu_isa(),
     )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, out: Tensor, lse: Tensor | None) -> None:

@@ -62,9 +62,9 @@ class AttentionCall(NamedTuple):
 
 
 BACKENDS_WITH = {
-    "alibi_slopes": ("cpu", "triton", "reference"),
-    "sinks": ("cpu", "triton", "reference"),
-    "tree_mask": ("cpu", "triton", "reference"),
+    "alibi_slopes": ("cpu", "triton", "cuda", "reference"),
+    "sinks": ("cpu", "triton", "cuda", "reference"),
+    "tree_mask": ("cpu", "triton", "cuda", "reference"),
     "invariant": ("cpu",),
 }
 """The arguments that not every backend has, and the backends that have them."""
@@ -209,6 +209,11 @@ def _check_score_options(layout: AttentionLayout, dims: Dims) -> None:
             check_last_contiguous(name, tensor)
     if layout.tree_mask is not None and not layout.causal:
         raise ValueError("causal must be True with tree_mask, got False")
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the tensor's elements begin, as ``mixattn._C`` takes it; 0 without a tensor."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def check_features(call: AttentionCall, backend: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mixattn import env
@@ -36,33 +37,49 @@ def backends() -> dict[str, BackendStatus]:
     return {status.name: status for status in (_cpu(), _triton(), _cuda(), _reference())}
 
 
-def choose_backend(device_type: str, requested: str | None) -> str:
-    """The backend of a call on tensors of this device type: ``requested``, or the fastest available one.
+def choose_backend(device_type: str, requested: str | None, why_not: Callable[[str], str | None] | None = None) -> str:
+    """The backend of a call on tensors of this device type: ``requested``, or the first available that takes the call.
 
-    The choice is logged once per device type.
+    The choice is logged once per device type, and so is each reason to pass a backend over.
 
+    Args:
+        why_not: the reason why a backend does not take this call, None if it does; asked only where more than one
+            backend serves the device and none is requested. Without it every backend takes the call.
     Raises:
         ValueError: ``requested`` is no backend's name.
         NotImplementedError: it is not available here or does not serve this device; the message names one that does.
     """
-    if requested is None:
-        return _default_backend(device_type)
-    _check_requested(device_type, requested)
-    return requested
+    if requested is not None:
+        _check_requested(device_type, requested)
+        return requested
+    *better, last = _default_backends(device_type)
+    for name in better:
+        reason = None if why_not is None else why_not(name)
+        if reason is None:
+            return name
+        _log_passed_over(device_type, name, reason)
+    return last
 
 
 @functools.cache
-def _default_backend(device_type: str) -> str:
-    # The Triton interpreter serves CPU tensors too, but only for whoever asks for it.
-    status = _cpu() if device_type == "cpu" else _triton()
-    if status.is_available and device_type in status.device_types:
-        logger.info("%s tensors: backend %s (%s)", device_type, status.name, status.detail)
-        return status.name
+def _default_backends(device_type: str) -> tuple[str, ...]:
+    """The backends that serve the device unasked, in the order in which they are tried."""
+    # The Triton interpreter and an emulated driver serve CPU tensors too, but only for whoever asks for them.
+    candidates = (_cpu(),) if device_type == "cpu" else (_cuda(), _triton())
+    serving = [s for s in candidates if s.is_available and device_type in s.device_types]
+    if serving:
+        logger.info("%s tensors: backend %s", device_type, ", else ".join(f"{s.name} ({s.detail})" for s in serving))
+        return tuple(s.name for s in serving)
     reasons = "; ".join(f"{s.name}: {s.detail}" for s in backends().values() if not s.is_available)
     raise NotImplementedError(
         f"no backend for {device_type} tensors here ({reasons or 'none serves this device'}); "
         "the nearest is backend='reference', slow and on any device"
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _log_passed_over(device_type: str, name: str, reason: str) -> None:
+    logger.info("%s tensors: not backend %s where %s", device_type, name, reason)
 
 
 @functools.cache
@@ -105,7 +122,20 @@ def _triton() -> BackendStatus:
 
 
 def _cuda() -> BackendStatus:
-    return BackendStatus("cuda", False, (), "not built in this version; triton serves GPUs")
+    import torch
+
+    try:
+        from mixattn.ops import cuda_images
+    except ImportError as error:
+        return BackendStatus("cuda", False, (), f"mixattn._C does not load ({error}); `make build` builds it")
+    reason = cuda_images.why_unavailable()
+    if reason is not None:
+        return BackendStatus("cuda", False, (), reason)
+    if cuda_images.driver().is_emulation:
+        return BackendStatus("cuda", True, ("cpu",), cuda_images.describe())
+    if not torch.cuda.is_available():
+        return BackendStatus("cuda", False, (), f"{cuda_images.describe()}; but torch sees no GPU")
+    return BackendStatus("cuda", True, ("cuda",), cuda_images.describe())
 
 
 def _reference() -> BackendStatus:

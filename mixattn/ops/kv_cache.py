@@ -42,6 +42,9 @@ from mixattn.ops.kv_dtypes import (
 from mixattn.ops.library import DTYPE_NAMES, is_plain, register_op
 from mixattn.ops.reference import append_kv_reference
 
+BACKENDS = ("cpu", "triton", "reference")
+"""The backends that have ``append_kv``."""
+
 
 @overload
 def append_kv(
@@ -272,7 +275,9 @@ def _append_kv(*arguments: Any) -> None:
     call = _Call(*arguments)
     sizes = _native_sizes(_layout(call))
     check_no_grad(call.k, call.v, call.k_cache, call.v_cache, call.q)
-    backend = choose_backend(call.k.device.type, call.backend)
+    backend = choose_backend(call.k.device.type, call.backend, _why_not)
+    if (reason := _why_not(backend)) is not None:
+        raise NotImplementedError(reason)
     check_kv_dtype_backend(call.k_cache.dtype, "k", call.k.dtype, backend)
     if sizes["num_tokens"] == 0:
         return
@@ -305,6 +310,13 @@ def _append_kv(*arguments: Any) -> None:
         )
     if call.q_out is not None and rotated is not None:
         call.q_out.copy_(rotated)
+
+
+def _why_not(backend: str) -> str | None:
+    """The reason why this backend cannot append; None if it can."""
+    if backend in BACKENDS:
+        return None
+    return f"append_kv has no {backend!r} kernel; backends that have it: {', '.join(BACKENDS)}"
 
 
 def _append_kv_cpu(call: _Call, sizes: Mapping[str, Any]) -> None:

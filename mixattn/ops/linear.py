@@ -49,7 +49,7 @@ class PackedWeight:
         panels: [num_panels * panel_bytes] uint8, for the kernels of ``isa`` only.
         form: one of ``WEIGHT_FORMS``.
         isa: of the kernels that read it.
-        rounds_x: whether ``linear`` first rounds each 32 neighbouring inputs of a row to int8 with a scale of their own.
+        rounds_x: whether ``linear`` first rounds inputs to int8, each 32 of a row with a scale of their own.
     """
 
     panels: Tensor
@@ -80,7 +80,7 @@ def pack_weight(rows: Tensor, form: str, depth: int, *, rounds_x: bool = False, 
         rounds_x: round the inputs to int8, in the quantised forms.
         isa: the kernels to pack for; None is what ``linear`` runs here.
     Raises:
-        ValueError: the form is unknown or has no rounded inputs, or the rows' shape, dtype or layout is not what it asks.
+        ValueError: the form is unknown or cannot round inputs, or the rows' shape, dtype or layout is not what it asks.
     """
     check_tensor("rows", rows)
     if form not in WEIGHT_FORMS:

@@ -16,5 +16,5 @@ def run_on_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         monkeypatch.setattr(
             module,
             "choose_backend",
-            lambda device_type, requested: backends.choose_backend(device_type, requested or name),
+            lambda device_type, requested, why_not: backends.choose_backend(device_type, requested or name, why_not),
         )

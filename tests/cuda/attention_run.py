@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mixattn import _C
+from mixattn.ops.attention_call import AttentionCall, attention_layout, native_sizes
 from mixattn.ops.plan import Hardware, WorkPlan, plan
 from tests.cases import AttentionCase, AttentionInputs, make_inputs
+from tests.cuda.emulation import NUM_SMS, Emulation
 
 BLOCK_ROWS = (128, 64, 16)
 """Of the kernel's tiles: csrc/cuda/sm80/tile.cuh."""
 GARBAGE_WORD = 0x7F7F7F7F
 """Fills the plan past its items and merges: as an index it is out of every bound."""
-NUM_BLOCKS = 3
-"""Resident at once: enough that splits of one row are finished by different blocks, in any order."""
-DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 def hardware(num_workers: int, split_tokens: int) -> Hardware:
@@ -52,72 +51,57 @@ class AttentionRun:
 
     def launch(
         self,
-        module: ModuleType,
+        emulation: Emulation,
         *,
         seed: int,
-        num_blocks: int = NUM_BLOCKS,
+        num_blocks: int = NUM_SMS,
         wants_lse: bool = True,
         fault: int = 0,
     ) -> dict[str, Any]:
         """Poisons results and partials, runs the plan, returns the emulator's counts."""
         for tensor in (self.out, self.lse, self.partial_out, self.partial_lse):
             tensor.fill_(torch.nan)
-        written = {
+        lse = self.lse if wants_lse else None
+        inputs = self.inputs
+        tensors = {
+            **{name: getattr(inputs, name) for name in ("q", "k_cache", "v_cache")},
+            **inputs.index_tensors,
+            **{name: inputs.score_tensors.get(name) for name in ("alibi_slopes", "sinks", "tree_mask")},
             "out": self.out,
-            "lse": self.lse,
+            "lse": lse,
+            "plan": self.plan_words,
             "partial_out": self.partial_out,
             "partial_lse": self.partial_lse,
             "tickets": self.tickets,
         }
-        read = {"q": self.inputs.q, "k_cache": self.inputs.k_cache, "v_cache": self.inputs.v_cache}
-        tensors = {**read, **written, **self.inputs.index_tensors, "plan": self.plan_words}
-        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        for name in ("alibi_slopes", "sinks", "tree_mask"):
-            option = self.inputs.score_tensors.get(name)
-            addresses[name] = 0 if option is None else option.data_ptr()
-        if not wants_lse:
-            addresses["lse"] = 0
-        regions = {name: (addresses[name], span_bytes(tensor)) for name, tensor in {**read, **written}.items()}
-        counts: dict[str, Any] = module.attention(addresses, self.sizes(), regions, num_blocks, seed, fault)
-        return counts
+        _C.cuda_attention(
+            **native_sizes(attention_layout(self.call(), self.out, lse)),
+            **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
+            k_scale=0,
+            v_scale=0,
+            plan_words=len(self.plan_words),
+            num_partial_rows=self.partial_out.shape[0],
+            num_tickets=len(self.tickets),
+            image=emulation.image(num_sms=num_blocks, seed=seed, fault=fault),
+            device_plan=self.plan_words.data_ptr(),
+            stream=0,
+        )
+        return emulation.counts()
 
-    def sizes(self) -> dict[str, Any]:
-        """The arguments of ``_C.attention`` that are not addresses."""
-        q, k_cache, v_cache = self.inputs.q, self.inputs.k_cache, self.inputs.v_cache
-        case = self.case
-        return {
-            "dtype": DTYPE_NAMES[q.dtype],
-            "total_q": q.shape[0],
-            "num_seqs": len(self.inputs.seq_lens),
-            "num_q_heads": q.shape[1],
-            "num_kv_heads": k_cache.shape[2],
-            "head_dim": q.shape[2],
-            "num_pages": k_cache.shape[0],
-            "page_size": k_cache.shape[1],
-            "max_pages": self.inputs.block_table.shape[1],
-            "plan_words": len(self.plan_words),
-            "num_partial_rows": self.partial_out.shape[0],
-            "num_tickets": len(self.tickets),
-            "q_strides": q.stride()[:2],
-            "out_strides": self.out.stride()[:2],
-            "k_strides": k_cache.stride()[:3],
-            "v_strides": v_cache.stride()[:3],
-            "lse_stride": self.lse.stride(0),
-            "block_table_stride": self.inputs.block_table.stride(0),
-            "softmax_scale": case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale,
-            "causal": case.causal,
-            "window_left": -1 if case.window_left is None else case.window_left,
-            "soft_cap": 0.0 if case.soft_cap is None else case.soft_cap,
+    def call(self) -> AttentionCall:
+        """The call of ``mixattn.attention`` that this is."""
+        inputs = self.inputs
+        missing = dict.fromkeys(name for name in AttentionCall._fields if name not in self.case.options)
+        given = {
+            "q": inputs.q,
+            "k_cache": inputs.k_cache,
+            "v_cache": inputs.v_cache,
+            **inputs.index_tensors,
+            **inputs.score_tensors,
+            **self.case.options,
             "invariant": self.invariant,
         }
-
-
-def span_bytes(tensor: Tensor) -> int:
-    """From the first to behind the last element, gaps included."""
-    if tensor.numel() == 0:
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
+        return AttentionCall(**{**missing, **given})
 
 
 def prepare(

@@ -11,6 +11,7 @@ from pathlib import Path
 import triton
 
 from tests.emu.build import ROOT
+from tools.nvcc import find_nvcc
 
 MMA_FLOPS = 2 * 16 * 8 * 16
 """Of one HMMA.16816, which a warp issues."""
@@ -63,7 +64,7 @@ def cuobjdump() -> str | None:
 
 def compile_kernels(source: Path, architecture: str, folder: Path) -> dict[str, Compiled]:
     """The kernels of a .cu file for ``sm_80``, ``sm_90a``, ..., by mangled name."""
-    nvcc, disassembler = shutil.which("nvcc"), cuobjdump()
+    nvcc, disassembler = find_nvcc(), cuobjdump()
     assert nvcc is not None and disassembler is not None
     cubin = folder / f"{source.stem}-{architecture}.cubin"
     command = [nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-I", ROOT / "csrc"]

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 
-from tests.emu.build import build
-
-FOLDER = Path(__file__).resolve().parent
+from tests.cuda.emulation import Emulation, build_emulation
 
 
 @pytest.fixture(scope="session")
-def emulated() -> ModuleType:
-    return build("emulated_attention", [FOLDER / "emulated.cpp"])
+def emulation() -> Emulation:
+    return build_emulation()

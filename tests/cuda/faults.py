@@ -16,7 +16,7 @@ class Fault:
         file: below csrc/cuda.
         right: the statement or expression as it is, found once in the file.
         wrong: what is there instead when the fault is on.
-        case: id of the case of tests/cases.py that shows it.
+        case: id of the case that shows it.
         also: more of these, (right, wrong), in the same file.
         caught_by: what shows it: ``result`` (not close to the truth, or NaN), ``tickets`` (not zero after the launch)
             or a regular expression of the emulator's report.
@@ -38,6 +38,8 @@ SOFTMAX = "softmax.cuh"
 CHUNK = "q65-kv200-page16-gqa3"
 DECODE = "q1-kv4096-page16-gqa8"
 SPLITS = "splits-chunk-beside-decodes"
+WIDE = "all-kinds-head-dim-256"
+"""Of test_mixed_attention.py; the others are of tests/cases.py."""
 
 FAULTS = [
     Fault("no-barrier-before-v-is-read", SM80, "sync_tile<TileShape>();  // V has landed", "", CHUNK),
@@ -47,8 +49,9 @@ FAULTS = [
     Fault(
         "k-overwritten-while-it-is-read",
         SM80,
-        "place = find_key<TileShape>(p, next_begin);",
-        "place = find_key<TileShape>(p, next_begin); if (next_begin < control(kKvEnd)) copy_k(place, next_begin);",
+        "place = find_key<TileShape, kScores>(p, next_begin);",
+        "place = find_key<TileShape, kScores>(p, next_begin);"
+        " if (next_begin < control(kKvEnd)) copy_k(place, next_begin);",
         CHUNK,
     ),
     Fault("no-wait-for-v", SM80, "mx::cp_async_wait<0>();  // for V", "", CHUNK),
@@ -90,8 +93,8 @@ FAULTS = [
     Fault(
         "v-not-transposed",
         SM80,
-        "mx::ldmatrix_x4_trans(values, (v_address ^ (d * kStepBytes)) + k * kMmaDepth * Shared::kRowBytes);",
-        "mx::ldmatrix_x4(values, (v_address ^ (d * kStepBytes)) + k * kMmaDepth * Shared::kRowBytes);",
+        "mx::ldmatrix_x4_trans(values, from);",
+        "mx::ldmatrix_x4(values, from);",
         CHUNK,
     ),
     Fault("causal-mask-off-by-one", PLAN, "position + 1", "position + 2", CHUNK),
@@ -105,6 +108,53 @@ FAULTS = [
         "address ^ ((num_rows & 7) * mx::kVectorBytes)",
         "address",
         CHUNK,
+    ),
+    Fault("step-past-8-chunks-swizzled-too", TILE, "step % kSwizzleSteps * kStepBytes", "step * kStepBytes", WIDE),
+    Fault(
+        "rows-dropped-while-they-are-read",
+        SM80,
+        "mx::sync_threads();  // no thread reads the item",
+        "",
+        WIDE,
+        caught_by="result|deadlock:",  # warps that differ over the rows that are left part ways
+    ),
+    Fault("rows-read-before-they-are-dropped", SM80, "mx::sync_threads();  // the item is what", "", WIDE),
+    Fault(
+        "partials-of-dropped-rows-overwritten",
+        SM80,
+        "set_control(kPartialRow, control(kPartialRow) + num_rows);",
+        "",
+        WIDE,
+    ),
+    Fault(
+        "alibi-added",
+        SM80,
+        "slopes[head] * kLog2E",
+        "-slopes[head] * kLog2E",
+        "alibi-q1-gqa8",
+    ),
+    Fault("alibi-of-keys-behind-negative", SM80, "distance < 0 ? -distance : distance", "distance", "alibi-non-causal"),
+    Fault(
+        "sink-in-every-split",
+        SM80,
+        "p.call.sinks == nullptr || control(kMergeIdx) >= 0",
+        "p.call.sinks == nullptr",
+        "sinks-soft-cap-window-splits",
+    ),
+    Fault("tree-bit-off-by-one", SM80, "word >> distance & 1", "word >> (distance + 1) & 1", "tree-gqa1"),
+    Fault(
+        "tree-tiles-not-masked",
+        PLAN,
+        "clamp(context, item.kv_begin, full_end)",
+        "full_end",
+        "tree-words-0-in-long-chunk",
+    ),
+    Fault(
+        "hidden-keys-read",
+        TILE,
+        "if (kScores == Scores::kAny && place.is_hidden) offset = kNowhere;",
+        "",
+        "tree-keys-that-no-row-sees",
     ),
 ]
 

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-from tests.cases import CASES, assert_attention_close, make_inputs
+from tests.cases import CASES, SCORE_CASES, assert_attention_close, make_inputs
 from tests.cuda.attention_run import prepare
+from tests.cuda.emulation import Emulation, build_emulation
 from tests.cuda.faults import FAULTS, Fault, write_sources
-from tests.emu.build import BUILD, build
+from tests.cuda.test_mixed_attention import ALL_KINDS_CASES
+from tests.emu.build import BUILD
 
-FOLDER = Path(__file__).resolve().parent
 SEEDS = range(3)
 """Those of test_mixed_attention.py: what they miss here, the tests of the kernel miss."""
 
 
 @pytest.fixture(scope="session")
-def faulty() -> ModuleType:
+def faulty() -> Emulation:
     sources = BUILD / "faulty"
     write_sources(sources)
-    return build("emulated_faults", [FOLDER / "emulated.cpp"], [sources])
+    return build_emulation("emulated_faults", [sources])
 
 
-def outcome(module: ModuleType, case_id: str, fault: int, seed: int) -> str:
+def outcome(emulation: Emulation, case_id: str, fault: int, seed: int) -> str:
     """``right``, ``result``, ``tickets``, or the emulator's report."""
-    case = next(case for case in CASES if case.id == case_id)
+    case = next(case for case in [*CASES, *SCORE_CASES, *ALL_KINDS_CASES] if case.id == case_id)
     inputs = make_inputs(case, torch.bfloat16)
     run = prepare(case, torch.bfloat16, inputs=inputs)
     try:
-        run.launch(module, seed=seed, fault=fault)
+        run.launch(emulation, seed=seed, fault=fault)
     except RuntimeError as error:
         return str(error)
     try:
@@ -43,7 +42,7 @@ def outcome(module: ModuleType, case_id: str, fault: int, seed: int) -> str:
 
 
 @pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=lambda number: FAULTS[number - 1].name)
-def test_fault_shows(number: int, faulty: ModuleType) -> None:
+def test_fault_shows(number: int, faulty: Emulation) -> None:
     fault: Fault = FAULTS[number - 1]
     outcomes = [outcome(faulty, fault.case, number, seed) for seed in SEEDS]
     caught = [found for found in outcomes if found != "right"]
@@ -52,5 +51,5 @@ def test_fault_shows(number: int, faulty: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("case_id", sorted({fault.case for fault in FAULTS}))
-def test_no_fault_shows_where_none_is_on(case_id: str, faulty: ModuleType) -> None:
+def test_no_fault_shows_where_none_is_on(case_id: str, faulty: Emulation) -> None:
     assert [outcome(faulty, case_id, 0, seed) for seed in SEEDS] == ["right"] * len(SEEDS)

@@ -5,24 +5,34 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import mmap
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import CASES, AttentionCase, AttentionInputs, assert_attention_close, make_inputs
+from tests.cases import CASES, SCORE_CASES, AttentionCase, AttentionInputs, assert_attention_close, make_inputs
 from tests.cuda.attention_run import AttentionRun, prepare
+from tests.cuda.emulation import Emulation
 
 DTYPES = [torch.bfloat16, torch.float16]
-SUPPORTED_CASES = [case for case in CASES if case.head_dim in (64, 128)]
+HEAD_DIMS = (64, 96, 128, 192, 256)
+SUPPORTED_CASES = [case for case in CASES + SCORE_CASES if case.head_dim in HEAD_DIMS]
 SEEDS = range(3)
 """One of each pair of schedule and arrival."""
 SPLIT_CASE = AttentionCase("splits-chunk-and-decode", (1, 40, 9), (300, 90, 200), num_q_heads=6, num_workers=8)
-ALL_KINDS_CASE = AttentionCase(
-    "all-kinds-head-dim-128", (70, 1, 20), (200, 333, 150), num_q_heads=4, num_kv_heads=2, head_dim=128, num_workers=6
-)
+ALL_KINDS_CASES = [
+    AttentionCase(
+        f"all-kinds-head-dim-{head_dim}",
+        (70, 1, 20),
+        (200, 333, 150),
+        head_dim=head_dim,
+        window_left=180,
+        num_workers=6,
+    )
+    for head_dim in HEAD_DIMS
+]
+"""140 packed rows, of which 128 are one large item: more than one tile of a wide head has."""
 
 
 def check(run: AttentionRun, inputs: AttentionInputs, *, has_lse: bool = True) -> None:
@@ -33,64 +43,65 @@ def check(run: AttentionRun, inputs: AttentionInputs, *, has_lse: bool = True) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SUPPORTED_CASES, ids=lambda case: case.id)
 def test_mixed_attention_named_case_is_within_twice_eager_on_every_schedule(
-    case: AttentionCase, dtype: torch.dtype, emulated: ModuleType
+    case: AttentionCase, dtype: torch.dtype, emulation: Emulation
 ) -> None:
     inputs = make_inputs(case, dtype)
     run = prepare(case, dtype, inputs=inputs)
     assert run.work_plan.num_merges > 0 or case.num_workers is None, "the case is to force splits"
     results = []
     for seed in SEEDS:
-        run.launch(emulated, seed=seed)
+        run.launch(emulation, seed=seed)
         check(run, inputs)
         results.append((run.out.clone(), run.lse.clone()))
     assert all(torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1]) for out, lse in results)
 
 
-@pytest.mark.parametrize("case", [SPLIT_CASE, ALL_KINDS_CASE], ids=lambda case: case.id)
-def test_mixed_attention_has_no_bank_conflicts(case: AttentionCase, emulated: ModuleType) -> None:
+@pytest.mark.parametrize("case", [SPLIT_CASE, *ALL_KINDS_CASES], ids=lambda case: case.id)
+def test_mixed_attention_has_no_bank_conflicts(case: AttentionCase, emulation: Emulation) -> None:
     run = prepare(case, torch.bfloat16)
     assert set(run.work_plan.items()["kind"]) == {0, 1, 2} or case is SPLIT_CASE
     assert run.work_plan.num_merges > 0
-    counts = run.launch(emulated, seed=0)
+    counts = run.launch(emulation, seed=0)
     assert counts["num_wavefronts"] > 1000
     assert counts["conflicts"] == {}
 
 
-def test_mixed_attention_head_dim_128_of_every_kind_is_within_twice_eager(emulated: ModuleType) -> None:
-    inputs = make_inputs(ALL_KINDS_CASE, torch.float16)
-    run = prepare(ALL_KINDS_CASE, torch.float16, inputs=inputs)
+@pytest.mark.parametrize("case", ALL_KINDS_CASES, ids=lambda case: case.id)
+def test_mixed_attention_items_of_every_kind_are_within_twice_eager(case: AttentionCase, emulation: Emulation) -> None:
+    inputs = make_inputs(case, torch.float16)
+    run = prepare(case, torch.float16, inputs=inputs)
     for seed in SEEDS:
-        run.launch(emulated, seed=seed)
+        run.launch(emulation, seed=seed)
         check(run, inputs)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 7])
-def test_mixed_attention_any_number_of_blocks_gives_the_same_bits(num_blocks: int, emulated: ModuleType) -> None:
+def test_mixed_attention_any_number_of_blocks_gives_the_same_bits(num_blocks: int, emulation: Emulation) -> None:
     run = prepare(SPLIT_CASE, torch.float16)
-    run.launch(emulated, seed=0)
+    run.launch(emulation, seed=0)
     expected = run.out.clone(), run.lse.clone()
     for seed in SEEDS:
-        run.launch(emulated, seed=seed, num_blocks=num_blocks)
+        run.launch(emulation, seed=seed, num_blocks=num_blocks)
         assert not run.tickets.any()
         assert torch.equal(run.out, expected[0])
         assert torch.equal(run.lse, expected[1])
 
 
-def test_mixed_attention_without_lse_leaves_it_alone(emulated: ModuleType) -> None:
+def test_mixed_attention_without_lse_leaves_it_alone(emulation: Emulation) -> None:
     inputs = make_inputs(SPLIT_CASE, torch.bfloat16)
     run = prepare(SPLIT_CASE, torch.bfloat16, inputs=inputs)
-    run.launch(emulated, seed=1, wants_lse=False)
+    run.launch(emulation, seed=1, wants_lse=False)
     assert run.lse.isnan().all()
     check(run, inputs, has_lse=False)
 
 
 @pytest.mark.parametrize("window_left", [None, 40])
-def test_mixed_attention_splits_that_cut_a_tile_are_exact(window_left: int | None, emulated: ModuleType) -> None:
+def test_mixed_attention_splits_that_cut_a_tile_are_exact(window_left: int | None, emulation: Emulation) -> None:
     case = AttentionCase("odd-splits", (2, 70), (250, 190), window_left=window_left, num_workers=8, logit_std=3.0)
     inputs = make_inputs(case, torch.float16)
     run = prepare(case, torch.float16, split_tokens=24, inputs=inputs)
     assert any(item["kv_begin"] % 64 for item in run.work_plan.items())
-    run.launch(emulated, seed=2)
+    run.launch(emulation, seed=2)
     check(run, inputs)
 
 
@@ -104,9 +115,9 @@ def strided(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("has_same_strides", [True, False])
-def test_mixed_attention_any_strides_give_the_same_bits(has_same_strides: bool, emulated: ModuleType) -> None:
+def test_mixed_attention_any_strides_give_the_same_bits(has_same_strides: bool, emulation: Emulation) -> None:
     run = prepare(SPLIT_CASE, torch.float16)
-    run.launch(emulated, seed=0)
+    run.launch(emulation, seed=0)
     expected = run.out.clone(), run.lse.clone()
     inputs = run.inputs
     run.inputs = AttentionInputs(
@@ -120,7 +131,7 @@ def test_mixed_attention_any_strides_give_the_same_bits(has_same_strides: bool, 
     assert not run.inputs.q.is_contiguous() and not run.inputs.k_cache.is_contiguous()
     run.out = strided(run.out)
     run.lse = torch.empty(run.lse.shape[0], 2 * run.lse.shape[1])[:, : run.lse.shape[1]]
-    run.launch(emulated, seed=0)
+    run.launch(emulation, seed=0)
     assert torch.equal(run.out, expected[0])
     assert torch.equal(run.lse, expected[1])
 
@@ -134,7 +145,7 @@ def far_apart(cache: Tensor, page_stride: int) -> Tensor:
     return view.copy_(cache)
 
 
-def test_mixed_attention_page_offsets_past_2_31_do_not_wrap(emulated: ModuleType) -> None:
+def test_mixed_attention_page_offsets_past_2_31_do_not_wrap(emulation: Emulation) -> None:
     case = AttentionCase("far-pages", (1, 3), (20, 40), num_q_heads=2, num_kv_heads=1)
     inputs = make_inputs(case, torch.bfloat16)
     run = prepare(case, torch.bfloat16, inputs=inputs)
@@ -146,7 +157,7 @@ def test_mixed_attention_page_offsets_past_2_31_do_not_wrap(emulated: ModuleType
         v_cache=far_apart(inputs.v_cache, page_stride),
         **inputs.index_tensors,
     )
-    run.launch(emulated, seed=0)
+    run.launch(emulation, seed=0)
     check(run, inputs)
 
 
@@ -163,52 +174,49 @@ def before_guard_page(table: Tensor) -> Tensor:
     return copy.copy_(table)
 
 
-def test_mixed_attention_block_table_is_not_read_past_the_last_page(emulated: ModuleType) -> None:
+def test_mixed_attention_block_table_is_not_read_past_the_last_page(emulation: Emulation) -> None:
     case = AttentionCase("guarded-table", (1, 5), (3, 20), num_q_heads=2, num_kv_heads=1, page_size=1)
     inputs = make_inputs(case, torch.float16)
     run = prepare(case, torch.float16, inputs=inputs)
     table = before_guard_page(inputs.block_table[:, : max(case.kv_lens)].contiguous())
     run.inputs = dataclasses.replace(run.inputs, block_table=table)
-    run.launch(emulated, seed=0)
+    run.launch(emulation, seed=0)
     check(run, inputs)
 
 
 @pytest.mark.parametrize(
     ("case", "dtype", "message"),
     [
-        (dataclasses.replace(SPLIT_CASE, head_dim=96), torch.bfloat16, "head_dim 96 .* nearest .* is 64"),
-        (dataclasses.replace(SPLIT_CASE, head_dim=256), torch.bfloat16, "head_dim 256 .* nearest .* is 128"),
+        (dataclasses.replace(SPLIT_CASE, head_dim=40), torch.bfloat16, "head_dim 40 .* nearest .* is 64"),
+        (dataclasses.replace(SPLIT_CASE, head_dim=248), torch.bfloat16, "head_dim 248 .* nearest .* is 256"),
         (SPLIT_CASE, torch.float32, "float32 has no CUDA kernel"),
-        (dataclasses.replace(SPLIT_CASE, alibi="per-head"), torch.bfloat16, "alibi_slopes has no CUDA kernel"),
-        (dataclasses.replace(SPLIT_CASE, has_sinks=True), torch.bfloat16, "sinks has no CUDA kernel"),
-        (dataclasses.replace(SPLIT_CASE, tree_mask=(-1,) * 50), torch.bfloat16, "tree_mask has no CUDA kernel"),
     ],
 )
 def test_mixed_attention_unsupported_call_names_the_nearest_supported(
-    case: AttentionCase, dtype: torch.dtype, message: str, emulated: ModuleType
+    case: AttentionCase, dtype: torch.dtype, message: str, emulation: Emulation
 ) -> None:
     with pytest.raises(NotImplementedError, match=message):
-        prepare(case, dtype).launch(emulated, seed=0)
+        prepare(case, dtype).launch(emulation, seed=0)
 
 
-def test_mixed_attention_invariant_is_refused(emulated: ModuleType) -> None:
+def test_mixed_attention_invariant_is_refused(emulation: Emulation) -> None:
     run = prepare(SPLIT_CASE, torch.bfloat16)
     run.invariant = True
     with pytest.raises(NotImplementedError, match="invariant has no CUDA kernel"):
-        run.launch(emulated, seed=0)
+        run.launch(emulation, seed=0)
 
 
-def test_mixed_attention_misaligned_tensors_are_refused(emulated: ModuleType) -> None:
+def test_mixed_attention_misaligned_tensors_are_refused(emulation: Emulation) -> None:
     run = prepare(SPLIT_CASE, torch.float16)
     inputs = run.inputs
     odd_stride = torch.zeros(*inputs.q.shape[:2], inputs.q.shape[2] + 4, dtype=inputs.q.dtype)[..., :64]
     run.inputs = dataclasses.replace(inputs, q=odd_stride)
     with pytest.raises(NotImplementedError, match=r"q head stride 68 .* multiple of 8"):
-        run.launch(emulated, seed=0)
+        run.launch(emulation, seed=0)
     odd_start = torch.zeros(inputs.q.numel() + 4, dtype=inputs.q.dtype)[4:].view(inputs.q.shape)
     run.inputs = dataclasses.replace(inputs, q=odd_start)
     with pytest.raises(NotImplementedError, match="q must start at a multiple of 16 bytes"):
-        run.launch(emulated, seed=0)
+        run.launch(emulation, seed=0)
     run.inputs, run.tickets = inputs, torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="num_tickets must be in"):
-        run.launch(emulated, seed=0)
+        run.launch(emulation, seed=0)

@@ -1,4 +1,4 @@
-"""Builds the extension modules that run CUDA kernels on the CPU; for tests only, in build/emu, only what changed."""
+"""Builds the libraries that run CUDA kernels on the CPU; for tests only, in build/emu, only what changed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 
 
 def ninja_file(name: str, sources: Sequence[Path], includes: Sequence[Path]) -> str:
-    """The text of build.ninja that makes a module of its sources and the emulator. ``includes`` are searched first."""
+    """The text of build.ninja that makes a library of its sources and the emulator. ``includes`` are searched first."""
     paths = [*includes, ROOT / "csrc", Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"])]
     lines = [
         f"cxx = {os.environ.get('CXX', 'g++')}",
@@ -44,8 +44,8 @@ def ninja_file(name: str, sources: Sequence[Path], includes: Sequence[Path]) -> 
     return "\n".join(lines) + "\n"
 
 
-def build(name: str, sources: Sequence[Path], includes: Sequence[Path] = ()) -> ModuleType:
-    """The module ``name``, built from ``sources`` and the emulator; skips where it cannot be.
+def build_library(name: str, sources: Sequence[Path], includes: Sequence[Path] = ()) -> Path:
+    """The shared library ``name``, built from ``sources`` and the emulator; skips where it cannot be.
 
     Test processes that ask at the same time build one after the other.
     """
@@ -61,7 +61,12 @@ def build(name: str, sources: Sequence[Path], includes: Sequence[Path] = ()) -> 
             file.write_text(text)
         result = subprocess.run([ninja, "-C", folder], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout + result.stderr
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.so")
+    return folder / f"{name}.so"
+
+
+def build(name: str, sources: Sequence[Path], includes: Sequence[Path] = ()) -> ModuleType:
+    """The extension module ``name``; as ``build_library``."""
+    spec = importlib.util.spec_from_file_location(name, build_library(name, sources, includes))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -17,10 +17,10 @@ from mixattn.ops.backends import BACKEND_NAMES, choose_backend
 @pytest.fixture(autouse=True)
 def forget_choices() -> Iterator[None]:
     """Choices are remembered for the life of the process; a test starts without any and leaves none."""
-    for cached in (backends_module._default_backend, backends_module._check_requested):
+    for cached in (backends_module._default_backends, backends_module._check_requested):
         cached.cache_clear()
     yield
-    for cached in (backends_module._default_backend, backends_module._check_requested):
+    for cached in (backends_module._default_backends, backends_module._check_requested):
         cached.cache_clear()
 
 
@@ -30,7 +30,6 @@ def test_backends_lists_every_backend_with_its_reason() -> None:
     assert found["cpu"].is_available and found["cpu"].device_types == ("cpu",)
     assert f"{env.num_threads()} threads" in found["cpu"].detail
     assert found["reference"].is_available and "cpu" in found["reference"].device_types
-    assert not found["cuda"].is_available and found["cuda"].detail.startswith("not built in this version")
     assert all(status.detail for status in found.values())
 
 

@@ -206,7 +206,7 @@ def test_linear_with_rounded_inputs_is_that_of_the_inputs_rounded_to_int8(
 
 
 def test_linear_with_rounded_inputs_adds_bias_and_residual_and_keeps_zeros_and_non_finite_rows(isa: str) -> None:
-    rows, values = stored_matrix("q4_1", 33, 96)
+    rows, _ = stored_matrix("q4_1", 33, 96)
     weight = pack_weight(rows, "q4_1", 96, rounds_x=True, isa=isa)
     bias, residual = torch.randn(33), torch.randn(4, 33)
     x = torch.zeros(4, 96)

@@ -1,15 +1,21 @@
 // tile.cuh: the shapes of sm_80's tiles, where they lie in shared memory, and how keys get there from their pages.
-// Method  A row of a tile is head_dim elements, its 16-byte chunks permuted: chunk c of row r lies where chunk
-//         c ^ (r mod 8) would. The 8 rows that one phase of ldmatrix reads, the same chunk of each, then lie in 8
-//         different groups of 4 banks, and so do the 8 chunks that 8 lanes copy: no bank conflicts (tests/cuda counts).
+// Method  A row of a tile is head_dim elements, rounded up to 128 bytes, its 16-byte chunks permuted: chunk c of row r
+//         lies where chunk c ^ (r mod 8) would. The 8 rows that one phase of ldmatrix reads, the same chunk of each,
+//         then lie in 8 different groups of 4 banks, and so do the 8 chunks that 8 lanes copy: no bank conflicts
+//         (tests/cuda counts).
 //         Each warp copies a quarter of a tile's keys. A lane finds the page of one key, and the warp's lanes hand
 //         each other the offsets by shuffles: one read of the block table and one division per key and tile.
 // Shapes  large (128, 64): 4 warps x 32 rows; medium (64, 64): 4 x 16 rows; small (16, 128): all warps have the same 16
-//         rows, and 32 keys each, which they copy themselves and never wait for each other
-// Memory  block: kControlBytes + 2 head_dim (rows + 2 keys), the most of the three: 68.25 KiB at head_dim 128
-// Limits  head_dim 64 or 128
+//         rows, and 32 keys each, which they copy themselves and never wait for each other. Above head_dim 128 the sums
+//         of 32 rows do not fit a warp's registers: there a large item is computed by the medium tile, twice, and
+//         medium is (64, 32), small (16, 64)
+// Memory  block: kControlBytes + 2 head_dim (rows + 2 keys), or what the small tile's warps add up in, the most of
+//         all: 68.25 KiB at head_dim 128, 75.75 at 256
+// Limits  head_dim 64, 96, 128, 192 or 256
 // Source  swizzle and ldmatrix: PTX ISA 8.7, section 9.7.14.5.15
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/mixed_attention.cuh"
 
@@ -39,31 +45,78 @@ struct Tile {
 using LargeTile = Tile<2, 64, 1>;
 using MediumTile = Tile<1, 64, 1>;
 using SmallTile = Tile<1, 32, kNumWarps>;
+// Above head_dim 128, half the keys: two blocks fit the shared memory of an SM.
+using WideMediumTile = Tile<1, 32, 1>;
+using WideSmallTile = Tile<1, 16, kNumWarps>;
+
+// The widest head whose sums a large tile has registers for, beside plain and capped scores and beside any.
+constexpr int kMaxLargeHeadDim = 128;
+constexpr int kMaxLargeHeadDimAnyScores = 64;
+
+// The tiles that items of each kind are computed in; without a large one, those of large items are medium.
+template <int kHeadDim, Scores kScores = Scores::kPlain>
+struct Tiles {
+  static constexpr bool kIsWide = kHeadDim > kMaxLargeHeadDim;
+  static constexpr bool kHasLarge =
+      kHeadDim <= (kScores == Scores::kAny ? kMaxLargeHeadDimAnyScores : kMaxLargeHeadDim);
+  using Medium = std::conditional_t<kIsWide, WideMediumTile, MediumTile>;
+  using Large = std::conditional_t<kHasLarge, LargeTile, Medium>;
+  using Small = std::conditional_t<kIsWide, WideSmallTile, SmallTile>;
+};
+
+// What all 8 permutations of a row's chunks stay within.
+constexpr uint32_t kSwizzleBytes = 8 * mx::kVectorBytes;
+
+constexpr int power_of_two_from(int least) {
+  int power = 1;
+  while (power < least) power *= 2;
+  return power;
+}
 
 // Where an item's tiles start in shared memory.
 template <int kHeadDim, class TileShape>
 struct Layout {
-  static constexpr uint32_t kRowBytes = kHeadDim * kElementBytes;
-  static constexpr int kRowChunks = kRowBytes / mx::kVectorBytes;
+  static constexpr int kRowChunks = kHeadDim * kElementBytes / mx::kVectorBytes;
+  static constexpr uint32_t kRowBytes = (kHeadDim * kElementBytes + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
+  static constexpr int kRowLanes = power_of_two_from(kRowChunks);    // that copy a row; those past it are idle
   static constexpr uint32_t kQ = kControlBytes;                      // (kRows, kHeadDim)
   static constexpr uint32_t kK = kQ + TileShape::kRows * kRowBytes;  // (kKeys, kHeadDim)
   static constexpr uint32_t kV = kK + TileShape::kKeys * kRowBytes;  // (kKeys, kHeadDim)
-  static constexpr uint32_t kBytes = kV + TileShape::kKeys * kRowBytes;
-  // The bits of a chunk's place must be free in the address of its row: ldmatrix_address xors them.
-  static_assert(kQ % kRowBytes == 0 && kK % kRowBytes == 0 && kV % kRowBytes == 0, "tiles start at a row's multiple");
+  // What the warps of a small tile leave for each other in place of K and V: (kNumWarps, kMmaRows, kHeadDim) float32.
+  // 8 words more than kHeadDim: the rows that half a warp stores at once start 8 banks apart.
+  static constexpr uint32_t kSumRowBytes = (kHeadDim + 8) * sizeof(float);
+  static constexpr uint32_t kSumBytes = TileShape::kKeyWarps > 1 ? kNumWarps * kMmaRows * kSumRowBytes : 0;
+  static constexpr uint32_t kTileBytes = 2 * TileShape::kKeys * kRowBytes;
+  static constexpr uint32_t kBytes = kK + (kTileBytes > kSumBytes ? kTileBytes : kSumBytes);
+  // The bits of a chunk's place among 8 must be free in the address of its row: chunk_address xors them.
+  static_assert(kQ % kSwizzleBytes == 0 && kRowBytes % kSwizzleBytes == 0, "rows start at a multiple of 8 chunks");
 };
 
+// Of a block: what the largest tile takes, which is large or small; a medium one is a part of a large one.
 template <int kHeadDim>
-constexpr uint32_t shared_bytes() {
-  constexpr uint32_t large = Layout<kHeadDim, LargeTile>::kBytes;
-  constexpr uint32_t small = Layout<kHeadDim, SmallTile>::kBytes;
-  return large > small ? large : small;  // a medium tile is a part of a large one
-}
+constexpr uint32_t kSharedBytes = Layout<kHeadDim, typename Tiles<kHeadDim>::Large>::kBytes >
+                                          Layout<kHeadDim, typename Tiles<kHeadDim>::Small>::kBytes
+                                      ? Layout<kHeadDim, typename Tiles<kHeadDim>::Large>::kBytes
+                                      : Layout<kHeadDim, typename Tiles<kHeadDim>::Small>::kBytes;
 
 // Address of chunk c of row r of the tile at `tile`.
 template <int kRowBytes>
 MX_DEVICE uint32_t chunk_address(uint32_t tile, int row, int chunk) {
   return tile + row * kRowBytes + ((chunk ^ (row & 7)) * mx::kVectorBytes);
+}
+
+// The address of the chunk 2 step further to the right in the same row, for a chunk 0 or 1: two chunks are the 16
+// elements of an mma's step. Where rows start at multiples of their size, all bits of a chunk's place are free in the
+// address of its row; elsewhere those within 8 chunks.
+template <int kRowBytes>
+MX_DEVICE uint32_t step_right(uint32_t address, int step) {
+  constexpr int kStepBytes = 2 * mx::kVectorBytes;
+  if constexpr (kControlBytes % kRowBytes == 0) {
+    return address ^ (step * kStepBytes);
+  } else {
+    constexpr int kSwizzleSteps = kSwizzleBytes / kStepBytes;
+    return (address ^ (step % kSwizzleSteps * kStepBytes)) + step / kSwizzleSteps * kSwizzleBytes;
+  }
 }
 
 // The address of the same chunk num_rows further down, for a row that is a multiple of num_rows plus less than that:
@@ -88,16 +141,35 @@ MX_DEVICE void sync_tile() {
 struct KeyPlace {
   int32_t page;
   int32_t slot;
+  bool is_hidden;  // by the tree mask, from all rows of the item
 };
 
-template <class TileShape>
+constexpr int kTreeMaskBits = 64;  // of a tree_mask word
+
+// Whether the tree mask and the window let no row of the item see this key, one of its own.
+MX_DEVICE bool is_hidden_from_all(const LaunchParams& p, int32_t key) {
+  const int32_t context = control(kContext);
+  if (key < context) return false;
+  const int32_t first = control(kRowBegin) / p.group_size;
+  const int32_t last = (control(kRowBegin) + control(kNumRows) - 1) / p.group_size;
+  const int64_t* const words = p.call.tree_mask + control(kFirstToken);
+  const int32_t own = key - context;  // the row of the slice that the key belongs to
+  MX_NO_UNROLL
+  for (int32_t row = own > first ? own : first; row <= last && row - own <= p.window_left; ++row) {
+    if (row - own >= kTreeMaskBits || (words[row] >> (row - own) & 1) != 0) return false;
+  }
+  return true;
+}
+
+template <class TileShape, Scores kScores>
 MX_DEVICE KeyPlace find_key(const LaunchParams& p, int32_t tile_begin) {
   const Thread thread = this_thread();
   const int32_t key = tile_begin + thread.warp * TileShape::kCopiedKeys + thread.lane % TileShape::kCopiedKeys;
-  if (key < control(kKvBegin) || key >= control(kKvEnd)) return {0, 0};
+  if (key < control(kKvBegin) || key >= control(kKvEnd)) return {0, 0, false};
   const int32_t page_size = static_cast<int32_t>(p.call.page_size);
   const int32_t* const block_table_row = p.call.block_table + control(kSeqIdx) * p.call.block_table_stride;
-  return {block_table_row[key / page_size], key % page_size};
+  const bool is_hidden = kScores == Scores::kAny && p.call.tree_mask != nullptr && is_hidden_from_all(p, key);
+  return {block_table_row[key / page_size], key % page_size, is_hidden};
 }
 
 // K or V of every page.
@@ -118,17 +190,20 @@ MX_DEVICE Cache<T> v_cache(const LaunchParams& p) {
   return {static_cast<const T*>(p.call.v_cache), p.call.v_page_stride, p.call.v_token_stride, p.call.v_head_stride};
 }
 
+constexpr int64_t kNowhere = INT64_MIN;  // the offset of a key that is not to be read
+
 // Starts the copy of this warp's part of a tile of K or V, place being what find_key gave for it. Keys outside of the
-// item become 0, not what memory holds there: 0 * NaN would be NaN.
-template <class T, int kHeadDim, class TileShape>
+// item, and those hidden from all its rows, become 0, not what memory holds there: 0 * NaN would be NaN.
+template <class T, int kHeadDim, class TileShape, Scores kScores>
 MX_DEVICE void copy_keys(const Cache<T>& cache, const KeyPlace& place, uint32_t tile, int32_t tile_begin) {
   using Shared = Layout<kHeadDim, TileShape>;
   const Thread thread = this_thread();
-  constexpr int kRowsAtOnce = mx::kWarpSize / Shared::kRowChunks;
-  const int64_t offset = place.page * cache.page_stride + place.slot * cache.token_stride +
-                         control(kKvHead) * cache.head_stride;  // may pass 2^31
-  const int lane_row = thread.lane / Shared::kRowChunks;
-  const int chunk = thread.lane % Shared::kRowChunks;
+  constexpr int kRowsAtOnce = mx::kWarpSize / Shared::kRowLanes;
+  int64_t offset = place.page * cache.page_stride + place.slot * cache.token_stride +
+                   control(kKvHead) * cache.head_stride;  // may pass 2^31
+  if (kScores == Scores::kAny && place.is_hidden) offset = kNowhere;
+  const int lane_row = thread.lane / Shared::kRowLanes;
+  const int chunk = thread.lane % Shared::kRowLanes;
   const int first_row = thread.warp * TileShape::kCopiedKeys + lane_row;
   const uint32_t to = mx::opaque(chunk_address<Shared::kRowBytes>(tile, first_row, chunk));
   const int32_t kv_begin = control(kKvBegin);
@@ -137,8 +212,12 @@ MX_DEVICE void copy_keys(const Cache<T>& cache, const KeyPlace& place, uint32_t 
   for (int i = 0; i < TileShape::kCopiedKeys / kRowsAtOnce; ++i) {
     const int64_t row_offset = mx::shfl_idx(offset, i * kRowsAtOnce + lane_row);
     const int32_t key = tile_begin + first_row + i * kRowsAtOnce;
+    // Lanes past the end of a row fill what pads it with zeros where they can: no branch, and fewer registers.
+    const bool is_chunk = Shared::kRowLanes == Shared::kRowChunks || chunk < Shared::kRowChunks;
+    if (Shared::kRowLanes * mx::kVectorBytes > Shared::kRowBytes && !is_chunk) continue;
+    const bool is_key = key >= kv_begin && key < kv_end && (kScores != Scores::kAny || row_offset != kNowhere);
     mx::cp_async16(row_below<Shared::kRowBytes>(to, i * kRowsAtOnce),
-                   cache.data + (row_offset + chunk * kVectorElements), key >= kv_begin && key < kv_end);
+                   cache.data + (row_offset + chunk * kVectorElements), is_key && is_chunk);
   }
 }
 
@@ -147,10 +226,11 @@ template <class T, int kHeadDim, class TileShape>
 MX_DEVICE void copy_queries(const LaunchParams& p, uint32_t tile) {
   using Shared = Layout<kHeadDim, TileShape>;
   const Thread thread = this_thread();
-  constexpr int kRowsAtOnce = kNumThreads / Shared::kRowChunks;
-  const int chunk = thread.idx % Shared::kRowChunks;
+  constexpr int kRowsAtOnce = kNumThreads / Shared::kRowLanes;
+  const int chunk = thread.idx % Shared::kRowLanes;
+  if (Shared::kRowLanes > Shared::kRowChunks && chunk >= Shared::kRowChunks) return;
   MX_NO_UNROLL
-  for (int row = thread.idx / Shared::kRowChunks; row < TileShape::kRows; row += kRowsAtOnce) {
+  for (int row = thread.idx / Shared::kRowLanes; row < TileShape::kRows; row += kRowsAtOnce) {
     const bool is_row = row < control(kNumRows);
     const RowPlace place =
         place_row(p, control(kFirstToken), control(kKvHead), control(kRowBegin) + (is_row ? row : 0));

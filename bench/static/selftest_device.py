@@ -1,0 +1,240 @@
+"""The primitives of csrc/cuda/prim.cuh on a GPU, against their emulation on random data.
+
+    python -m bench.static.selftest_device               on the first GPU
+    python -m bench.static.selftest_device --device 1
+
+The kernels are those of tests/emu/primitives.cuh, compiled by nvcc and launched by mixattn's own loader. The tests run
+them by the emulation only; here both sides of a primitive, its PTX and its emulation, must say the same. Takes seconds.
+
+Exit status: 0 all agree, 1 some do not, 77 nothing to test with (no driver, no GPU of sm_80 or later, no nvcc).
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mixattn import _C
+from mixattn.ops import cuda_images
+from tests.emu.build import ROOT, build
+from tools.nvcc import find_nvcc
+
+SKIPPED = 77
+"""As automake's tests exit when they cannot run."""
+SHARED_BYTES = 4096
+FOLDER = ROOT / "tests" / "emu"
+Words = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Primitive:
+    """One kernel of tests/emu/primitive_entries.h, by name, and how it is run and held against its emulation.
+
+    Args:
+        make_input: random words that mean something to it.
+        num_out: words that it writes.
+        tolerance: relative to max(1, |value|), of words that are float32; None: every bit must agree.
+    """
+
+    name: str
+    make_input: Callable[[np.random.Generator], npt.ArrayLike]
+    num_out: int
+    num_blocks: int = 1
+    num_threads: int = 32
+    tolerance: float | None = None
+
+
+def words(*shape: int) -> Callable[[np.random.Generator], Words]:
+    """A maker of words of this shape, any bits."""
+    return lambda rng: rng.integers(0, 2**32, shape, np.uint32)
+
+
+def floats(*shape: int) -> Callable[[np.random.Generator], Words]:
+    """A maker of standard normal float32."""
+    return lambda rng: rng.standard_normal(shape).astype(np.float32).view(np.uint32)
+
+
+def fragments(dtype: torch.dtype) -> Callable[[np.random.Generator], Words]:
+    """A maker of [lane][a0 a1 a2 a3 b0 b1 d0 d1 d2 d3] of standard normal elements: a and b in pairs of this dtype."""
+
+    def make(rng: np.random.Generator) -> Words:
+        halves = torch.from_numpy(rng.standard_normal((32, 12))).to(dtype).view(torch.int16).numpy()
+        sums = rng.standard_normal((32, 4)).astype(np.float32)
+        return np.concatenate([np.ascontiguousarray(halves).view(np.uint32), sums.view(np.uint32)], 1)
+
+    return make
+
+
+def shuffles(rng: np.random.Generator) -> Words:
+    """[lane][source lane, low word, high word]."""
+    return np.concatenate([rng.integers(0, 32, (32, 1), np.uint32), words(32, 2)(rng)], 1)
+
+
+def copies(rng: np.random.Generator) -> Words:
+    """[lane][is_valid, 3 unused, 4 words]."""
+    made = words(32, 8)(rng)
+    made[:, 0] = rng.integers(0, 2, 32)
+    return made
+
+
+def arguments(rng: np.random.Generator) -> Words:
+    """Of exp2, log2 and 1 / x: from 2^-20 to 2^6, of both signs, and the ends."""
+    x = (np.exp2(rng.uniform(-20, 6, 32)) * rng.choice([-1.0, 1.0], 32)).astype(np.float32)
+    x[:5] = 0.0, 1.0, np.inf, -np.inf, -126.5
+    return x.view(np.uint32)
+
+
+MMA_TOLERANCE = 2.0**-14
+"""16 products of standard normal factors, added in an order and with a rounding that the ISA leaves open."""
+FUNCTION_TOLERANCE = 2.0**-21
+"""Twice the bound of csrc/cuda/prim.cuh: either side may be off."""
+PRIMITIVES = [
+    Primitive("ldmatrix", words(128), 128),
+    Primitive("ldmatrix_trans", words(128), 128),
+    Primitive("mma_f16", fragments(torch.float16), 128, tolerance=MMA_TOLERANCE),
+    Primitive("mma_bf16", fragments(torch.bfloat16), 128, tolerance=MMA_TOLERANCE),
+    Primitive("shuffle_xor", lambda rng: [rng.integers(1, 32), *floats(32)(rng)], 32),
+    Primitive("shuffle_idx", shuffles, 64),
+    Primitive("any_lane", lambda rng: rng.integers(0, 40, 32) > 38, 32),
+    Primitive("copy", copies, 128),
+    Primitive("neighbour_sync_threads", words(64), 64, num_threads=64),
+    Primitive("neighbour_bar_sync", words(64), 64, num_threads=64),
+    Primitive("arrive", words(32), 32, num_threads=64),
+    Primitive("lanes", words(32), 32),
+    Primitive("message", lambda rng: np.zeros(4 + 128), 128, num_blocks=2, num_threads=64),
+    Primitive("store_widths", floats(32), 128),
+    Primitive("functions", arguments, 96, tolerance=FUNCTION_TOLERANCE),
+    Primitive("pack_f16", floats(64), 32),
+    Primitive("pack_bf16", floats(64), 32),
+]
+
+
+def difference(primitive: Primitive, device: Words, emulated: Words) -> str | None:
+    """Where and how the device's words differ from the emulation's; None where they agree."""
+    if primitive.tolerance is None:
+        is_equal = device == emulated
+    else:
+        a, b = (side.view(np.float32).astype(np.float64) for side in (device, emulated))
+        with np.errstate(invalid="ignore"):
+            is_close = np.abs(a - b) <= primitive.tolerance * np.maximum(1.0, np.abs(b))
+        is_equal = is_close | (a == b) | (np.isnan(a) & np.isnan(b))
+    if is_equal.all():
+        return None
+    at = int(np.flatnonzero(~is_equal)[0])
+    shown = [
+        f"{side[at]:#010x}" if primitive.tolerance is None else f"{side.view(np.float32)[at]:g}"
+        for side in (device, emulated)
+    ]
+    return f"{(~is_equal).sum()} of {is_equal.size} words differ, word {at} is {shown[0]}, emulated {shown[1]}"
+
+
+def run_on_device(image: _C.CudaImage, device: torch.device, primitive: Primitive, inputs: Words) -> Words:
+    """What the kernel writes; unwritten words are all ones."""
+    on_device = torch.from_numpy(inputs.view(np.int32)).to(device, copy=True)
+    out = torch.full((primitive.num_out,), -1, dtype=torch.int32, device=device)
+    image.launch_pointers(
+        kernel=f"primitive_{primitive.name}",
+        num_blocks=primitive.num_blocks,
+        num_threads=primitive.num_threads,
+        shared_bytes=SHARED_BYTES,
+        pointers=[on_device.data_ptr(), out.data_ptr()],
+        stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
+    )
+    return out.cpu().numpy().view(np.uint32)
+
+
+def run_emulated(primitive: Primitive, inputs: Words, seed: int) -> Words:
+    """The same, by the emulation."""
+    out = np.full(primitive.num_out, 2**32 - 1, np.uint32)
+    module = build("emulated_primitives", [FOLDER / "primitives.cpp"], [FOLDER])
+    copy = aligned(inputs)
+    module.run(primitive.name, copy, out, primitive.num_blocks, primitive.num_threads, seed)
+    return out
+
+
+def aligned(values: npt.ArrayLike) -> Words:
+    """A copy, flat, that starts at a multiple of 16 bytes."""
+    flat = np.asarray(values).astype(np.uint32).ravel()
+    buffer = np.zeros(flat.size + 4, np.uint32)
+    begin = -(buffer.ctypes.data // 4) % 4
+    buffer[begin : begin + flat.size] = flat
+    return buffer[begin : begin + flat.size]
+
+
+def compile_primitives(nvcc: Path, capability: tuple[int, int]) -> bytes:
+    """The fatbin of the kernels for GPUs of this capability.
+
+    Raises:
+        RuntimeError: nvcc does not compile them; the message is its own.
+    """
+    architecture = f"sm_{capability[0]}{capability[1]}" + "a" * (capability >= (9, 0))
+    with tempfile.TemporaryDirectory() as folder:
+        fatbin = Path(folder) / "primitives.fatbin"
+        command = [nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-fatbin", f"-I{ROOT / 'csrc'}", f"-I{FOLDER}"]
+        result = subprocess.run(
+            [*command, "-o", fatbin, FOLDER / "primitives.cu"], capture_output=True, text=True, check=False
+        )
+        if result.returncode != 0:
+            raise RuntimeError(result.stderr)
+        return fatbin.read_bytes()
+
+
+def load(device_idx: int) -> tuple[_C.CudaImage, torch.device] | str:
+    """The kernels on the device, and where its tensors are; or why there is nothing to test with."""
+    try:
+        driver, devices = cuda_images.driver(), cuda_images.devices()
+    except RuntimeError as error:
+        return f"no driver: {error}"
+    if device_idx >= len(devices):
+        return f"the driver sees {len(devices)} GPUs, --device is {device_idx}"
+    reason = cuda_images.why_device_lacks(device_idx)
+    if reason is not None:
+        return reason
+    if driver.is_emulation:
+        return _C.CudaImage(driver, device_idx, cuda_images.EMULATED_IMAGE), torch.device("cpu")
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return "no nvcc is in CUDA_HOME, on PATH or in the package nvidia-cuda-nvcc"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    image = compile_primitives(nvcc, devices[device_idx]["capability"])
+    return _C.CudaImage(driver, device_idx, image), torch.device("cuda", device_idx)
+
+
+def main() -> int:
+    """Prints a line per primitive; returns the exit status."""
+    parser = argparse.ArgumentParser(description="The primitives of prim.cuh on a GPU, against their emulation.")
+    parser.add_argument("--device", type=int, default=0, help="the GPU (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="random inputs of each primitive (%(default)s)")
+    options = parser.parse_args()
+    loaded = load(options.device)
+    if isinstance(loaded, str):
+        print(f"not run: {loaded}")
+        return SKIPPED
+    image, device = loaded
+    print(f"{cuda_images.devices()[options.device]['name']}: {options.rounds} random inputs of each primitive")
+    num_wrong = 0
+    for primitive in PRIMITIVES:
+        rng = np.random.default_rng(0)
+        found = None
+        for seed in range(options.rounds):
+            inputs = aligned(primitive.make_input(rng))
+            on_device = run_on_device(image, device, primitive, inputs)
+            found = found or difference(primitive, on_device, run_emulated(primitive, inputs, seed))
+        num_wrong += found is not None
+        print(f"  {primitive.name:24} {found or 'agrees'}")
+    print("all agree" if num_wrong == 0 else f"{num_wrong} of {len(PRIMITIVES)} differ")
+    return 1 if num_wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

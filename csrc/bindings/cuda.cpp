@@ -1,0 +1,125 @@
+// cuda.cpp: the CUDA kernels for Python: the driver, images, launches. Addresses and streams are integers.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "bindings/attention_call.h"
+#include "cuda/image.h"
+#include "cuda/instances.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using mixattn::at;
+using mixattn::AttentionParams;
+using mixattn::PlanHeader;
+using mixattn::cuda::DeviceDescription;
+using mixattn::cuda::Driver;
+using mixattn::cuda::Image;
+using mixattn::cuda::Instance;
+using mixattn::cuda::Launch;
+using mixattn::cuda::LaunchParams;
+using mixattn::cuda::StreamHandle;
+
+py::dict describe(const Instance& instance) {
+  py::dict result;
+  result["name"] = instance.name;
+  result["image"] = instance.image;
+  result["num_threads"] = instance.num_threads;
+  result["shared_bytes"] = instance.shared_bytes;
+  return result;
+}
+
+py::list cuda_instances() {
+  py::list all;
+  for (const Instance& instance : mixattn::cuda::instances()) all.append(describe(instance));
+  return all;
+}
+
+py::list devices(const Driver& driver) {
+  py::list all;
+  for (const DeviceDescription& device : driver.devices()) {
+    py::dict one;
+    one["name"] = device.name;
+    one["capability"] = py::make_tuple(device.capability / 10, device.capability % 10);
+    one["num_sms"] = device.num_sms;
+    one["shared_bytes_per_block"] = device.shared_bytes_per_block;
+    all.append(one);
+  }
+  return all;
+}
+
+void launch(const Image& image, const Launch& launch, uintptr_t stream, void** arguments) {
+  const py::gil_scoped_release unlocked;
+  image.launch(launch, reinterpret_cast<StreamHandle>(stream), arguments);
+}
+
+py::dict cuda_instance(const AttentionParams& p, std::pair<int, int> capability) {
+  mixattn::cuda::check_call(p);
+  return describe(mixattn::cuda::instance_for(p, 10 * capability.first + capability.second));
+}
+
+// p.plan is on the host; device_plan has the same words where the kernel reads them.
+void cuda_attention(AttentionParams p, Image& image, uintptr_t device_plan, uintptr_t stream) {
+  mixattn::cuda::check_call(p);
+  mixattn::cuda::check_workspace(p, *reinterpret_cast<const PlanHeader*>(p.plan));
+  const Instance& instance = mixattn::cuda::instance_for(p, image.capability());
+  const Launch& prepared = image.prepare(instance.name, instance.num_threads, instance.shared_bytes);
+  p.plan = at<const int32_t>(device_plan);
+  LaunchParams params = mixattn::cuda::make_launch_params(p);
+  void* arguments[] = {&params};
+  launch(image, prepared, stream, arguments);
+}
+
+// A kernel of pointers, with a grid of its own: for bench/static/selftest_device.py.
+void launch_pointers(Image& image, const std::string& kernel, int num_blocks, int num_threads, int shared_bytes,
+                     std::vector<uintptr_t> pointers, uintptr_t stream) {
+  Launch prepared = image.prepare(kernel, num_threads, shared_bytes);
+  prepared.num_blocks = num_blocks;
+  std::vector<void*> arguments;
+  for (uintptr_t& pointer : pointers) arguments.push_back(&pointer);
+  launch(image, prepared, stream, arguments.data());
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+  using py::arg;
+  // Valid calls that no kernel takes; in this module nothing else throws it.
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const std::domain_error& error) {
+      PyErr_SetString(PyExc_NotImplementedError, error.what());
+    }
+  });
+  py::class_<Driver>(m, "CudaDriver", "NVIDIA's driver, or what stands in for it, opened from a shared library.")
+      .def(py::init<const std::string&>(), arg("path"))
+      .def_property_readonly("version", &Driver::version)
+      .def_property_readonly("is_emulation", &Driver::is_emulation)
+      .def("devices", &devices);
+  py::class_<Image>(m, "CudaImage", "The kernels of a fatbin on one device.")
+      .def(py::init([](const Driver& driver, int device_idx, const py::bytes& data) {
+             return new Image(driver, device_idx, data);
+           }),
+           py::keep_alive<1, 2>(), arg("driver"), arg("device_idx"), arg("data"))
+      .def(
+          "num_blocks",
+          [](Image& image, const std::string& kernel, int num_threads, int shared_bytes) {
+            return image.prepare(kernel, num_threads, shared_bytes).num_blocks;
+          },
+          py::kw_only(), arg("kernel"), arg("num_threads"), arg("shared_bytes"))
+      .def("launch_pointers", &launch_pointers, py::kw_only(), arg("kernel"), arg("num_blocks"), arg("num_threads"),
+           arg("shared_bytes"), arg("pointers"), arg("stream"));
+  m.def("cuda_instances", &cuda_instances, "Every kernel that is compiled for GPUs.");
+  mixattn::def_attention<std::pair<int, int>>(
+      m, "cuda_instance", &cuda_instance, arg("capability"),
+      "The kernel of a call. NotImplementedError names the nearest call that has one. Addresses are not read.");
+  mixattn::def_attention<Image&, uintptr_t, uintptr_t>(
+      m, "cuda_attention", &cuda_attention, arg("image"), arg("device_plan"), arg("stream"),
+      "Paged attention of a batch by its plan, put on a stream. Nothing is allocated or waited for.");
+}

@@ -1,0 +1,59 @@
+// instances.h: every kernel that is compiled for GPUs, and which of them a call gets. Host code.
+// Method  a list per architecture, MIXATTN_<ARCHITECTURE>_INSTANCES(X), names the compile-time parameters of each
+//         kernel once. csrc/cuda/<architecture>/*.cu make the entry points from it for nvcc, instances.cpp the table
+//         below, and tests/cuda/emulated_attention.cpp the same entry points for the emulation.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cuda/launch_params.h"
+
+// X(element, head_dim, scores): element as in prim.cuh; scores plain, capped or any: Scores::kPlain, ...
+#define MIXATTN_SM80_INSTANCES_OF(X, kHeadDim) \
+  X(bf16, kHeadDim, plain)                     \
+  X(bf16, kHeadDim, capped)                    \
+  X(bf16, kHeadDim, any)                       \
+  X(f16, kHeadDim, plain)                      \
+  X(f16, kHeadDim, capped)                     \
+  X(f16, kHeadDim, any)
+#define MIXATTN_SM80_INSTANCES(X)   \
+  MIXATTN_SM80_INSTANCES_OF(X, 64)  \
+  MIXATTN_SM80_INSTANCES_OF(X, 96)  \
+  MIXATTN_SM80_INSTANCES_OF(X, 128) \
+  MIXATTN_SM80_INSTANCES_OF(X, 192) \
+  MIXATTN_SM80_INSTANCES_OF(X, 256)
+
+// The name of an instance's entry point, in its image and everywhere, and its Scores.
+#define MIXATTN_SM80_NAME(element, kHeadDim, scores) mixattn_sm80_##element##_hd##kHeadDim##_##scores
+#define MIXATTN_SCORES(scores) mixattn::cuda::Scores::MIXATTN_SCORES_##scores
+#define MIXATTN_SCORES_plain kPlain
+#define MIXATTN_SCORES_capped kCapped
+#define MIXATTN_SCORES_any kAny
+
+namespace mixattn {
+namespace cuda {
+
+struct Instance {
+  std::string name;   // of the entry point
+  std::string image;  // the fatbin that it is in, less .fatbin
+  int least_capability;
+  int most_capability;  // 10 major + minor, both ends included
+  DType dtype;
+  int head_dim;
+  Scores scores;
+  int num_threads;
+  int shared_bytes;
+};
+
+constexpr int kAnyCapability = INT32_MAX;
+
+// The best kernel comes first.
+const std::vector<Instance>& instances();
+
+// The kernel for a call that check_call has passed, on a GPU of this capability. Throws std::domain_error when there is
+// none.
+const Instance& instance_for(const AttentionParams& p, int capability);
+
+}  // namespace cuda
+}  // namespace mixattn

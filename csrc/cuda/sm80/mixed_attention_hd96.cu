@@ -1,0 +1,5 @@
+// mixed_attention_hd96.cu: the image of the sm_80 kernel for head_dim 96.
+
+#include "cuda/sm80/entry.cuh"
+
+MIXATTN_SM80_INSTANCES_OF(MIXATTN_SM80_ENTRY, 96)

@@ -1,0 +1,116 @@
+"""Attention by the CUDA kernels: which calls they take, and their launch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixattn import _C
+from mixattn.ops import cuda_images
+from mixattn.ops.attention_call import (
+    AttentionCall,
+    AttentionLayout,
+    PlanHeader,
+    address,
+    check_block_rows,
+    native_sizes,
+)
+
+BLOCK_ROWS = (128, 64, 16)
+"""Of the kernels' tiles: csrc/cuda/sm80/tile.cuh."""
+ALIGNMENT = 16
+"""What any kernel asks of an address is a divisor of this."""
+
+
+def kernel_for(call: AttentionCall, layout: AttentionLayout, out: Tensor) -> _C.CudaInstance:
+    """The kernel that takes the call.
+
+    Raises:
+        NotImplementedError: there is none; the message names the nearest call that has one.
+    """
+    device_idx = _device_idx(out)
+    reason = cuda_images.why_device_lacks(device_idx)
+    if reason is not None:
+        raise NotImplementedError(reason)
+    misalignments = tuple(tensor.data_ptr() % ALIGNMENT for tensor in (call.q, call.k_cache, call.v_cache, out))
+    return _kernel_for(layout, misalignments, cuda_images.devices()[device_idx]["capability"])
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel_for(
+    layout: AttentionLayout, misalignments: tuple[int, ...], capability: tuple[int, int]
+) -> _C.CudaInstance:
+    """Remembered: the layers of a step share a layout."""
+    present = 2 * ALIGNMENT  # stands for the address of a tensor that the call has
+    optional = ("lse", "alibi_slopes", "sinks", "tree_mask")
+    written = zip(("q", "k_cache", "v_cache", "out"), misalignments, strict=True)
+    return _C.cuda_instance(
+        **native_sizes(layout),
+        **{name: present + misalignment for name, misalignment in written},
+        **{name: 0 if getattr(layout, name) is None else present for name in optional},
+        **dict.fromkeys(("cu_seqlens_q", "seq_lens", "block_table", "plan", "k_scale", "v_scale"), 0),
+        **dict.fromkeys(("partial_out", "partial_lse", "tickets", "plan_words", "num_partial_rows", "num_tickets"), 0),
+        capability=capability,
+    )
+
+
+def run(
+    call: AttentionCall,
+    layout: AttentionLayout,
+    header: PlanHeader,
+    sizes: Mapping[str, Any],
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Puts the call's kernel on torch's current stream, to write ``out`` and, unless None, ``lse``.
+
+    Args:
+        header, sizes: of the call's plan and layout.
+    Raises:
+        NotImplementedError: no kernel takes the call. Nothing has been written.
+        ValueError: the plan was made for larger tiles.
+        RuntimeError: the driver refuses the image or the launch.
+    """
+    assert call.plan is not None
+    kernel = kernel_for(call, layout, out)
+    check_block_rows(call.plan, header, BLOCK_ROWS)
+    num_rows, device = header.num_partial_rows, out.device
+    device_plan = call.plan.to(device, non_blocking=True)
+    partial_out = torch.empty(num_rows * header.head_dim, dtype=torch.float32, device=device)
+    partial_lse = torch.empty(num_rows, dtype=torch.float32, device=device)
+    tickets = torch.zeros(header.num_merges + 1, dtype=torch.int32, device=device)
+    _C.cuda_attention(
+        **sizes,
+        q=call.q.data_ptr(),
+        k_cache=call.k_cache.data_ptr(),
+        v_cache=call.v_cache.data_ptr(),
+        k_scale=0,
+        v_scale=0,
+        out=out.data_ptr(),
+        lse=address(lse),
+        cu_seqlens_q=call.cu_seqlens_q.data_ptr(),
+        seq_lens=call.seq_lens.data_ptr(),
+        block_table=call.block_table.data_ptr(),
+        plan=call.plan.data_ptr(),
+        alibi_slopes=address(call.alibi_slopes),
+        sinks=address(call.sinks),
+        tree_mask=address(call.tree_mask),
+        plan_words=call.plan.shape[0],
+        partial_out=partial_out.data_ptr(),
+        partial_lse=partial_lse.data_ptr(),
+        num_partial_rows=num_rows,
+        tickets=tickets.data_ptr(),
+        num_tickets=tickets.shape[0],
+        image=cuda_images.image(_device_idx(out), kernel["image"]),
+        device_plan=device_plan.data_ptr(),
+        stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
+    )
+
+
+def _device_idx(tensor: Tensor) -> int:
+    """Of the driver's devices; the only one of an emulated driver."""
+    return tensor.device.index or 0

@@ -1,0 +1,63 @@
+// emulated_attention.cpp: the attention kernels for the emulated driver, and the memory that each launch may touch.
+
+#include "cuda/sm80/entry.cuh"
+#include "emulated_driver.h"
+
+MIXATTN_SM80_INSTANCES(MIXATTN_SM80_ENTRY)
+
+namespace {
+
+using mixattn::cuda::LaunchParams;
+
+struct Dim {
+  int64_t size;
+  int64_t stride;
+};
+
+// From the first to behind the last element, gaps included.
+size_t span_bytes(std::initializer_list<Dim> dims, size_t element_bytes) {
+  int64_t last = 0;
+  for (const Dim& dim : dims) {
+    if (dim.size == 0) return 0;
+    last += (dim.size - 1) * dim.stride;
+  }
+  return size_t(last + 1) * element_bytes;
+}
+
+std::vector<emu::Region> regions_of(const LaunchParams& launch) {
+  const mixattn::AttentionParams& p = launch.call;
+  const size_t element_bytes = 2;
+  const Dim row = {p.head_dim, 1};
+  const auto rows = [&](int64_t token_stride, int64_t head_stride) {
+    return span_bytes({{p.total_q, token_stride}, {p.num_q_heads, head_stride}, row}, element_bytes);
+  };
+  const auto pages = [&](int64_t page_stride, int64_t token_stride, int64_t head_stride) {
+    return span_bytes({{p.num_pages, page_stride}, {p.page_size, token_stride}, {p.num_kv_heads, head_stride}, row},
+                      element_bytes);
+  };
+  return {{"q", p.q, rows(p.q_token_stride, p.q_head_stride)},
+          {"k_cache", p.k_cache, pages(p.k_page_stride, p.k_token_stride, p.k_head_stride)},
+          {"v_cache", p.v_cache, pages(p.v_page_stride, p.v_token_stride, p.v_head_stride)},
+          {"out", p.out, rows(p.out_token_stride, p.out_head_stride)},
+          {"lse", p.lse, span_bytes({{p.total_q, p.lse_token_stride}, {p.num_q_heads, 1}}, sizeof(float))},
+          {"partial_out", p.partial_out, span_bytes({{p.num_partial_rows, p.head_dim}, row}, sizeof(float))},
+          {"partial_lse", p.partial_lse, span_bytes({{p.num_partial_rows, 1}}, sizeof(float))},
+          {"tickets", p.tickets, span_bytes({{p.num_tickets, 1}}, sizeof(int32_t))}};
+}
+
+const LaunchParams& params_of(void** arguments) {
+  return *static_cast<const LaunchParams*>(arguments[0]);
+}
+
+bool add(const char* name, void (*kernel)(LaunchParams)) {
+  return emulated_driver::add_kernel(name, {[kernel](void** arguments) { kernel(params_of(arguments)); },
+                                            [](void** arguments) { return regions_of(params_of(arguments)); }});
+}
+
+#define STRING(text) #text
+#define NAME(name) STRING(name)
+#define ADD(element, kHeadDim, scores) \
+  add(NAME(MIXATTN_SM80_NAME(element, kHeadDim, scores)), MIXATTN_SM80_NAME(element, kHeadDim, scores)),
+[[maybe_unused]] const bool kAdded[] = {MIXATTN_SM80_INSTANCES(ADD)};
+
+}  // namespace

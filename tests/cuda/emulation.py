@@ -1,0 +1,62 @@
+"""The driver that runs CUDA kernels on the host: a library in place of libcuda, and what tests ask of it besides."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mixattn import _C
+from tests.emu.build import ROOT, build_library
+
+FOLDER = ROOT / "tests" / "cuda"
+NUM_SMS = 3
+"""Blocks that are resident at once: enough that splits of one row are finished by different ones, in any order."""
+IMAGE = b"emulated"
+"""Stands for every image: the library has the kernels of all."""
+
+
+class Emulation:
+    """The emulated driver. Launches run at once, on one thread; its one device is the host."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._library = ctypes.CDLL(str(path))
+        self._library.mixattn_emulation_configure.argtypes = [ctypes.c_int] * 3 + [ctypes.c_uint64, ctypes.c_int]
+        self._library.mixattn_emulation_counts.restype = ctypes.c_char_p
+
+    def configure(
+        self,
+        *,
+        driver_version: int = 13000,
+        capability: int = 80,
+        num_sms: int = NUM_SMS,
+        seed: int = 0,
+        fault: int = 0,
+    ) -> None:
+        """What drivers and images that are opened from now on find, and how launches from now on run.
+
+        Args:
+            capability: 10 major + minor.
+            seed: of the schedule; ``seed % 3`` is its kind (csrc/emu/emu.h).
+            fault: of tests/cuda/faults.py, in a library that was built with them; 0 for none.
+        """
+        self._library.mixattn_emulation_configure(driver_version, capability, num_sms, seed, fault)
+
+    def image(self, **options: int) -> _C.CudaImage:
+        """The kernels, on a device as ``configure`` describes it."""
+        self.configure(**options)
+        return _C.CudaImage(_C.CudaDriver(str(self.path)), 0, IMAGE)
+
+    def counts(self) -> dict[str, Any]:
+        """What emu::Stats counted in the last launch."""
+        counts: dict[str, Any] = json.loads(self._library.mixattn_emulation_counts())
+        return counts
+
+
+def build_emulation(name: str = "emulated_driver", includes: Sequence[Path] = ()) -> Emulation:
+    """The library, with the kernels of csrc/cuda or those that ``includes`` have in their place."""
+    sources = [FOLDER / "emulated_driver.cpp", FOLDER / "emulated_attention.cpp"]
+    return Emulation(build_library(name, sources, [*includes, FOLDER]))

@@ -1,0 +1,19 @@
+// emulated_primitives.cpp: the same entry points for the emulated driver of tests/cuda.
+
+#include "../cuda/emulated_driver.h"
+#include "primitive_entries.h"
+
+namespace {
+
+bool add(const char* name, void (*kernel)(uint32_t*, uint32_t*)) {
+  return emulated_driver::add_kernel(name, {[kernel](void** arguments) {
+                                              kernel(*static_cast<uint32_t**>(arguments[0]),
+                                                     *static_cast<uint32_t**>(arguments[1]));
+                                            },
+                                            nullptr});
+}
+
+#define ADD(name, ...) add("primitive_" #name, primitive_##name),
+[[maybe_unused]] const bool kAdded[] = {PRIMITIVE_ENTRIES(ADD)};
+
+}  // namespace
