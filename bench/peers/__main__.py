@@ -142,7 +142,10 @@ def main() -> None:
         "quantised: weights, or activations too": [c.name for c in takes_part if not c.is_exact],
     }
     print(f"{args.repeats} rounds, {workloads.NUM_THREADS} threads, load average at their starts: {load}")
-    print("\n".join([*table.engine_lines(records, classes), "", *table.attention_lines(attention_records)]))
+    if records:
+        print("\n".join(table.engine_lines(records, classes)))
+    if attention_records:
+        print("\n".join(table.attention_lines(attention_records)))
     append_json(args.json, [*records, *attention_records])
     for failed, message in failures.items():
         print(f"{failed} failed: {message}", file=sys.stderr)
