@@ -15,7 +15,8 @@ PYTEST ?= OMP_NUM_THREADS=1 MIXATTN_NUM_THREADS=1 $(PY) -m pytest -n auto --maxp
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
-	@echo 'make lint | format | bench | bench-peers | static | build | test-slow | clean'
+	@echo 'make lint | format | bench | static | build | test-slow | clean'
+	@echo 'make bench-peers   the same work on mixattn, vLLM, OpenVINO and llama.cpp, one table (PEERS: where they are put)'
 
 # The environment is made anew when what it is made from changes.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt tools/make_env.sh
@@ -59,11 +60,10 @@ bench: build
 	$(PY) -m bench.serving.bench_step $(MODEL)
 	$(PY) -m bench.serving.bench_offline $(MODEL)
 
-# Beside vLLM, OpenVINO and llama.cpp, in environments of their own under .peers: some 20 minutes and 7 GB to set up.
-PEERS ?= $(CURDIR)/.peers
+# The peers' environments and models go to PEERS (default .peers): 9 GB, about 20 minutes the first time.
 bench-peers: build
-	PYTHON=$(PYTHON) sh bench/peers/setup.sh $(PEERS)
-	$(PY) -m bench.peers --peers $(PEERS) --rounds 5 --json bench/out/peers.jsonl
+	sh bench/peers/setup.sh $(PY)
+	$(PY) -m bench.peers $(BENCH_PEERS)
 
 # What the compilers make of the Triton kernels for GPUs that need not be there, against limits and record.
 static: build

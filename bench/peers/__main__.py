@@ -1,180 +1,156 @@
-"""mixattn beside other engines on the CPU, in turns: ``make bench-peers``, or ``python -m bench.peers``.
+"""mixattn beside the peers: ``python -m bench.peers`` after ``setup.sh`` (``make bench-peers`` does both).
 
-Every contender is a process of its own, in its own environment (``setup.sh`` makes them), and does the workloads of
-``workloads.py`` once per round; rounds go through all contenders before the next begins, so that a drift of the machine
-meets all alike. The table has medians over the rounds, and their range in the records. Contenders and the reasons for
-their settings are in README.md.
+In each round every contender has a process of its own, one after the other, so that a drift of the machine meets all of
+them; the table shows medians over the rounds.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path
 
-from bench.lib.measure import Record, append_json, timing_of
-from bench.peers.workloads import UNITS
-from mixattn import env
+from bench.lib.measure import append_json, parser
+from bench.lib.quality import TEXT
+from bench.peers import table, workloads
+from bench.peers.contenders import Contender, command, contenders, variables
+from bench.peers.drive import MARK, ROWS
+from mixattn.config import EngineConfig
+from mixattn.models.loader import load_model
 
-_HERE = Path(__file__).resolve().parent
-_ROOT = _HERE.parents[1]
-_PROMPTS, _DECODES = "prefill_512,prefill_2048", "decode_1,decode_8,decode_32"
-_SERVING = "offline,stall"
+_REFERENCE = "mixattn-auto"
+_LIMIT_S = 900.0
+"""A process that takes longer has failed."""
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One engine in one configuration.
+class PeerError(RuntimeError):
+    """A contender's process did not end well; the message holds the end of what it wrote."""
 
-    Args:
-        label: what the table calls it; several contenders of one label are rows of workloads that it does best.
-        group: ``exact`` (float32 arithmetic on the model's own values) or ``rounded``.
-        environment: whose Python runs it, a folder of the peers'; "" is this repository's.
-        driver: the file in this folder.
-        arguments: of the driver; ``{peers}`` is the peers' folder.
-        workloads: with commas.
+
+def rows_of(arguments: list[str], environment: str | None) -> list[table.Row]:
+    """The rows that a driver prints.
+
+    Raises:
+        PeerError: it could not start, failed or took too long.
     """
-
-    label: str
-    group: str
-    environment: str
-    driver: str
-    arguments: tuple[str, ...]
-    workloads: str
-
-
-def contenders(*, with_compiled: bool) -> list[Contender]:
-    """Everybody, in the order of their turns."""
-    ours = [
-        ("exact", "exact", ()),
-        ("int8 activations", "rounded", ("--activation-dtype=int8", "--kv-cache-dtype=bfloat16")),
-    ]
-    made = []
-    for name, group, arguments in ours:
-        label = f"mixattn, {name}"
-        made.append(
-            Contender(label, group, "", "mixattn_driver.py", arguments, f"{_PROMPTS},{_DECODES},offline")
-        )  # fmt: skip
-        made.append(Contender(label, group, "", "mixattn_driver.py", ("--budget=48", *arguments), "stall"))
-    for form, group, kv in (("f32", "exact", ("--kv=f32",)), ("int8", "rounded", ())):
-        made.append(
-            Contender(
-                f"OpenVINO, {form}",
-                group,
-                "openvino",
-                "openvino_driver.py",
-                (f"--model={{peers}}/openvino-{form}", *kv),
-                f"{_PROMPTS},{_DECODES},{_SERVING}",
-            )
+    try:
+        done = subprocess.run(
+            arguments,
+            cwd=workloads.ROOT,
+            env=variables(environment),
+            capture_output=True,
+            text=True,
+            timeout=_LIMIT_S,
+            check=False,
         )
-    for form, group in (("f32", "exact"), ("q8_0", "rounded"), ("q4_0", "rounded")):
-        model = f"--model={{peers}}/gguf/{form}.gguf"
-        for flash, streams, workloads in (("1", "1", _PROMPTS), ("0", "32", _DECODES)):
-            arguments = (model, f"--flash-attention={flash}", f"--streams={streams}")
-            made.append(Contender(f"llama.cpp, {form}", group, "llama", "llama_driver.py", arguments, workloads))
-    vllm = [("vLLM, f32 eager", ())] + [("vLLM, f32 compiled", ("--compile",))] * with_compiled
-    for label, options in vllm:
-        arguments = ("--model={peers}/huggingface", *options)
-        made.append(
-            Contender(label, "exact", "vllm", "vllm_driver.py", arguments, f"{_PROMPTS},{_DECODES},{_SERVING}")
-        )  # fmt: skip
-    return made
-
-
-def run(contender: Contender, peers: Path) -> list[tuple[str, float]]:
-    """(workload, value) of each sample; says so on stderr and gives none if the contender fails."""
-    python = peers / contender.environment / "bin" / "python" if contender.environment else Path(sys.executable)
-    command = [str(python), contender.driver, contender.workloads]
-    command += [argument.format(peers=peers) for argument in contender.arguments]
-    threads = str(env.num_threads())
-    variables = {**os.environ, "OMP_NUM_THREADS": threads}
-    if contender.environment:
-        variables.pop("PYTHONPATH", None)
-        if contender.driver != "vllm_driver.py":
-            command.append(f"--threads={threads}")
-        else:
-            variables["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{env.num_threads() - 1}"
-            variables["LD_PRELOAD"] = ":".join(_preloads(peers))
-    else:
-        del variables["OMP_NUM_THREADS"]
-        variables["PYTHONPATH"] = str(_ROOT)
-    done = subprocess.run(command, cwd=_HERE, env=variables, capture_output=True, text=True, check=False)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"workload"')]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PeerError(str(error)) from error
     if done.returncode != 0:
-        print(f"{contender.label} failed ({done.returncode}): {done.stderr[-2000:]}", file=sys.stderr, flush=True)
-    return [(line["workload"], line["value"]) for line in lines]
+        raise PeerError(f"exit status {done.returncode}\n" + "\n".join(done.stderr.splitlines()[-12:]))
+    return [json.loads(line.removeprefix(MARK)) for line in done.stdout.splitlines() if line.startswith(MARK)]
 
 
-def _preloads(peers: Path) -> list[str]:
-    """What vLLM's documentation asks to be loaded first, if it is there."""
-    libraries = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True, check=False).stdout
-    tcmalloc = [line.split()[-1] for line in libraries.splitlines() if "libtcmalloc_minimal.so.4 " in line]
-    return [*tcmalloc[:1], *map(str, (peers / "vllm" / "lib").glob("libiomp5.so"))]
+def engine_rows(contender: Contender, chosen: set[str], text: Path) -> list[table.Row]:
+    """A round of one contender; its start is the first process's."""
+    rows: list[table.Row] = []
+    for run in contender.runs:
+        wanted = [row for row in run.rows if row in chosen]
+        if not wanted:
+            continue
+        module = f"bench.peers.{contender.module}"
+        arguments = (*run.arguments, "--rows", *wanted, "--text", str(text))
+        found = rows_of(command(contender.environment, module, arguments), contender.environment)
+        rows += found if not rows else found[1:]
+    return [{**row, "backend": contender.name, "dtype": contender.dtype} for row in rows]
 
 
-def table(samples: Mapping[tuple[str, str], Mapping[str, Sequence[float]]]) -> str:
-    """Medians, a row per contender and a column per workload.
+def mixattn_attention_rows(folder: Path) -> list[table.Row]:
+    """mixattn and torch, from the existing benchmark, with the roof's time of each case."""
+    out = folder / "attention.jsonl"
+    out.unlink(missing_ok=True)
+    cases = [case.name for case in workloads.attention_cases()]
+    arguments = ("--cases", *cases, "--dtypes", *workloads.ATTENTION_DTYPES, "--json", str(out))
+    rows_of(command(None, "bench.kernels.bench_mixed_attention", arguments), None)
+    rows = []
+    for record in map(json.loads, out.read_text().splitlines()):
+        median_us = record["timing"]["median_us"]
+        row = {"case": record["case"], "backend": record["backend"], "dtype": record["dtype"], "us": median_us}
+        rows.append({**row, "roof_us": record["share_of_roof"] * median_us, "roofs": record["extra"]["roofs"]})
+    return rows
 
-    Args:
-        samples: by (group, label), the samples of each workload.
-    """
-    width = max(len(label) for _, label in samples)
-    names = [name for name in UNITS if any(name in found for found in samples.values())]
-    lines = [" " * width + "".join(f"{name.replace('_', ' '):>17}" for name in names)]
-    lines.append(" " * width + "".join(f"{UNITS[name]:>17}" for name in names))
-    for group in sorted({group for group, _ in samples}):
-        lines.append(group)
-        for (of_group, label), found in samples.items():
-            if of_group == group:
-                cells = [
-                    f"{statistics.median(found[name]):17.4g}" if found.get(name) else " " * 16 + "-" for name in names
-                ]
-                lines.append(f"{label:{width}}" + "".join(cells))
-    return "\n".join(lines)
+
+def vllm_attention_rows() -> list[table.Row]:
+    """vLLM's operator over the same tensors."""
+    return rows_of(command("vllm", "bench.peers.vllm_attention", ()), "vllm")
+
+
+def write_text(path: Path) -> None:
+    """The token ids of the quality row's text, so that all read the same."""
+    tokenizer = load_model(EngineConfig("smollm2"), show_progress=False).tokenizer
+    path.write_text(json.dumps(tokenizer.encode(TEXT.read_text())))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=Path, default=Path(os.environ.get("PEERS", _ROOT / ".peers")))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="contenders whose label contains one of these, with commas")
-    parser.add_argument("--with-compiled", action="store_true", help="vLLM under torch.compile as well")
-    parser.add_argument("--json", type=Path, help="append the records to this file, one JSON line each")
-    args = parser.parse_args()
-    chosen = [
-        contender
-        for contender in contenders(with_compiled=args.with_compiled)
-        if any(part in contender.label for part in args.only.split(","))
-    ]
-    samples: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for round_idx in range(args.rounds):
-        for contender in chosen:
-            print(f"round {round_idx + 1}: {contender.label}: {contender.workloads}", file=sys.stderr, flush=True)
-            found = samples.setdefault((contender.group, contender.label), {})
-            for workload, value in run(contender, args.peers.resolve()):
-                found.setdefault(workload, []).append(value)
-    print(table(samples))
-    records = [
-        Record(
-            f"peers-{workload}",
-            label,
-            group,
-            timing_of(values),
-            0,
-            0,
-            None,
-            {"unit": UNITS[workload], "values": values},
-        )
-        for (group, label), found in samples.items()
-        for workload, values in found.items()
-    ]
-    append_json(args.json, records)
+    args_parser = parser(__doc__ or "")
+    args_parser.set_defaults(repeats=3, json=workloads.ROOT / "bench" / "out" / "peers.jsonl")
+    args_parser.add_argument("--compiled", action="store_true", help="also vLLM compiled: one round, minutes to start")
+    args_parser.add_argument("--only", nargs="+", help="contenders whose name starts with one of these")
+    args_parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=[*ROWS, "attention"],
+        default=[*ROWS, "attention"],
+        help="kinds of rows",
+    )
+    args = args_parser.parse_args()
+    chosen = set(args.rows)
+    takes_part = [c for c in contenders(args.compiled) if not args.only or c.name.startswith(tuple(args.only))]
+    rows: list[table.Row] = []
+    attention: list[table.Row] = []
+    load: list[float] = []
+    failures: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_text(folder / "text.json")
+        for round_idx in range(args.repeats):
+            load.append(round(os.getloadavg()[0], 2))
+            print(f"round {round_idx + 1} of {args.repeats}, load average {load[-1]}", file=sys.stderr)
+            for contender in takes_part:
+                # Quality is the same in every round: nothing is random.
+                wanted = chosen - ({"quality"} if round_idx else set())
+                if (contender.is_once and round_idx) or contender.name in failures:
+                    continue
+                print(f"  {contender.name}", file=sys.stderr, flush=True)
+                try:
+                    rows += engine_rows(contender, wanted, folder / "text.json")
+                except PeerError as error:
+                    failures[contender.name] = str(error)
+            if "attention" in chosen and "attention" not in failures:
+                print("  attention", file=sys.stderr, flush=True)
+                try:
+                    attention += mixattn_attention_rows(folder)
+                    attention += vllm_attention_rows()
+                except PeerError as error:
+                    failures["attention"] = str(error)
+    records = table.aggregate(rows, load, _REFERENCE)
+    attention_records = table.aggregate(attention, load, _REFERENCE)
+    classes = {
+        "exact: weights as stored, float32 arithmetic": [c.name for c in takes_part if c.is_exact],
+        "quantised: weights, or activations too": [c.name for c in takes_part if not c.is_exact],
+    }
+    print(f"{args.repeats} rounds, {workloads.NUM_THREADS} threads, load average at their starts: {load}")
+    if records:
+        print("\n".join(table.engine_lines(records, classes)))
+    if attention_records:
+        print("\n".join(table.attention_lines(attention_records)))
+    append_json(args.json, [*records, *attention_records])
+    for failed, message in failures.items():
+        print(f"{failed} failed: {message}", file=sys.stderr)
+    if failures:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

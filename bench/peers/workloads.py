@@ -1,196 +1,132 @@
-"""What every engine is asked to do, and how it is timed. Standard library only: each peer's environment imports it.
-
-A driver is a file in this folder that runs in its peer's environment and calls ``main`` with something that makes an
-``Engine``. It prints one JSON line per sample: {"workload": name, "value": number}.
-"""
+"""The work that every engine is given. The standard library alone: each peer's environment imports this file."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
 import os
 import random
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from pathlib import Path
 
-VOCABULARY = range(1000, 40000)
-"""Ids that every tokenizer of the model has as plain text."""
-OFFLINE_REQUESTS = 64
-STALL_STREAMS, STALL_PROMPT = 8, 1500
-UNITS = {
-    "first_token": "s",
-    "prefill_512": "tok/s",
-    "prefill_2048": "tok/s",
-    "decode_1": "tok/s",
-    "decode_8": "tok/s",
-    "decode_32": "tok/s",
-    "offline": "output tok/s",
-    "stall_ttft": "ms",
-    "stall_max_gap": "ms",
-    "stall_steady_gap": "ms",
-}
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = Path(os.environ.get("PEERS", ROOT / ".peers"))
+"""Where ``setup.sh`` puts environments and models."""
+NUM_THREADS = 2
 
+PREFILL_TOKENS = (512, 2048)
+DECODE_BATCHES = (1, 8, 32)
+DECODE_PROMPT_TOKENS = 128
+DECODE_STEPS = {1: 64, 8: 32, 32: 16}
+"""Steps that are timed, by batch; all of the batch's prompts have been read before."""
+STALL_BUDGET = 256
+"""Rows of a step in the stall rows, for every engine that takes a budget."""
+NUM_GREEDY_PROMPTS = 8
+GREEDY_PROMPT_TOKENS = 40
+GREEDY_TOKENS = 24
 
-class Engine(Protocol):
-    """An engine that is stepped by hand. Outputs are greedy, as long as asked, whatever the end of sequence."""
-
-    def submit(self, request_id: str, prompt: Sequence[int], num_tokens: int) -> None: ...
-
-    def step(self) -> list[str]:
-        """Does one step; the request of each token that it gave."""
-        ...
-
-    def is_busy(self) -> bool: ...
+_TOKEN_IDS = (1000, 40000)
+"""Plain text of SmolLM2's vocabulary: no token in this range is special."""
 
 
-def tokens(count: int, seed: int) -> list[int]:
-    """Random ids; another seed shares no prefix with it, so that no cache of prefixes can help."""
+def prompt(num_tokens: int, seed: int) -> list[int]:
+    """Random token ids, the same for every engine."""
     rng = random.Random(seed)
-    return [rng.choice(VOCABULARY) for _ in range(count)]
+    return [rng.randrange(*_TOKEN_IDS) for _ in range(num_tokens)]
 
 
-def offline_requests() -> list[tuple[list[int], int]]:
-    """Prompts (log-normal, median 256, sigma 0.8, 16 to 1,500 tokens) and lengths of outputs (uniform, 16 to 128)."""
-    rng = random.Random(1)
-    made = []
-    for idx in range(OFFLINE_REQUESTS):
-        length = min(1500, max(16, round(math.exp(rng.gauss(math.log(256), 0.8)))))
-        made.append((tokens(length, 10_000 + idx), rng.randint(16, 128)))
-    return made
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and how many tokens come out whatever they are."""
+
+    prompt: list[int]
+    num_output: int
 
 
-class _Run:
-    """Requests of one sample, and when each of their tokens came."""
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        self._engine = engine
-        self._name = name
-        self.times: dict[str, list[float]] = {}
-
-    def submit(self, prompt: Sequence[int], num_tokens: int) -> str:
-        request_id = f"{self._name}-{len(self.times)}"
-        self.times[request_id] = []
-        self._engine.submit(request_id, prompt, num_tokens)
-        return request_id
-
-    def step(self) -> None:
-        given = self._engine.step()
-        now = time.perf_counter()
-        for request_id in given:
-            self.times[request_id].append(now)
-
-    def finish(self) -> None:
-        while self._engine.is_busy():
-            self.step()
+def offline_requests(num_requests: int = 64, seed: int = 0) -> list[Request]:
+    """Prompts of log-normal length (median 256 tokens, 16 to 1,500), outputs of 16 to 128 tokens."""
+    rng = random.Random(seed)
+    requests = []
+    for idx in range(num_requests):
+        num_prompt = min(1500, max(16, round(256 * math.exp(rng.gauss(0, 0.8)))))
+        requests.append(Request(prompt(num_prompt, seed * 1000 + idx), rng.randint(16, 128)))
+    return requests
 
 
-def prefill(engine: Engine, seed: int, num_tokens: int) -> float:
-    """Prompt tokens per second of one prompt, up to its first token."""
-    run = _Run(engine, f"prefill-{seed}")
-    prompt = tokens(num_tokens, seed)
-    start = time.perf_counter()
-    run.submit(prompt, 1)
-    run.finish()
-    return num_tokens / (time.perf_counter() - start)
+def greedy_prompts(text_ids: list[int]) -> list[list[int]]:
+    """Pieces of a text, evenly spaced, for the comparison of greedy outputs.
+
+    Raises:
+        ValueError: the text is too short for one piece.
+    """
+    last = len(text_ids) - GREEDY_PROMPT_TOKENS
+    if last < 0:
+        raise ValueError(f"text_ids must have >= {GREEDY_PROMPT_TOKENS} tokens, got {len(text_ids)}")
+    starts = [last * idx // (NUM_GREEDY_PROMPTS - 1) for idx in range(NUM_GREEDY_PROMPTS)]
+    return [text_ids[start : start + GREEDY_PROMPT_TOKENS] for start in starts]
 
 
-def decode(engine: Engine, seed: int, batch: int) -> float:
-    """Tokens per second of ``batch`` streams at some 224 to 300 tokens, while all of them run."""
-    num_tokens = 64 + batch // 2  # the last stream still has as many to go when its prompt is done
-    run = _Run(engine, f"decode-{seed}")
-    for idx in range(batch):
-        run.submit(tokens(224, seed * 100 + idx), num_tokens)
-    while min(map(len, run.times.values())) < 1:
-        run.step()
-    given, start = sum(map(len, run.times.values())), time.perf_counter()
-    while max(map(len, run.times.values())) < num_tokens:
-        run.step()
-    elapsed_s = time.perf_counter() - start
-    given = sum(map(len, run.times.values())) - given
-    run.finish()
-    return given / elapsed_s
+@dataclass(frozen=True)
+class Stall:
+    """Streams that decode, and a long prompt that arrives."""
+
+    num_streams: int = 8
+    stream_prompt_tokens: int = 32
+    long_prompt_tokens: int = 1500
+    steady_tokens: int = 24
+    """Tokens of each stream before the arrival whose gaps count."""
+    max_tokens: int = 96
+    """Tokens of each stream: more than fit into the scenario."""
 
 
-def offline(engine: Engine, seed: int) -> float:
-    """Output tokens per second of all requests, there from the start."""
-    run = _Run(engine, f"offline-{seed}")
-    requests = offline_requests()
-    start = time.perf_counter()
-    for prompt, num_tokens in requests:
-        run.submit(prompt, num_tokens)
-    run.finish()
-    return sum(num_tokens for _, num_tokens in requests) / (time.perf_counter() - start)
+@dataclass(frozen=True)
+class StallTimes:
+    """What the streams and the long prompt saw, in seconds."""
+
+    ttft_s: float
+    longest_gap_s: float
+    steady_gap_s: float
 
 
-def stall(engine: Engine, seed: int) -> dict[str, float]:
-    """Milliseconds: what a long prompt waits for its first token, the streams' longest gap meanwhile, and the median
-    gap before."""
-    run = _Run(engine, f"stall-{seed}")
-    streams = [run.submit(tokens(200 + 8 * idx, seed * 100 + idx), 160) for idx in range(STALL_STREAMS)]
-    while min(len(run.times[stream]) for stream in streams) < 40:
-        run.step()
-    arrival = time.perf_counter()
-    long_id = run.submit(tokens(STALL_PROMPT, seed * 100 + 99), 16)
-    run.finish()
-    first = run.times[long_id][0]
+def stall_times(streams: list[list[float]], arrival_s: float, first_token_s: float) -> StallTimes:
+    """From the times of the streams' tokens.
+
+    A gap is steady if it ended before the arrival, and counts as the arrival's if it ended after that and began before
+    the long prompt's first token.
+
+    Raises:
+        ValueError: no gap is of the one or the other kind.
+    """
     steady, during = [], []
-    for stream in streams:
-        for begin, end in itertools.pairwise(run.times[stream]):
-            if end <= arrival:
-                steady.append(end - begin)
-            elif begin <= first:
-                during.append(end - begin)
-    steady = sorted(steady)[-30 * STALL_STREAMS :]
-    return {
-        "stall_ttft": (first - arrival) * 1e3,
-        "stall_max_gap": max(during) * 1e3,
-        "stall_steady_gap": steady[len(steady) // 2] * 1e3,
-    }
+    for times in streams:
+        for begin_s, end_s in itertools.pairwise(times):
+            if end_s <= arrival_s:
+                steady.append(end_s - begin_s)
+            elif begin_s < first_token_s:
+                during.append(end_s - begin_s)
+    if not steady or not during:
+        raise ValueError(f"{len(steady)} gaps before the arrival and {len(during)} meanwhile: need some of both")
+    return StallTimes(first_token_s - arrival_s, max(during), sorted(steady)[len(steady) // 2])
 
 
-def samples(engine: Engine, workloads: Sequence[str], repeats: int) -> Iterator[tuple[str, float]]:
-    """(name, value) of each sample; the first of each workload but ``offline`` is not counted."""
-    seeds = iter(range(1, 1_000_000))
-    for workload in workloads:
-        kind, _, size = workload.partition("_")
-        for repeat in range(repeats + (kind != "offline")):
-            if kind == "stall":
-                values = stall(engine, next(seeds))
-            elif kind == "offline":
-                values = {workload: offline(engine, next(seeds))}
-            else:
-                values = {workload: {"prefill": prefill, "decode": decode}[kind](engine, next(seeds), int(size))}
-            if kind == "offline" or repeat > 0:
-                yield from values.items()
+@dataclass(frozen=True)
+class AttentionCase:
+    """A batch of the attention operator; names as in ``bench.kernels.bench_mixed_attention``."""
+
+    name: str
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
 
 
-def process_age_s() -> float:
-    """Seconds since this process was started, imports included; 0.01 s is the kernel's tick."""
-    with open("/proc/self/stat") as file:
-        ticks = int(file.read().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+ATTENTION_HEADS = (32, 8, 128)
+"""Query heads, key and value heads, dimensions of each."""
+ATTENTION_DTYPES = ("bfloat16", "float32")
 
 
-def main(
-    make: Callable[[argparse.Namespace], Engine], add_arguments: Callable[[argparse.ArgumentParser], None]
-) -> None:
-    """A driver's program."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("workloads", help="names with commas, of workloads.py")
-    parser.add_argument("--repeats", type=int, default=1)
-    add_arguments(parser)
-    args = parser.parse_args()
-    engine = make(args)
-    engine.submit("first", tokens(32, 0), 1)
-    given: Counter[str] = Counter()
-    while engine.is_busy():
-        given.update(engine.step())
-    assert given["first"] == 1, given
-    print(json.dumps({"workload": "first_token", "value": process_age_s()}), flush=True)
-    names = [name for name in args.workloads.split(",") if name]
-    for name, value in samples(engine, names, args.repeats):
-        print(json.dumps({"workload": name, "value": value}), flush=True)
+def attention_cases() -> list[AttentionCase]:
+    """Decodes alone, a chunk alone, and both in one batch."""
+    return [
+        AttentionCase("decode-32x4k-hd128-gqa4", (1,) * 32, (4096,) * 32),
+        AttentionCase("chunk-512-at-4k-hd128-gqa4", (512,), (4096,)),
+        AttentionCase("mixed-31x4k-chunk-512-at-4k-hd128-gqa4", (1,) * 31 + (512,), (4096,) * 32),
+    ]
