@@ -2,6 +2,7 @@
 // Formulas and sources are in mixed_attention-inl.h.
 #pragma once
 
+#include "cpu/attention_dot-inl.h"
 #include "cpu/attention_rows-inl.h"
 
 namespace mixattn {
@@ -31,6 +32,42 @@ void pack_keys(const T* const* k, int64_t num_panels, int64_t head_dim, float* k
     }
   }
 }
+
+// How S = Q K^T is computed from keys as Dot has them: what a panel of K looks like, and the product of a register
+// tile.
+template <class Dot>
+struct PackedScores {  // float32, from any type
+  typedef typename Dot::Key Key;
+  static constexpr int kPerWord = 1;  // elements of K in 4 bytes of a panel
+  static void start(const AttentionParams&, const WorkItem&, Rows*) {}
+  static void pack(const Key* const* k, int64_t num_panels, int64_t head_dim, float* k_packed) {
+    pack_keys(k, num_panels, head_dim, k_packed);
+  }
+  MIXATTN_INLINE void multiply(int n, const Rows& rows, int64_t r, const float* panel, int64_t head_dim, float* scores,
+                               int64_t stride) {
+    tile_function<kTileVecs, false>(n)(rows.q + r * rows.stride, rows.stride, panel, head_dim, scores, stride);
+  }
+};
+
+#if defined(MIXATTN_HAS_BFLOAT16_DOT)
+template <>
+struct PackedScores<BFloat16Dot> {  // pairs of bfloat16 lie in words, of q, of K and of its panels, which take half
+  typedef BFloat16 Key;
+  static constexpr int kPerWord = 2;
+  static void start(const AttentionParams& p, const WorkItem& item, Rows* rows) {
+    for (int64_t r = 0; r < rows->num_rows; ++r) {
+      rows->factor = BFloat16Dot::start(p, item, r, rows->q + r * rows->stride);  // the same for all rows
+    }
+  }
+  static void pack(const BFloat16* const* k, int64_t num_panels, int64_t head_dim, float* k_packed) {
+    pack_keys(reinterpret_cast<const float* const*>(k), num_panels, head_dim / 2, k_packed);
+  }
+  MIXATTN_INLINE void multiply(int n, const Rows& rows, int64_t r, const float* panel, int64_t head_dim, float* scores,
+                               int64_t stride) {
+    bfloat16_tile_function(n)(rows.q + r * rows.stride, rows.stride, panel, head_dim / 2, rows.factor, scores, stride);
+  }
+};
+#endif
 
 // v_packed[panel][key][j] = V of dimension panel * kTileCols + j; panels are (key_tile, kTileCols), the last one only
 // kLanes wide if head_dim ends there.
@@ -94,7 +131,7 @@ MIXATTN_INLINE void prefetch_share(const T* const* source, int64_t count, int64_
 
 // S = Q K^T. A panel of K (8 KiB at head_dim 128, AVX2) stays in L1 while all rows pass by. V of the tile is on its
 // way.
-template <typename T>
+template <class Scores, typename T>
 void score_tile(const Rows& rows, const PackedTile<T>& tile, const float* k_packed, int64_t head_dim, float* scores) {
   const int64_t num_panels = round_up(tile.num_keys, kTileCols) / kTileCols;
   for (int64_t panel = 0; panel < num_panels; ++panel) {
@@ -103,8 +140,8 @@ void score_tile(const Rows& rows, const PackedTile<T>& tile, const float* k_pack
       const int64_t step = panel * rows.num_rows + r;
       prefetch_share(tile.v, tile.num_keys, step, step + n, num_panels * rows.num_rows, head_dim);
       if (j < span.begin || j >= span.end) return;
-      tile_function<kTileVecs, false>(n)(rows.q + r * rows.stride, rows.stride, k_packed + j * head_dim, head_dim,
-                                         scores + r * tile.key_tile + j, tile.key_tile);
+      Scores::multiply(n, rows, r, k_packed + j * head_dim / Scores::kPerWord, head_dim, scores + r * tile.key_tile + j,
+                       tile.key_tile);
     });
   }
 }
@@ -150,13 +187,16 @@ void value_tile(const Rows& rows, const PackedTile<T>& tile, const PackedTile<T>
   }
 }
 
-template <typename T>
+template <class Dot>
 void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratch) {
+  typedef typename Dot::Key T;
+  typedef PackedScores<Dot> Scores;
   Rows rows = carve_rows(num_rows(item), p.head_dim, scratch);
   const int64_t tile_keys = key_tile(p.head_dim);
   float* const scores = scratch + rows_floats(rows.num_rows, p.head_dim);           // (rows, tile_keys)
   float* const packed = scores + round_up(rows.num_rows, kLineFloats) * tile_keys;  // K, and when S is done V
   start_rows<T>(p, item, rows.num_rows, &rows);
+  Scores::start(p, item, &rows);
 
   PackedTile<T> tiles[2];
   const auto start_tile = [&](int64_t first, PackedTile<T>* tile) {
@@ -180,8 +220,8 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
     PackedTile<T>& next = tiles[now ^ 1];
     start_tile(tile.first + tile_keys, &next);
     const int64_t padded_keys = round_up(tile.num_keys, kTileCols);
-    pack_keys(tile.k, padded_keys / kTileCols, p.head_dim, packed);
-    score_tile(rows, tile, packed, p.head_dim, scores);
+    Scores::pack(tile.k, padded_keys / kTileCols, p.head_dim, packed);
+    score_tile<Scores>(rows, tile, packed, p.head_dim, scores);
     softmax_tile(p, rows, tile, scores);
     pack_values(tile.v, padded_keys, p.head_dim, tile_keys, packed);
     value_tile(rows, tile, next, packed, p.head_dim, scores);

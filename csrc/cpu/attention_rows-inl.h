@@ -35,6 +35,7 @@ struct Rows {
   int64_t hidden_begin;  // the first key that is hidden from some row; INT64_MAX: none is
   int64_t seen_key;      // some key of the item that is not hidden from every row; set if hidden_begin is
   int64_t kv_end;        // the item's, or its kv_begin if every key is hidden from every row
+  float factor;          // of all scores, where q is not scaled (attention_packed-inl.h)
 };
 
 MIXATTN_INLINE int64_t rows_floats(int64_t num_rows, int64_t head_dim) {

@@ -124,21 +124,22 @@ struct Q4Form {
   }
 };
 
-// Calls use(k, i, w) for every k of the depth [0, depth) of a panel; i counts in an unrolled block. Prefetches what lies
-// kAhead bytes further, if that is not 0, line by line.
+// Calls use(k, i, w) for every k of the depth [0, depth) of a panel; i counts in an unrolled block. Prefetches what
+// lies kAhead bytes further, if that is not 0, line by line.
 template <class Form, int kAhead, typename Use>
 MIXATTN_INLINE void for_each_depth(const char* panel, int64_t depth, const Use& use) {
   constexpr int kLines = (Form::kBytes + 63) / 64;
   int64_t k = 0;
   for (; k + Form::kDepth <= depth; k += Form::kDepth, panel += Form::kBytes) {
-    Form::template widen<Form::kDepth>(panel, [&](int d, int i, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
-      if (kAhead > 0) {
-        for (int line = i * kLines / Form::kDepth; line < (i + 1) * kLines / Form::kDepth; ++line) {
-          prefetch(panel + kAhead + line * 64);
-        }
-      }
-      use(k + d, i, w);
-    });
+    Form::template widen<Form::kDepth>(
+        panel, [&](int d, int i, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
+          if (kAhead > 0) {
+            for (int line = i * kLines / Form::kDepth; line < (i + 1) * kLines / Form::kDepth; ++line) {
+              prefetch(panel + kAhead + line * 64);
+            }
+          }
+          use(k + d, i, w);
+        });
   }
   if constexpr (Form::kDepth < kBlockDepth) {  // quantised depths have no rest
     for (; k < depth; ++k, panel += Form::kBytes / Form::kDepth) {

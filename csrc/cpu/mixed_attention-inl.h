@@ -53,13 +53,12 @@ void attend_few_rows(const AttentionParams& p, const WorkItem* items, int64_t nu
 // Dots, the fastest first, of which the last takes every call.
 template <class Dot, class... Others>
 void attend_dots(const AttentionParams& p, const WorkItem* items, int64_t num_items, float* scratch) {
-  typedef typename Dot::Key T;
-  if (num_rows(items[0]) > kDirectRows || p.invariant) {
-    for (int64_t n = 0; n < num_items; ++n) attend_packed<T>(p, items[n], scratch);
-    return;
-  }
   if constexpr (sizeof...(Others) > 0) {
     if (!Dot::takes(p)) return attend_dots<Others...>(p, items, num_items, scratch);
+  }
+  if (num_rows(items[0]) > kDirectRows || p.invariant) {
+    for (int64_t n = 0; n < num_items; ++n) attend_packed<Dot>(p, items[n], scratch);
+    return;
   }
   attend_few_rows<Dot>(p, items, num_items, scratch);
 }
