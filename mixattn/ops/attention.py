@@ -27,7 +27,7 @@ from mixattn.ops.checks import (
     check_no_grad,
     check_tensor,
 )
-from mixattn.ops.kv_dtypes import Scale, split_scale
+from mixattn.ops.kv_dtypes import Scale, kv_format, split_scale
 from mixattn.ops.library import is_plain, register_op
 from mixattn.ops.plan import H100, Hardware, WorkPlan, cpu_hardware
 from mixattn.ops.plan import plan as make_plan
@@ -323,6 +323,9 @@ def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, o
         alibi_slopes=call.alibi_slopes,
         sinks=call.sinks,
         tree_mask=call.tree_mask,
+        kv_format=kv_format(call.k_cache.dtype),
+        k_scale=call.k_scale_value if call.k_scale is None else call.k_scale,
+        v_scale=call.v_scale_value if call.v_scale is None else call.v_scale,
     )
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mixattn.ops.kv_dtypes import kv_format
 from mixattn.ops.plan import Hardware, WorkPlan, plan
 from mixattn.triton_kernels.mixed_attention import mixed_attention
 from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS
-from tests.cases import AttentionCase, AttentionInputs, make_inputs
+from tests.cases import AttentionCase, AttentionInputs, KvFormat, make_inputs
 
 GARBAGE_WORD = 0x7F7F7F7F
 """Fills the plan past its items and merges: as an index it is out of every bound."""
@@ -66,6 +67,8 @@ class AttentionRun:
             self.tickets,
             **options,
             **inputs.score_tensors,
+            **inputs.scales,
+            kv_format=kv_format(inputs.k_cache.dtype),
             num_programs=num_programs,
         )
 
@@ -76,15 +79,16 @@ def prepare(
     device: torch.device,
     *,
     split_tokens: int = 64,
+    kv: KvFormat | None = None,
     inputs: AttentionInputs | None = None,
 ) -> AttentionRun:
     """A run of the case, not yet launched. Cases that name no workers get a plan for 4."""
-    inputs = make_inputs(case, dtype) if inputs is None else inputs
+    inputs = make_inputs(case, dtype, kv=kv) if inputs is None else inputs
     work_plan = plan(
         inputs.cu_seqlens_q,
         inputs.seq_lens,
         **case.plan_options,
-        kv_element_bytes=inputs.q.element_size(),
+        kv_element_bytes=inputs.k_cache.element_size(),
         hardware=hardware(case.num_workers or 4, split_tokens),
     )
     words = torch.full((len(work_plan.buffer),), GARBAGE_WORD, dtype=torch.int32)
