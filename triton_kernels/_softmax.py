@@ -45,12 +45,18 @@ def weigh_values(weights, value_scale, value_max):
     The products with V are of float16, in which small scales would be lost. (A scale that is NaN stays one.)
 
     Args:
-        weights: [BLOCK_M, BLOCK_N] float32 in [0, 1]; value_scale: [BLOCK_N] float32, 0 for what no row sees.
-        value_max: [1, 1] float32, > 0; the accumulator is in units of it and is to be multiplied with rescale.
+        weights: [BLOCK_M, BLOCK_N] float32 in [0, 1].
+        value_scale: [BLOCK_N] or [BLOCK_M, BLOCK_N] float32, 0 for what no row or the row does not see.
+        value_max: [1, 1] or [BLOCK_M, 1] float32, > 0; the accumulator is in units of it and is to be multiplied with
+            rescale.
     """
-    new_value_max = tl.maximum(value_max, tl.max(value_scale, 0))
+    if len(value_scale.shape) == 1:
+        new_value_max = tl.maximum(value_max, tl.max(value_scale, 0))
+        value_scale = value_scale[None, :]
+    else:
+        new_value_max = tl.maximum(value_max, tl.max(value_scale, 1)[:, None])
     inverse = 1.0 / new_value_max
-    return weights * (value_scale[None, :] * inverse), new_value_max, value_max * inverse
+    return weights * (value_scale * inverse), new_value_max, value_max * inverse
 
 
 @triton.jit

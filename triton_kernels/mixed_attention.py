@@ -121,6 +121,7 @@ def attend_tile(
     IS_CAUSAL: tl.constexpr,
     WINDOW_LEFT: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
+    IS_INVARIANT: tl.constexpr,
     IS_EDGE: tl.constexpr,
 ):
     """(accumulator, row_max, row_sum, value_max) after the keys [tile_begin, tile_begin + BLOCK_N).
@@ -177,6 +178,10 @@ def attend_tile(
         if query.dtype == tl.float32:
             weights = weights * value_scale[None, :]
         else:
+            if IS_INVARIANT:
+                value_scale = tl.where(
+                    is_visible, value_scale[None, :], 0.0
+                )  # a row's unit is then its own keys' alone
             weights, value_max, value_rescale = weigh_values(weights, value_scale, value_max)
             rescale = rescale * value_rescale
     # V of what is no key of the item is 0, not what memory holds there: 0 * NaN would be NaN.
@@ -204,12 +209,17 @@ def store_rows(
     HEAD_DIM: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     KV_FORMAT: tl.constexpr,
+    IS_INVARIANT: tl.constexpr,
 ):
     """The item's rows from first_row on, normalised, to out and lse, or to its rows of the partials."""
     row_sum = sum_rows(row_sum)
     row = first_row + tl.arange(0, accumulator.shape[0])
     is_whole = tl.load(item + ITEM_MERGE_IDX) < 0
     if sinks is not None:
+        if IS_INVARIANT:
+            # As in the merge, where a row is normalised before the sink comes in.
+            accumulator, row_max = finish_rows(accumulator, row_max, row_sum)
+            row_sum = tl.where(row_max == -float("inf"), 0.0, 1.0)
         sink_head = tl.load(item + ITEM_KV_HEAD) * GROUP_SIZE + (tl.load(item + ITEM_ROW_BEGIN) + row) % GROUP_SIZE
         end_row = tl.where(is_whole, INT32_MAX, 0)  # split rows get theirs, once, in the merge
         sink = tl.load(sinks + sink_head, mask=row < end_row, other=-float("inf"))
@@ -294,6 +304,7 @@ def attend_item(
     IS_CAUSAL: tl.constexpr,
     WINDOW_LEFT: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
+    IS_INVARIANT: tl.constexpr,
 ):
     """(accumulator, row_max, row_sum) of the item's rows [first_row, first_row + BLOCK_M) over its keys."""
     seq_idx = tl.load(item + ITEM_SEQ_IDX)
@@ -334,7 +345,7 @@ def attend_item(
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = new_row_sum(BLOCK_M, BLOCK_N)
-    value_max = tl.full([1, 1], MIN_ROW_SCALE, tl.float32)
+    value_max = tl.full([BLOCK_M if IS_INVARIANT else 1, 1], MIN_ROW_SCALE, tl.float32)
     row_slope = None
     if alibi_slopes is not None:
         slopes = alibi_slopes + seq_idx.to(tl.int64) * stride_alibi_seq
@@ -344,7 +355,8 @@ def attend_item(
         row_word = tl.load(tree_mask + token, mask=is_row, other=0)
     # First the tiles that all rows see whole, then those that the window or the causal edge cuts or that reach out of
     # the item. The bounds are made for each walk anew, from memory, so that the first holds nothing for the second.
-    for is_edge in tl.static_range(2):
+    # An invariant call has one walk over all of them in order: which tiles are whole depends on a row's company.
+    for is_edge in tl.static_range(1 if IS_INVARIANT else 0, 2):
         kv_begin = tl.load(item + ITEM_KV_BEGIN, volatile=True)
         kv_end = tl.load(item + ITEM_KV_END, volatile=True)
         position, first_position, last_position, slice_begin = row_positions(
@@ -365,6 +377,8 @@ def attend_item(
         # Tiles start at multiples of BLOCK_N wherever the item's keys do, so that none straddles a page it need not.
         first_full = tl.cdiv(full_begin, BLOCK_N)
         num_full = tl.maximum(full_end // BLOCK_N - first_full, 0)
+        if IS_INVARIANT:
+            num_full = 0
         begin = kv_begin // BLOCK_N if is_edge else first_full
         end = tl.cdiv(kv_end, BLOCK_N) - num_full if is_edge else first_full + num_full
         for tile in tl.range(begin, end, num_stages=NUM_STAGES):
@@ -374,7 +388,8 @@ def attend_item(
                 query, accumulator, row_max, row_sum, value_max, position, row_kv_end, row_slope, row_word, slice_begin,
                 tile * BLOCK_N, kv_begin, kv_end, block_table_row, k_head, v_head, k_scale_head, v_scale_head,
                 score_scale, score_cap, HEAD_DIM, BLOCK_N, PAGE_SIZE, KV_FORMAT, CAPABILITY, K_STRIDES, V_STRIDES,
-                K_SCALE_STRIDES, V_SCALE_STRIDES, IS_CAUSAL, WINDOW_LEFT, HAS_SOFT_CAP, IS_EDGE=is_edge == 1,
+                K_SCALE_STRIDES, V_SCALE_STRIDES, IS_CAUSAL, WINDOW_LEFT, HAS_SOFT_CAP, IS_INVARIANT,
+                IS_EDGE=is_edge == 1,
             )  # fmt: skip
     if v_scale_head is not None and query.dtype != tl.float32:
         accumulator = accumulator * value_max
@@ -485,6 +500,7 @@ def mixed_attention_kernel(
     IS_CAUSAL: tl.constexpr,
     WINDOW_LEFT: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
+    IS_INVARIANT: tl.constexpr,
 ):
     """Draws items of the plan until none is left; BLOCK_M, BLOCK_N and NUM_STAGES have an entry for each tile."""
     num_items = tl.load(plan_words + HEADER_NUM_ITEMS)
@@ -507,12 +523,12 @@ def mixed_attention_kernel(
                         stride_k_scale_head, stride_v_scale_head, stride_block_table, stride_alibi_seq, score_scale,
                         score_cap, value_scale, HEAD_DIM, BLOCK_D, BLOCK_M[tile], BLOCK_N[tile], NUM_STAGES[tile],
                         GROUP_SIZE, PAGE_SIZE, KV_FORMAT, CAPABILITY, K_STRIDES, V_STRIDES, K_SCALE_STRIDES,
-                        V_SCALE_STRIDES, IS_CAUSAL, WINDOW_LEFT, HAS_SOFT_CAP,
+                        V_SCALE_STRIDES, IS_CAUSAL, WINDOW_LEFT, HAS_SOFT_CAP, IS_INVARIANT,
                     )  # fmt: skip
                     store_rows(
                         accumulator, row_max, row_sum, out, lse, partial_out, partial_lse, sinks, item, first_row,
                         cu_seqlens_q, stride_out_token, stride_out_head, stride_lse_token, HEAD_DIM, GROUP_SIZE,
-                        KV_FORMAT,
+                        KV_FORMAT, IS_INVARIANT,
                     )  # fmt: skip
         merge_idx = tl.load(item + ITEM_MERGE_IDX)
         if merge_idx >= 0:
@@ -557,6 +573,7 @@ def mixed_attention(
     kv_format: str | None = None,
     k_scale: float | Tensor | None = None,
     v_scale: float | Tensor | None = None,
+    invariant: bool = False,
     num_programs: int | None = None,
 ) -> None:
     """Runs the items of a plan, and the merges of its split rows, in one launch; writes every row of out and lse.
@@ -580,6 +597,7 @@ def mixed_attention(
             [total_q] int64; as for ``ops.attention``, None for off.
         kv_format: int8, float8_e4m3fn, float8_e5m2 or int4, what the caches are quantised to; None for float.
         k_scale, v_scale: of quantised caches, as for ``ops.attention``.
+        invariant: as for ``ops.attention``; the plan is made so, too.
         num_programs: of the grid; None for as many as the SMs hold at once.
     """
     total_q, num_q_heads, head_dim = q.shape
@@ -589,7 +607,14 @@ def mixed_attention(
     has_row_terms = alibi_slopes is not None or tree_mask is not None
     element_bytes, stored_bits = product_elements(q.dtype, k_cache.dtype, kv_format)
     capability = _capability(q.device)
-    tiles = choose_tiles(head_dim, element_bytes, capability, stored_bits=stored_bits, has_row_terms=has_row_terms)
+    tiles = choose_tiles(
+        head_dim,
+        element_bytes,
+        capability,
+        stored_bits=stored_bits,
+        has_row_terms=has_row_terms,
+        has_one_kind=invariant,
+    )
     if kv_format is not None:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     k_scales, k_scale_head_stride, k_scale_strides = _scale_arguments(k_scale)
@@ -641,6 +666,7 @@ def mixed_attention(
             IS_CAUSAL=causal,
             WINDOW_LEFT=window_left,
             HAS_SOFT_CAP=soft_cap is not None,
+            IS_INVARIANT=invariant,
             KV_FORMAT=kv_format,
             CAPABILITY=10 * capability[0] + capability[1] if q.is_cuda else 0,
             K_STRIDES=k_cache.stride()[:2],

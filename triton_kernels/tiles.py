@@ -99,6 +99,7 @@ def choose_tiles(
     *,
     stored_bits: int | None = None,
     has_row_terms: bool = False,
+    has_one_kind: bool = False,
 ) -> TileChoice:
     """The tiles for this head size and element size on a GPU of this compute capability.
 
@@ -109,6 +110,9 @@ def choose_tiles(
         stored_bits: of an element of K and V in memory; None: it is in memory as in the products.
         has_row_terms: whether rows take ALiBi slopes or words of a tree mask along: with half of the registers they
             spill (888 bytes on sm_90 at head_dim 128).
+        has_one_kind: whether all items are to run in one tile, so that a row's sums do not depend on its company. It is
+            the large one, in which decodes wait for memory, too: on an H100 64 keys at head_dim 128 take an SM 2,400
+            clocks to read and 800 to issue.
     Raises:
         NotImplementedError: the capability is below 8.0, which has no asynchronous copies, or the head is too large.
     """
@@ -128,10 +132,11 @@ def choose_tiles(
             continue
         block_n = min(MAX_BLOCK_N[0], most_keys)
         while block_n >= MIN_BLOCK_N:
+            num_kinds = 1 if has_one_kind else 2
             tiles = TileChoice(
-                block_m=(block_m, 16),
-                block_n=(block_n, min(MAX_BLOCK_N[1], most_keys, 2 * block_n)),
-                num_stages=(2, 2),
+                block_m=(block_m, 16)[:num_kinds],
+                block_n=(block_n, min(MAX_BLOCK_N[1], most_keys, 2 * block_n))[:num_kinds],
+                num_stages=(2, 2)[:num_kinds],
                 block_d=block_d,
                 num_warps=NUM_WARPS,
                 programs_per_sm=2 if is_shared else 1,

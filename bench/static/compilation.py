@@ -61,6 +61,7 @@ def compile_mixed_attention(
     features: tuple[str, ...] = (),
     kv_format: str | None = None,
     scale: Literal["one", "head", "token"] = "one",
+    invariant: bool = False,
     **changed: Any,
 ) -> tuple[Binary, TileChoice]:
     """The attention kernel for a common call: causal, 4 query heads to a kv head, K and V contiguous.
@@ -74,8 +75,9 @@ def compile_mixed_attention(
     has_row_terms = not {"alibi_slopes", "tree_mask"}.isdisjoint(features)
     stored_bits = STORED_BITS.get(kv_format, 8 * ELEMENT_BYTES[dtype])
     tiles = choose_tiles(
-        head_dim, ELEMENT_BYTES[dtype], capability, stored_bits=stored_bits, has_row_terms=has_row_terms
-    )
+        head_dim, ELEMENT_BYTES[dtype], capability, stored_bits=stored_bits, has_row_terms=has_row_terms,
+        has_one_kind=invariant,
+    )  # fmt: skip
     row_bytes = num_kv_heads * head_dim if kv_format is None else num_kv_heads * head_dim * stored_bits // 8
     strides = (page_size * row_bytes, row_bytes)
     scale_strides = (page_size * num_kv_heads, num_kv_heads) if scale == "token" else None
@@ -98,6 +100,7 @@ def compile_mixed_attention(
         "IS_CAUSAL": True,
         "WINDOW_LEFT": None,
         "HAS_SOFT_CAP": False,
+        "IS_INVARIANT": invariant,
         **dict.fromkeys(set(OPTIONAL) - set(features)),
         **changed,
     }

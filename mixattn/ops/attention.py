@@ -17,6 +17,7 @@ from mixattn.ops.attention_call import (
     check_attention,
     check_block_rows,
     check_features,
+    check_fixed_splits,
     check_plan,
     native_sizes,
 )
@@ -298,10 +299,12 @@ def _address(tensor: Tensor | None) -> int:
 
 def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, out: Tensor, lse: Tensor | None) -> None:
     from mixattn.triton_kernels.mixed_attention import mixed_attention
-    from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS
+    from mixattn.triton_kernels.tiles import MAX_BLOCK_N, PLAN_BLOCK_ROWS
 
     assert call.plan is not None
     check_block_rows(call.plan, header, PLAN_BLOCK_ROWS)
+    if call.invariant:
+        check_fixed_splits(call.plan, header, max(MAX_BLOCK_N))
     num_rows, device = header.num_partial_rows, out.device
     mixed_attention(
         call.q,
@@ -326,6 +329,7 @@ def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, o
         kv_format=kv_format(call.k_cache.dtype),
         k_scale=call.k_scale_value if call.k_scale is None else call.k_scale,
         v_scale=call.v_scale_value if call.v_scale is None else call.v_scale,
+        invariant=call.invariant,
     )
 
 
