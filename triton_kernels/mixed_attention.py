@@ -48,7 +48,7 @@ from mixattn.triton_kernels._softmax import (
     weigh_scores,
     weigh_values,
 )
-from mixattn.triton_kernels.tiles import choose_tiles
+from mixattn.triton_kernels.tiles import TileChoice, choose_tiles
 
 # Word offsets of the plan: csrc/common/work_item.h.
 HEADER_WORDS = tl.constexpr(16)
@@ -605,16 +605,8 @@ def mixed_attention(
         return
     page_size, num_kv_heads = k_cache.shape[1:3]
     has_row_terms = alibi_slopes is not None or tree_mask is not None
-    element_bytes, stored_bits = product_elements(q.dtype, k_cache.dtype, kv_format)
+    tiles = choose_call_tiles(q, k_cache, kv_format, has_row_terms=has_row_terms, invariant=invariant)
     capability = _capability(q.device)
-    tiles = choose_tiles(
-        head_dim,
-        element_bytes,
-        capability,
-        stored_bits=stored_bits,
-        has_row_terms=has_row_terms,
-        has_one_kind=invariant,
-    )
     if kv_format is not None:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     k_scales, k_scale_head_stride, k_scale_strides = _scale_arguments(k_scale)
@@ -677,6 +669,21 @@ def mixed_attention(
             maxnreg=tiles.max_registers,
             enable_fp_fusion=True,
         )
+
+
+def choose_call_tiles(
+    q: Tensor, k_cache: Tensor, kv_format: str | None, *, has_row_terms: bool, invariant: bool
+) -> TileChoice:
+    """The tiles that a call runs in; ``has_row_terms`` as for ``choose_tiles``, the rest as for ``mixed_attention``."""
+    element_bytes, stored_bits = product_elements(q.dtype, k_cache.dtype, kv_format)
+    return choose_tiles(
+        q.shape[2],
+        element_bytes,
+        _capability(q.device),
+        stored_bits=stored_bits,
+        has_row_terms=has_row_terms,
+        has_one_kind=invariant,
+    )
 
 
 def product_elements(q_dtype: torch.dtype, kv_dtype: torch.dtype, kv_format: str | None) -> tuple[int, int]:
