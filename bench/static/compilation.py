@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.static.sass import Instruction, parse
+from mixattn.triton_kernels.elementwise import MAX_BLOCK, rms_norm_kernel, silu_mul_kernel
 from mixattn.triton_kernels.kv_cache import append_kv_kernel
 from mixattn.triton_kernels.merge_states import merge_states_kernel
 from mixattn.triton_kernels.mixed_attention import mixed_attention_kernel
@@ -35,7 +36,7 @@ TYPES = {
     **dict.fromkeys(("score_scale", "score_cap", "value_scale"), "fp32"),
 }
 """By name of argument; the other pointers are to the dtype of q, k and v, and the rest are int32."""
-VALUES = ("q", "k", "v", "k_cache", "v_cache", "q_out", "out", "outs")
+VALUES = ("q", "k", "v", "k_cache", "v_cache", "q_out", "out", "outs", "x", "residual", "weight", "y", "gate_up")
 UNALIGNED = re.compile(r"num_\w+|stride_(block_table|alibi_seq|\w*lses?_\w+|\w_scale_\w+)|score_\w+|\w*value\w*")
 """No multiples of 16 as a rule; torch aligns every allocation, and head_dim makes the other strides multiples."""
 
@@ -112,7 +113,8 @@ def compile_mixed_attention(
 def compile_small_kernel(
     name: str, capability: tuple[int, int], dtype: str, head_dim: int, kv_format: str | None = None
 ) -> Binary:
-    """``append_kv`` (neox over the whole head; quantised with a scale per token) or ``merge_states``."""
+    """``append_kv`` (neox over the whole head; quantised with a scale per token), ``merge_states``, ``rms_norm`` with a
+    residual or ``silu_mul``."""
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
@@ -133,6 +135,15 @@ def compile_small_kernel(
         else:
             types |= {"k_cache": "*u8", "v_cache": "*u8"}
         return _compile(append_kv_kernel, capability, dtype, constants, types, num_warps=4, enable_fp_fusion=False)
+    if name in ("rms_norm", "silu_mul"):
+        return _compile(
+            rms_norm_kernel if name == "rms_norm" else silu_mul_kernel,
+            capability,
+            dtype,
+            {"BLOCK": MAX_BLOCK if name == "rms_norm" else MAX_BLOCK // 4},
+            {"eps": "fp32"},
+            num_warps=4,
+        )
     return _compile(merge_states_kernel, capability, dtype, constants, num_warps=4)
 
 

@@ -85,7 +85,7 @@ class AttentionContract:
 
 @dataclass(frozen=True)
 class SmallKernelContract:
-    """``append_kv`` or ``merge_states`` in bfloat16 for an A100 at head_dim 128: no spills, two programs' registers."""
+    """A small kernel in bfloat16 for an A100, at head_dim 128: no spills, two programs' registers."""
 
     name: str
     registers: int = 128
@@ -182,6 +182,8 @@ CONTRACTS: list[AttentionContract | SmallKernelContract] = [
     SmallKernelContract("append_kv-int4", kv_format="int4"),
     SmallKernelContract("append_kv-float8", kv_format="float8_e4m3fn"),
     SmallKernelContract("merge_states", kernel="merge_states"),
+    SmallKernelContract("rms_norm", kernel="rms_norm"),
+    SmallKernelContract("silu_mul", kernel="silu_mul"),
 ]  # fmt: skip
 QUICK = ("sm_90-hd128", "sm_80-hd128")
 """The cases of the default tests."""
