@@ -21,6 +21,8 @@ from mixattn.triton_kernels.elementwise import MAX_BLOCK, rms_norm_kernel, silu_
 from mixattn.triton_kernels.kv_cache import append_kv_kernel
 from mixattn.triton_kernels.merge_states import merge_states_kernel
 from mixattn.triton_kernels.mixed_attention import mixed_attention_kernel
+from mixattn.triton_kernels.sampling import MAX_BLOCK as MAX_SAMPLING_BLOCK
+from mixattn.triton_kernels.sampling import draw_kernel
 from mixattn.triton_kernels.tiles import TileChoice, choose_tiles
 
 TRITON_DTYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
@@ -114,7 +116,7 @@ def compile_small_kernel(
     name: str, capability: tuple[int, int], dtype: str, head_dim: int, kv_format: str | None = None
 ) -> Binary:
     """``append_kv`` (neox over the whole head; quantised with a scale per token), ``merge_states``, ``rms_norm`` with a
-    residual or ``silu_mul``."""
+    residual, ``silu_mul`` or ``draw``."""
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
@@ -135,6 +137,15 @@ def compile_small_kernel(
         else:
             types |= {"k_cache": "*u8", "v_cache": "*u8"}
         return _compile(append_kv_kernel, capability, dtype, constants, types, num_warps=4, enable_fp_fusion=False)
+    if name == "draw":
+        types = {
+            **dict.fromkeys(("logits", "maxima", "temperatures", "log_min_ps"), "*fp32"),
+            **dict.fromkeys(("row_ids", "token_ids"), "*i64"),
+            **dict.fromkeys(("top_ks", "keys"), "*i32"),
+            "top_ps": "*fp64",
+        }
+        block = {"BLOCK": MAX_SAMPLING_BLOCK}
+        return _compile(draw_kernel, capability, dtype, block, types, num_warps=8, enable_fp_fusion=False)
     if name in ("rms_norm", "silu_mul"):
         return _compile(
             rms_norm_kernel if name == "rms_norm" else silu_mul_kernel,

@@ -184,6 +184,7 @@ CONTRACTS: list[AttentionContract | SmallKernelContract] = [
     SmallKernelContract("merge_states", kernel="merge_states"),
     SmallKernelContract("rms_norm", kernel="rms_norm"),
     SmallKernelContract("silu_mul", kernel="silu_mul"),
+    SmallKernelContract("draw", registers=255, kernel="draw"),
 ]  # fmt: skip
 QUICK = ("sm_90-hd128", "sm_80-hd128")
 """The cases of the default tests."""
