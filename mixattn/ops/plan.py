@@ -194,12 +194,13 @@ def with_workers(hardware: Hardware, num_sms: int, programs_per_sm: int) -> Hard
 
 SM_RATES = {"H100-SXM": (989e12 / 132, 3.35e12 / 132), "A100-SXM": (312e12 / 108, 2.039e12 / 108)}
 """flops_per_s and bytes_per_s of one SM, by ``Hardware.name``."""
-H100 = with_workers(Hardware("H100-SXM", 132, *SM_RATES["H100-SXM"], GPU_ITEM_OVERHEAD_S, items_per_worker=6), 132, 2)
+H100 = with_workers(Hardware("H100-SXM", 132, *SM_RATES["H100-SXM"], GPU_ITEM_OVERHEAD_S, items_per_worker=2), 132, 2)
 """Data sheet of the H100 SXM5 80 GB: 989 TFLOP/s dense bfloat16, 3.35 TB/s, 132 SMs. Roofs, no kernel's figure.
 
-The workers are the programs that an SM holds of the kernel for 16-bit heads up to 128 (triton_kernels/tiles.py). With
-4 items for each, 64 decodes at 8k keys beside a chunk of 512 leave an imbalance of 13 %, with 6 one of 3 %, as
-``PlanCost`` has it."""
+The workers are the programs that an SM holds of the kernel for 16-bit heads up to 128 (triton_kernels/tiles.py). Over
+request traces (``bench_plan --traces``) 2 items for each, 4 for an SM, have the least bound or are within 4 % of it; 6
+have up to 1.6 times that, for the partial results of chunks.
+"""
 A100 = Hardware("A100-SXM", 108, *SM_RATES["A100-SXM"], GPU_ITEM_OVERHEAD_S)
 """Data sheet of the A100 SXM4 80 GB: 312 TFLOP/s dense bfloat16, 2,039 GB/s, 108 SMs. Roofs, no kernel's figure."""
 
