@@ -23,7 +23,8 @@ def weigh_scores(scores, scale_log2, row_max, MAY_BE_EMPTY: tl.constexpr):
 
     Args:
         scores: [BLOCK_M, BLOCK_N] float32, not yet scaled, -inf where masked.
-        scale_log2: > 0; to scale the maximum and not each score leaves one multiply-add per score before exp2.
+        scale_log2: [1], for all rows, or [BLOCK_M], > 0; to scale the maximum and not each score leaves one
+            multiply-add per score before exp2.
         row_max: [BLOCK_M] float32, of all earlier scores, scaled; -inf before the first.
         MAY_BE_EMPTY: whether a row may have no score above -inf up to here.
     """
@@ -32,9 +33,30 @@ def weigh_scores(scores, scale_log2, row_max, MAY_BE_EMPTY: tl.constexpr):
     if MAY_BE_EMPTY:
         # -inf - -inf would be NaN: a row without keys subtracts 0 and gets weights exp2(-inf) = 0.
         offset = tl.where(new_row_max == -float("inf"), 0.0, new_row_max)
-    weights = tl.exp2(scores * scale_log2 - offset[:, None])
+    weights = tl.exp2(scores * scale_log2[:, None] - offset[:, None])
     rescale = tl.exp2(row_max - offset)
     return weights, new_row_max, rescale
+
+
+@triton.jit
+def weigh_values(weights, value_scale, value_max):
+    """(weights, new_value_max, rescale): weights * value_scale in units of the largest value_scale up to here.
+
+    The products with V are of float16, in which small scales would be lost. (A scale that is NaN stays one.)
+
+    Args:
+        weights: [BLOCK_M, BLOCK_N] float32 in [0, 1].
+        value_scale: [BLOCK_N] or [BLOCK_M, BLOCK_N] float32, 0 for what no row or the row does not see.
+        value_max: [1, 1] or [BLOCK_M, 1] float32, > 0; the accumulator is in units of it and is to be multiplied with
+            rescale.
+    """
+    if len(value_scale.shape) == 1:
+        new_value_max = tl.maximum(value_max, tl.max(value_scale, 0))
+        value_scale = value_scale[None, :]
+    else:
+        new_value_max = tl.maximum(value_max, tl.max(value_scale, 1)[:, None])
+    inverse = 1.0 / new_value_max
+    return weights * (value_scale * inverse), new_value_max, value_max * inverse
 
 
 @triton.jit

@@ -7,7 +7,8 @@
 # Grid    programs of 8 warps, as many as the SMs hold at once, whatever the batch; an item runs in the smallest tile of
 #         tiles.py that holds its rows: 128 or 16. Tiles are chosen by the compilers' output: no speed has been measured
 # Shapes  q, out [total_q, num_q_heads, head_dim], k_cache, v_cache [num_pages, page_size, num_kv_heads, head_dim] in
-#         bf16, fp16 or fp32; lse [total_q, num_q_heads] fp32; partials [num_partial_rows, head_dim] fp32
+#         bf16, fp16 or fp32, the caches also in int8, fp8 and int4 (_quantized.py) with scales; lse [total_q,
+#         num_q_heads] fp32; partials [num_partial_rows, head_dim] fp32
 # Memory  an item reads 2 keys head_dim element_bytes, and reads and writes rows head_dim element_bytes; one of split
 #         rows writes and reads again 4 rows (head_dim + 1) bytes instead; shared memory as tiles.shared_bytes
 # Static  head_dim 128, bf16, pages of 16, group 4, causal (bench/static/README.md has the other cases):
@@ -15,7 +16,7 @@
 #                                                          per SM    of 128 rows / of 16
 #         sm_90 (wgmma)   128        0       98,304        2         759 / 1,976
 #         sm_80 (mma)     255        0       73,728        1         933 / 1,900
-#         sm_100 (tcgen05) 217       0       98,848        1         719 / 1,846
+#         sm_100 (tcgen05) 218       0       98,848        1         719 / 1,854
 # Limits  head_dim up to 256, any page_size, group and strides, the last dimension contiguous; sm_80+; Triton 3.5+. What
 #         a deployment fixes is compiled in: group size, page size, window, the strides of pages and of tokens in them
 # Twins   csrc/cpu/mixed_attention-inl.h; truth ops/reference.py
@@ -26,14 +27,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixattn.triton_kernels._numeric import dot, narrow
+from mixattn.triton_kernels._numeric import dot, narrow, widen
+from mixattn.triton_kernels._pages import convert, load_keys, load_scales, locate_keys
+from mixattn.triton_kernels._quantized import MIN_ROW_SCALE, element_dims, fit_half
 from mixattn.triton_kernels._softmax import (
     LN_2,
     LOG2_E,
@@ -44,8 +46,9 @@ from mixattn.triton_kernels._softmax import (
     new_row_sum,
     sum_rows,
     weigh_scores,
+    weigh_values,
 )
-from mixattn.triton_kernels.tiles import choose_tiles
+from mixattn.triton_kernels.tiles import TileChoice, choose_tiles
 
 # Word offsets of the plan: csrc/common/work_item.h.
 HEADER_WORDS = tl.constexpr(16)
@@ -71,57 +74,8 @@ NUM_ROWS_MASK = tl.constexpr(0xFFFF)
 INT32_MAX = tl.constexpr(2**31 - 1)
 TREE_MASK_BITS = tl.constexpr(64)
 """Of a row's word: bit d is for the key d before the row."""
-MAX_RUN = tl.constexpr(16)
-"""Keys located through one page id at most. 8 warps hold the rows of a tile of 128 columns 16 apart, so that a thread
-has one offset inside a run for all of its rows; with longer runs it has one for each, and spills."""
-
 MERGE_BLOCK_ROWS = tl.constexpr(16)
 """Rows merged at once: those of a small tile, so that a merge takes no more registers than the items before it."""
-
-
-@triton.constexpr_function
-def largest_common_power_of_two(a: int, b: int) -> int:
-    """The largest power of two that divides both."""
-    return math.gcd(a, b) & -math.gcd(a, b)
-
-
-@triton.jit
-def load_rows(pointers, is_row, HEAD_DIM: tl.constexpr, IS_MASKED: tl.constexpr):
-    """[rows, BLOCK_D] from memory; 0 past HEAD_DIM and, with IS_MASKED, where is_row is false."""
-    BLOCK_D: tl.constexpr = pointers.shape[1]
-    is_dim = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    if IS_MASKED:
-        tile = tl.load(pointers, mask=is_row[:, None] & is_dim, other=0.0)
-    elif BLOCK_D != HEAD_DIM:
-        tile = tl.load(pointers, mask=is_dim, other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
-
-
-@triton.jit
-def locate_keys(
-    block_table_row,
-    tile_begin,
-    kv_end,
-    BLOCK_N: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    STRIDES: tl.constexpr,
-    IS_EDGE: tl.constexpr,
-):
-    """[BLOCK_N] int64, where the keys from tile_begin (a multiple of BLOCK_N) on lie in a cache of these STRIDES.
-
-    With IS_EDGE the keys from kv_end on, which may have no page, get any place.
-    """
-    RUN: tl.constexpr = largest_common_power_of_two(PAGE_SIZE, MAX_RUN)  # keys that are sure to share a page
-    run_begin = (tile_begin + tl.arange(0, BLOCK_N // RUN) * RUN).to(tl.uint32)  # never negative: shifts, not divisions
-    table_entry = block_table_row + run_begin // PAGE_SIZE
-    # Table entries past the last page may be anything: neither they nor pages through them are read.
-    page = tl.load(table_entry, mask=run_begin < kv_end, other=0) if IS_EDGE else tl.load(table_entry)
-    # int64: caches of more than 2^31 elements are common.
-    run_offset = page.to(tl.int64) * STRIDES[0] + (run_begin % PAGE_SIZE).to(tl.int64) * STRIDES[1]
-    key_offset = tl.arange(0, RUN).to(tl.int64) * STRIDES[1]
-    return tl.reshape(run_offset[:, None] + key_offset[None, :], [BLOCK_N])
 
 
 @triton.jit
@@ -139,6 +93,7 @@ def attend_tile(
     accumulator,
     row_max,
     row_sum,
+    value_max,
     row_position,
     row_kv_end,
     row_slope,
@@ -150,45 +105,59 @@ def attend_tile(
     block_table_row,
     k_head,
     v_head,
+    k_scale_head,
+    v_scale_head,
     score_scale,
     score_cap,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    KV_FORMAT: tl.constexpr,
+    CAPABILITY: tl.constexpr,
     K_STRIDES: tl.constexpr,
     V_STRIDES: tl.constexpr,
+    K_SCALE_STRIDES: tl.constexpr,
+    V_SCALE_STRIDES: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     WINDOW_LEFT: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
+    IS_INVARIANT: tl.constexpr,
     IS_EDGE: tl.constexpr,
 ):
-    """(accumulator, row_max, row_sum) after the keys [tile_begin, tile_begin + BLOCK_N).
+    """(accumulator, row_max, row_sum, value_max) after the keys [tile_begin, tile_begin + BLOCK_N).
 
     Without IS_EDGE every row sees every key of the tile; with it, each its own part of [kv_begin, kv_end).
-    row_slope (ALiBi's, in log2 units) and row_word (tree_mask's) are None where these are off.
+    row_slope (ALiBi's, in log2 units) and row_word (tree_mask's) are None where these are off, and so are k_scale_head
+    and v_scale_head without scales per token. score_scale is [1], for all rows, or [BLOCK_M].
     """
     BLOCK_M: tl.constexpr = query.shape[0]
-    dim = tl.arange(0, query.shape[1])
+    BLOCK_D: tl.constexpr = query.shape[1]
     key = tile_begin + tl.arange(0, BLOCK_N)
     is_key = (key >= kv_begin) & (key < kv_end)
     k_offsets = locate_keys(block_table_row, tile_begin, kv_end, BLOCK_N, PAGE_SIZE, K_STRIDES, IS_EDGE)
     v_offsets = k_offsets
     if K_STRIDES != V_STRIDES:
         v_offsets = locate_keys(block_table_row, tile_begin, kv_end, BLOCK_N, PAGE_SIZE, V_STRIDES, IS_EDGE)
-    k = load_rows((k_head + k_offsets[:, None]) + dim[None, :], is_key, HEAD_DIM, IS_EDGE)  # (BLOCK_N, BLOCK_D)
+    k = convert(load_keys(k_head, k_offsets, is_key, HEAD_DIM, BLOCK_D, KV_FORMAT, CAPABILITY, IS_EDGE), query.dtype)
+    # k is (BLOCK_N, BLOCK_D)
     scores = dot(query, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # (BLOCK_M, BLOCK_N)
+    if k_scale_head is not None:
+        key_scale = load_scales(
+            k_scale_head, block_table_row, tile_begin, kv_end, is_key, BLOCK_N, PAGE_SIZE, K_SCALE_STRIDES, IS_EDGE
+        )
+        scores = scores * key_scale[None, :]
     scale = score_scale
     if HAS_SOFT_CAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1); score_scale holds 2 log2(e) / soft_cap. exp2 = inf gives 1.
-        scores = 1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0)
-        scale = score_cap
+        scores = 1.0 - 2.0 / (tl.exp2(scores * score_scale[:, None]) + 1.0)
+        scale = tl.zeros([1], tl.float32) + score_cap
     if row_slope is not None:
         # float32 holds positions up to 2^24 exactly; to convert each distance would take as long as its exponential.
         distance = key.to(tl.float32)[None, :] - row_position.to(tl.float32)[:, None]
         if not IS_CAUSAL:
             distance = -tl.abs(distance)
-        scores = scores * scale + row_slope[:, None] * distance
-        scale = 1.0
+        scores = scores * scale[:, None] + row_slope[:, None] * distance
+        scale = tl.full([1], 1.0, tl.float32)
     if IS_EDGE:
         # Keys before the item's count as behind every row's end: one compare per score and not two.
         bounded_key = tl.where(key >= kv_begin, key, INT32_MAX)
@@ -201,10 +170,24 @@ def attend_tile(
         scores = tl.where(is_visible, scores, -float("inf"))
     weights, row_max, rescale = weigh_scores(scores, scale, row_max, IS_EDGE)
     row_sum = add_weights(row_sum, rescale, weights)
+    rescale = rescale[:, None]
+    if v_scale_head is not None:
+        value_scale = load_scales(
+            v_scale_head, block_table_row, tile_begin, kv_end, is_key, BLOCK_N, PAGE_SIZE, V_SCALE_STRIDES, IS_EDGE
+        )
+        if query.dtype == tl.float32:
+            weights = weights * value_scale[None, :]
+        else:
+            if IS_INVARIANT:
+                value_scale = tl.where(
+                    is_visible, value_scale[None, :], 0.0
+                )  # a row's unit is then its own keys' alone
+            weights, value_max, value_rescale = weigh_values(weights, value_scale, value_max)
+            rescale = rescale * value_rescale
     # V of what is no key of the item is 0, not what memory holds there: 0 * NaN would be NaN.
-    v = load_rows((v_head + v_offsets[:, None]) + dim[None, :], is_key, HEAD_DIM, IS_EDGE)  # (BLOCK_N, BLOCK_D)
-    accumulator = dot(narrow(weights, v.dtype), v, accumulator * rescale[:, None])
-    return accumulator, row_max, row_sum
+    v = convert(load_keys(v_head, v_offsets, is_key, HEAD_DIM, BLOCK_D, KV_FORMAT, CAPABILITY, IS_EDGE), query.dtype)
+    accumulator = dot(narrow(weights, v.dtype), v, accumulator * rescale)  # v is (BLOCK_N, BLOCK_D)
+    return accumulator, row_max, row_sum, value_max
 
 
 @triton.jit
@@ -225,12 +208,18 @@ def store_rows(
     stride_lse_token,
     HEAD_DIM: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    KV_FORMAT: tl.constexpr,
+    IS_INVARIANT: tl.constexpr,
 ):
     """The item's rows from first_row on, normalised, to out and lse, or to its rows of the partials."""
     row_sum = sum_rows(row_sum)
     row = first_row + tl.arange(0, accumulator.shape[0])
     is_whole = tl.load(item + ITEM_MERGE_IDX) < 0
     if sinks is not None:
+        if IS_INVARIANT:
+            # As in the merge, where a row is normalised before the sink comes in.
+            accumulator, row_max = finish_rows(accumulator, row_max, row_sum)
+            row_sum = tl.where(row_max == -float("inf"), 0.0, 1.0)
         sink_head = tl.load(item + ITEM_KV_HEAD) * GROUP_SIZE + (tl.load(item + ITEM_ROW_BEGIN) + row) % GROUP_SIZE
         end_row = tl.where(is_whole, INT32_MAX, 0)  # split rows get theirs, once, in the merge
         sink = tl.load(sinks + sink_head, mask=row < end_row, other=-float("inf"))
@@ -240,7 +229,7 @@ def store_rows(
     # spill it, all through the walk over the keys.
     row_begin = tl.load(item + ITEM_ROW_BEGIN, volatile=True)
     num_rows = tl.load(item + ITEM_ROWS_AND_KIND, volatile=True) & NUM_ROWS_MASK
-    dim = tl.arange(0, accumulator.shape[1])
+    dim = element_dims(accumulator.shape[1], KV_FORMAT)
     is_row = row < num_rows
     is_value = is_row[:, None] & (dim < HEAD_DIM)[None, :]
     if is_whole:
@@ -279,6 +268,8 @@ def attend_item(
     q,
     k_cache,
     v_cache,
+    k_scale,
+    v_scale,
     block_table,
     alibi_slopes,
     tree_mask,
@@ -290,10 +281,13 @@ def attend_item(
     stride_q_head,
     stride_k_head,
     stride_v_head,
+    stride_k_scale_head,
+    stride_v_scale_head,
     stride_block_table,
     stride_alibi_seq,
     score_scale,
     score_cap,
+    value_scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -301,11 +295,16 @@ def attend_item(
     NUM_STAGES: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    KV_FORMAT: tl.constexpr,
+    CAPABILITY: tl.constexpr,
     K_STRIDES: tl.constexpr,
     V_STRIDES: tl.constexpr,
+    K_SCALE_STRIDES: tl.constexpr,
+    V_SCALE_STRIDES: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     WINDOW_LEFT: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
+    IS_INVARIANT: tl.constexpr,
 ):
     """(accumulator, row_max, row_sum) of the item's rows [first_row, first_row + BLOCK_M) over its keys."""
     seq_idx = tl.load(item + ITEM_SEQ_IDX)
@@ -316,14 +315,37 @@ def attend_item(
     token = (tl.load(cu_seqlens_q + seq_idx) + row // GROUP_SIZE).to(tl.int64)
     head = (kv_head * GROUP_SIZE + row % GROUP_SIZE).to(tl.int64)
     q_rows = q + (token * stride_q_token + head * stride_q_head)[:, None]
-    query = load_rows(q_rows + tl.arange(0, BLOCK_D)[None, :], is_row, HEAD_DIM, True)  # (BLOCK_M, BLOCK_D)
+    dim = element_dims(BLOCK_D, KV_FORMAT)[None, :]
+    query = tl.load(q_rows + dim, mask=is_row[:, None] & (dim < HEAD_DIM), other=0.0)  # (BLOCK_M, BLOCK_D)
+    score_scale = tl.zeros([1], tl.float32) + score_scale
+    if KV_FORMAT is not None:
+        # float16 holds what is stored exactly, and costs an instruction for two elements where bfloat16 costs four.
+        if query.dtype == tl.bfloat16:
+            query, row_scale = fit_half(query)
+            score_scale = score_scale * row_scale
+    elif query.dtype != k_cache.dtype.element_ty:
+        query = widen(query)
 
     block_table_row = block_table + seq_idx.to(tl.int64) * stride_block_table
     k_head = k_cache + kv_head.to(tl.int64) * stride_k_head
     v_head = v_cache + kv_head.to(tl.int64) * stride_v_head
+    # Scales per token go along with the keys, a scale of the head into the scores' and behind the sum.
+    k_scale_head = None
+    v_scale_head = None
+    if k_scale is not None:
+        k_scale_head = k_scale + kv_head.to(tl.int64) * stride_k_scale_head
+        if K_SCALE_STRIDES is None:
+            score_scale = score_scale * tl.load(k_scale_head)
+            k_scale_head = None
+    if v_scale is not None:
+        v_scale_head = v_scale + kv_head.to(tl.int64) * stride_v_scale_head
+        if V_SCALE_STRIDES is None:
+            value_scale = value_scale * tl.load(v_scale_head)
+            v_scale_head = None
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = new_row_sum(BLOCK_M, BLOCK_N)
+    value_max = tl.full([BLOCK_M if IS_INVARIANT else 1, 1], MIN_ROW_SCALE, tl.float32)
     row_slope = None
     if alibi_slopes is not None:
         slopes = alibi_slopes + seq_idx.to(tl.int64) * stride_alibi_seq
@@ -333,7 +355,8 @@ def attend_item(
         row_word = tl.load(tree_mask + token, mask=is_row, other=0)
     # First the tiles that all rows see whole, then those that the window or the causal edge cuts or that reach out of
     # the item. The bounds are made for each walk anew, from memory, so that the first holds nothing for the second.
-    for is_edge in tl.static_range(2):
+    # An invariant call has one walk over all of them in order: which tiles are whole depends on a row's company.
+    for is_edge in tl.static_range(1 if IS_INVARIANT else 0, 2):
         kv_begin = tl.load(item + ITEM_KV_BEGIN, volatile=True)
         kv_end = tl.load(item + ITEM_KV_END, volatile=True)
         position, first_position, last_position, slice_begin = row_positions(
@@ -354,16 +377,24 @@ def attend_item(
         # Tiles start at multiples of BLOCK_N wherever the item's keys do, so that none straddles a page it need not.
         first_full = tl.cdiv(full_begin, BLOCK_N)
         num_full = tl.maximum(full_end // BLOCK_N - first_full, 0)
+        if IS_INVARIANT:
+            num_full = 0
         begin = kv_begin // BLOCK_N if is_edge else first_full
         end = tl.cdiv(kv_end, BLOCK_N) - num_full if is_edge else first_full + num_full
         for tile in tl.range(begin, end, num_stages=NUM_STAGES):
             if is_edge:
                 tile += tl.where(tile < first_full, 0, num_full)
-            accumulator, row_max, row_sum = attend_tile(
-                query, accumulator, row_max, row_sum, position, row_kv_end, row_slope, row_word, slice_begin,
-                tile * BLOCK_N, kv_begin, kv_end, block_table_row, k_head, v_head, score_scale, score_cap, HEAD_DIM,
-                BLOCK_N, PAGE_SIZE, K_STRIDES, V_STRIDES, IS_CAUSAL, WINDOW_LEFT, HAS_SOFT_CAP, IS_EDGE=is_edge == 1,
+            accumulator, row_max, row_sum, value_max = attend_tile(
+                query, accumulator, row_max, row_sum, value_max, position, row_kv_end, row_slope, row_word, slice_begin,
+                tile * BLOCK_N, kv_begin, kv_end, block_table_row, k_head, v_head, k_scale_head, v_scale_head,
+                score_scale, score_cap, HEAD_DIM, BLOCK_N, PAGE_SIZE, KV_FORMAT, CAPABILITY, K_STRIDES, V_STRIDES,
+                K_SCALE_STRIDES, V_SCALE_STRIDES, IS_CAUSAL, WINDOW_LEFT, HAS_SOFT_CAP, IS_INVARIANT,
+                IS_EDGE=is_edge == 1,
             )  # fmt: skip
+    if v_scale_head is not None and query.dtype != tl.float32:
+        accumulator = accumulator * value_max
+    elif KV_FORMAT is not None:
+        accumulator = accumulator * value_scale
     return accumulator, row_max, row_sum
 
 
@@ -425,6 +456,8 @@ def mixed_attention_kernel(
     q,
     k_cache,
     v_cache,
+    k_scale,
+    v_scale,
     cu_seqlens_q,
     seq_lens,
     block_table,
@@ -441,6 +474,8 @@ def mixed_attention_kernel(
     stride_q_head,
     stride_k_head,
     stride_v_head,
+    stride_k_scale_head,
+    stride_v_scale_head,
     stride_block_table,
     stride_alibi_seq,
     stride_out_token,
@@ -448,6 +483,7 @@ def mixed_attention_kernel(
     stride_lse_token,
     score_scale,
     score_cap,
+    value_scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -455,11 +491,16 @@ def mixed_attention_kernel(
     NUM_STAGES: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    KV_FORMAT: tl.constexpr,
+    CAPABILITY: tl.constexpr,
     K_STRIDES: tl.constexpr,
     V_STRIDES: tl.constexpr,
+    K_SCALE_STRIDES: tl.constexpr,
+    V_SCALE_STRIDES: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     WINDOW_LEFT: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
+    IS_INVARIANT: tl.constexpr,
 ):
     """Draws items of the plan until none is left; BLOCK_M, BLOCK_N and NUM_STAGES have an entry for each tile."""
     num_items = tl.load(plan_words + HEADER_NUM_ITEMS)
@@ -477,15 +518,17 @@ def mixed_attention_kernel(
             if (num_rows <= most_rows) & (num_rows > too_few_rows):
                 for first_row in tl.range(0, num_rows, BLOCK_M[tile], num_stages=1, disable_licm=True):
                     accumulator, row_max, row_sum = attend_item(
-                        q, k_cache, v_cache, block_table, alibi_slopes, tree_mask, item, first_row, cu_seqlens_q,
-                        seq_lens, stride_q_token, stride_q_head, stride_k_head, stride_v_head, stride_block_table,
-                        stride_alibi_seq, score_scale, score_cap, HEAD_DIM, BLOCK_D, BLOCK_M[tile], BLOCK_N[tile],
-                        NUM_STAGES[tile], GROUP_SIZE, PAGE_SIZE, K_STRIDES, V_STRIDES, IS_CAUSAL, WINDOW_LEFT,
-                        HAS_SOFT_CAP,
+                        q, k_cache, v_cache, k_scale, v_scale, block_table, alibi_slopes, tree_mask, item, first_row,
+                        cu_seqlens_q, seq_lens, stride_q_token, stride_q_head, stride_k_head, stride_v_head,
+                        stride_k_scale_head, stride_v_scale_head, stride_block_table, stride_alibi_seq, score_scale,
+                        score_cap, value_scale, HEAD_DIM, BLOCK_D, BLOCK_M[tile], BLOCK_N[tile], NUM_STAGES[tile],
+                        GROUP_SIZE, PAGE_SIZE, KV_FORMAT, CAPABILITY, K_STRIDES, V_STRIDES, K_SCALE_STRIDES,
+                        V_SCALE_STRIDES, IS_CAUSAL, WINDOW_LEFT, HAS_SOFT_CAP, IS_INVARIANT,
                     )  # fmt: skip
                     store_rows(
                         accumulator, row_max, row_sum, out, lse, partial_out, partial_lse, sinks, item, first_row,
                         cu_seqlens_q, stride_out_token, stride_out_head, stride_lse_token, HEAD_DIM, GROUP_SIZE,
+                        KV_FORMAT, IS_INVARIANT,
                     )  # fmt: skip
         merge_idx = tl.load(item + ITEM_MERGE_IDX)
         if merge_idx >= 0:
@@ -527,6 +570,10 @@ def mixed_attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    kv_format: str | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+    invariant: bool = False,
     num_programs: int | None = None,
 ) -> None:
     """Runs the items of a plan, and the merges of its split rows, in one launch; writes every row of out and lse.
@@ -536,8 +583,8 @@ def mixed_attention(
     all tensors are on one device (the CPU under the interpreter).
 
     Args:
-        q: [total_q, num_q_heads, head_dim]; k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim]; of one
-            float dtype, any strides, the last dimension contiguous.
+        q: [total_q, num_q_heads, head_dim]; k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], float or
+            quantised (uint8 holds int4, [..., head_dim / 2]); any strides, the last dimension contiguous.
         cu_seqlens_q, seq_lens, block_table: int32, as for ``ops.attention``.
         plan_words: int32, the plan's ``buffer``, made with ``PLAN_BLOCK_ROWS`` for these lengths and this mask.
         out: as q, written. lse: [total_q, num_q_heads] float32, written, natural log; or None.
@@ -548,6 +595,9 @@ def mixed_attention(
         softmax_scale: > 0. window_left, soft_cap: None for off.
         alibi_slopes: [num_q_heads] or [num_seqs, num_q_heads] float32; sinks: [num_q_heads] float32; tree_mask:
             [total_q] int64; as for ``ops.attention``, None for off.
+        kv_format: int8, float8_e4m3fn, float8_e5m2 or int4, what the caches are quantised to; None for float.
+        k_scale, v_scale: of quantised caches, as for ``ops.attention``.
+        invariant: as for ``ops.attention``; the plan is made so, too.
         num_programs: of the grid; None for as many as the SMs hold at once.
     """
     total_q, num_q_heads, head_dim = q.shape
@@ -555,7 +605,14 @@ def mixed_attention(
         return
     page_size, num_kv_heads = k_cache.shape[1:3]
     has_row_terms = alibi_slopes is not None or tree_mask is not None
-    tiles = choose_tiles(head_dim, q.element_size(), _capability(q.device), has_row_terms=has_row_terms)
+    tiles = choose_call_tiles(q, k_cache, kv_format, has_row_terms=has_row_terms, invariant=invariant)
+    capability = _capability(q.device)
+    if kv_format is not None:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    k_scales, k_scale_head_stride, k_scale_strides = _scale_arguments(k_scale)
+    v_scales, v_scale_head_stride, v_scale_strides = _scale_arguments(v_scale)
+    if isinstance(k_scale, (float, int)):
+        softmax_scale *= k_scale
     # In units of log2, so that the kernel's only exponential is exp2; with a cap, tanh's argument is doubled for exp.
     score_scale = softmax_scale * LOG2_E.value if soft_cap is None else 2.0 * softmax_scale * LOG2_E.value / soft_cap
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
@@ -563,6 +620,8 @@ def mixed_attention(
             q,
             k_cache,
             v_cache,
+            k_scales,
+            v_scales,
             cu_seqlens_q,
             seq_lens,
             block_table,
@@ -579,6 +638,8 @@ def mixed_attention(
             q.stride(1),
             k_cache.stride(2),
             v_cache.stride(2),
+            k_scale_head_stride,
+            v_scale_head_stride,
             block_table.stride(0),
             0 if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes.stride(0),
             out.stride(0),
@@ -586,6 +647,7 @@ def mixed_attention(
             0 if lse is None else lse.stride(0),
             score_scale,
             (soft_cap or 0.0) * LOG2_E.value,
+            float(v_scale) if isinstance(v_scale, (float, int)) else 1.0,
             HEAD_DIM=head_dim,
             BLOCK_D=tiles.block_d,
             BLOCK_M=tiles.block_m,
@@ -596,12 +658,50 @@ def mixed_attention(
             IS_CAUSAL=causal,
             WINDOW_LEFT=window_left,
             HAS_SOFT_CAP=soft_cap is not None,
+            IS_INVARIANT=invariant,
+            KV_FORMAT=kv_format,
+            CAPABILITY=10 * capability[0] + capability[1] if q.is_cuda else 0,
             K_STRIDES=k_cache.stride()[:2],
             V_STRIDES=v_cache.stride()[:2],
+            K_SCALE_STRIDES=k_scale_strides,
+            V_SCALE_STRIDES=v_scale_strides,
             num_warps=tiles.num_warps,
             maxnreg=tiles.max_registers,
             enable_fp_fusion=True,
         )
+
+
+def choose_call_tiles(
+    q: Tensor, k_cache: Tensor, kv_format: str | None, *, has_row_terms: bool, invariant: bool
+) -> TileChoice:
+    """The tiles that a call runs in; ``has_row_terms`` as for ``choose_tiles``, the rest as for ``mixed_attention``."""
+    element_bytes, stored_bits = product_elements(q.dtype, k_cache.dtype, kv_format)
+    return choose_tiles(
+        q.shape[2],
+        element_bytes,
+        _capability(q.device),
+        stored_bits=stored_bits,
+        has_row_terms=has_row_terms,
+        has_one_kind=invariant,
+    )
+
+
+def product_elements(q_dtype: torch.dtype, kv_dtype: torch.dtype, kv_format: str | None) -> tuple[int, int]:
+    """(bytes of an element in the matrix products, bits of an element of K and V in memory).
+
+    Products are of q's dtype where K and V have it too; of float16 where 16-bit queries meet quantised K and V, which
+    it holds exactly; and of float32 otherwise.
+    """
+    stored_bits = 4 if kv_format == "int4" else 8 * kv_dtype.itemsize
+    is_narrow = q_dtype.itemsize == 2 and (kv_dtype == q_dtype or kv_format is not None)
+    return 2 if is_narrow else 4, stored_bits
+
+
+def _scale_arguments(scale: float | Tensor | None) -> tuple[Tensor | None, int, tuple[int, int] | None]:
+    """(the tensor, the stride of its heads, those of its pages and tokens); None where it has none."""
+    if not isinstance(scale, Tensor):
+        return None, 0, None
+    return scale, scale.stride(-1), None if scale.dim() == 1 else (scale.stride(0), scale.stride(1))
 
 
 INTERPRETED_CAPABILITY = (9, 0)

@@ -67,9 +67,15 @@ class TileChoice:
     max_registers: int | None
 
 
-def shared_bytes(tiles: TileChoice, element_bytes: int, capability: tuple[int, int]) -> int:
-    """Shared memory that a program takes, at most: Q, the tiles of K and V in flight and in use, weights, results."""
+def shared_bytes(
+    tiles: TileChoice, element_bytes: int, capability: tuple[int, int], stored_bits: int | None = None
+) -> int:
+    """Shared memory that a program takes, at most: Q, the tiles of K and V in flight and in use, weights, results.
+
+    Args: as for ``choose_tiles``.
+    """
     row_bytes = tiles.block_d * element_bytes
+    stored_row_bytes = row_bytes if stored_bits is None else tiles.block_d * stored_bits // 8
     most = 0
     for block_m, block_n, num_stages in zip(tiles.block_m, tiles.block_n, tiles.num_stages, strict=True):
         num_kv_tiles = 2 * num_stages
@@ -77,7 +83,9 @@ def shared_bytes(tiles: TileChoice, element_bytes: int, capability: tuple[int, i
             num_kv_tiles += 4  # wgmma and tcgen05 read from shared memory: K and V in use, each split into two tf32
         if block_m < 64 or capability[0] not in (9, 10):
             num_kv_tiles -= 2  # mma.sync has its operands in registers: a tile in use is in shared memory no more
-        walk = (block_m + num_kv_tiles * block_n) * row_bytes
+        walk = block_m * row_bytes + num_kv_tiles * block_n * stored_row_bytes
+        if stored_row_bytes != row_bytes:
+            walk += 2 * block_n * row_bytes  # K and V in use are converted, and back in shared memory
         weights = block_m * block_n * element_bytes  # on their way from one product's layout to the next's
         float32_result = block_m * tiles.block_d * 4  # after the walk, on its way to coalesced stores
         most = max(most, walk + weights, float32_result)
@@ -85,15 +93,26 @@ def shared_bytes(tiles: TileChoice, element_bytes: int, capability: tuple[int, i
 
 
 def choose_tiles(
-    head_dim: int, element_bytes: int, capability: tuple[int, int], *, has_row_terms: bool = False
+    head_dim: int,
+    element_bytes: int,
+    capability: tuple[int, int],
+    *,
+    stored_bits: int | None = None,
+    has_row_terms: bool = False,
+    has_one_kind: bool = False,
 ) -> TileChoice:
     """The tiles for this head size and element size on a GPU of this compute capability.
 
     Of what shared memory holds: the most rows, then the most keys per tile.
 
     Args:
+        element_bytes: of what the products are made of.
+        stored_bits: of an element of K and V in memory; None: it is in memory as in the products.
         has_row_terms: whether rows take ALiBi slopes or words of a tree mask along: with half of the registers they
             spill (888 bytes on sm_90 at head_dim 128).
+        has_one_kind: whether all items are to run in one tile, so that a row's sums do not depend on its company. It is
+            the large one, in which decodes wait for memory, too: on an H100 64 keys at head_dim 128 take an SM 2,400
+            clocks to read and 800 to issue.
     Raises:
         NotImplementedError: the capability is below 8.0, which has no asynchronous copies, or the head is too large.
     """
@@ -103,25 +122,31 @@ def choose_tiles(
         )
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
     block_d = max(16, 1 << (head_dim - 1).bit_length())
-    # wgmma's operands are in shared memory, which leaves registers for a second program; elsewhere it would spill.
-    is_shared = capability[0] == 9 and element_bytes == 2 and block_d <= 128 and not has_row_terms
+    # wgmma's operands are in shared memory, which leaves registers for a second program; elsewhere it would spill, and
+    # so do K and V that are converted on their way (288 bytes of float8 at head_dim 128).
+    is_as_stored = stored_bits in (None, 8 * element_bytes)
+    is_shared = capability[0] == 9 and element_bytes == 2 and block_d <= 128 and not has_row_terms and is_as_stored
     most_keys = MAX_TILE_ELEMENTS // block_d // (element_bytes // 2)
     for block_m in (128, 64, 32, 16):
         if element_bytes == 4 and block_m > MAX_FLOAT32_BLOCK_ROWS:
             continue
         block_n = min(MAX_BLOCK_N[0], most_keys)
         while block_n >= MIN_BLOCK_N:
+            num_kinds = 1 if has_one_kind else 2
             tiles = TileChoice(
-                block_m=(block_m, 16),
-                block_n=(block_n, min(MAX_BLOCK_N[1], most_keys, 2 * block_n)),
-                num_stages=(2, 2),
+                block_m=(block_m, 16)[:num_kinds],
+                block_n=(block_n, min(MAX_BLOCK_N[1], most_keys, 2 * block_n))[:num_kinds],
+                num_stages=(2, 2)[:num_kinds],
                 block_d=block_d,
                 num_warps=NUM_WARPS,
                 programs_per_sm=2 if is_shared else 1,
                 max_registers=HALF_OF_REGISTERS if is_shared else None,
             )
             # An SM has what one program may have at most, and for each program a KiB that the system takes.
-            if tiles.programs_per_sm * (shared_bytes(tiles, element_bytes, capability) + KIB) <= limit + KIB:
+            if (
+                tiles.programs_per_sm * (shared_bytes(tiles, element_bytes, capability, stored_bits) + KIB)
+                <= limit + KIB
+            ):
                 return tiles
             block_n //= 2
     raise NotImplementedError(

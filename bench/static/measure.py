@@ -64,7 +64,7 @@ def measure(binary: Binary, tiles: TileChoice, capability: tuple[int, int]) -> d
     """
     loops: dict[str, dict[str, Any]] = {}
     found: dict[str, list[dict[str, Any]]] = {}
-    shapes = dict(zip(KINDS, zip(tiles.block_m, tiles.block_n, strict=True), strict=True))
+    shapes = dict(zip(KINDS, zip(tiles.block_m, tiles.block_n, strict=True), strict=False))  # or one kind only
     for body in matrix_loops(binary.instructions):
         exponentials = sum(i.opcode.startswith("MUFU.EX2") for i in body) * 32 * tiles.num_warps
         distances = {name: abs(block_m * block_n - exponentials) for name, (block_m, block_n) in shapes.items()}

@@ -16,10 +16,8 @@ def main() -> None:
         if "loops" not in measured:
             continue
         loops = measured["loops"]
-        costs = [
-            f"{loops[kind]['warp_instructions_per_mflop']:,} ({loops[f'{kind}-edge']['warp_instructions_per_mflop']:,})"
-            for kind in ("large", "small")
-        ]
+        of_loop = {kind: f"{loop['warp_instructions_per_mflop']:,}" for kind, loop in loops.items()}
+        costs = [f"{of_loop.get(kind, '-')} ({of_loop.get(f'{kind}-edge', '-')})" for kind in ("large", "small")]
         cells = (
             name, measured["registers"], measured["stack_bytes"], f"{measured['shared_bytes']:,}",
             measured["programs_per_sm"], " ".join(loops["large"]["matrix"]), *costs,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, overload
 
@@ -20,6 +19,7 @@ from mixattn.ops.attention_call import (
     check_attention,
     check_block_rows,
     check_features,
+    check_fixed_splits,
     check_plan,
     native_sizes,
 )
@@ -30,9 +30,9 @@ from mixattn.ops.checks import (
     check_no_grad,
     check_tensor,
 )
-from mixattn.ops.kv_dtypes import Scale, split_scale
+from mixattn.ops.kv_dtypes import Scale, kv_format, split_scale
 from mixattn.ops.library import is_plain, register_op
-from mixattn.ops.plan import H100, Hardware, WorkPlan, cpu_hardware
+from mixattn.ops.plan import A100, H100, Hardware, WorkPlan, cpu_hardware, with_workers
 from mixattn.ops.plan import plan as make_plan
 from mixattn.ops.reference import attention_reference
 
@@ -189,16 +189,37 @@ def attention(
     return out if lse is None else (out, lse)
 
 
-def device_hardware(device: torch.device) -> Hardware:
-    """The workers that a plan for tensors on this device is to be balanced over."""
+def device_hardware(device: torch.device, programs_per_sm: int | None = None) -> Hardware:
+    """The workers that a plan for tensors on this device is to be balanced over.
+
+    Args:
+        programs_per_sm: of the kernel on a GPU; None: as for 16-bit q, k and v with heads up to 128.
+    """
     if device.type != "cuda":
         return cpu_hardware()
-    return dataclasses.replace(H100, num_workers=torch.cuda.get_device_properties(device).multi_processor_count)
+    properties = torch.cuda.get_device_properties(device)
+    if programs_per_sm is None:
+        from mixattn.triton_kernels.tiles import choose_tiles
+
+        programs_per_sm = choose_tiles(128, 2, (properties.major, properties.minor)).programs_per_sm
+    base = H100 if properties.major >= 9 else A100
+    return with_workers(base, properties.multi_processor_count, programs_per_sm)
 
 
 def _default_plan(call: AttentionCall) -> Tensor:
     """The words of a plan for the workers of q's device; on a GPU this waits for the lengths to arrive on the host."""
     q = call.q
+    programs_per_sm = None
+    if q.is_cuda:
+        from mixattn.triton_kernels.mixed_attention import choose_call_tiles
+
+        programs_per_sm = choose_call_tiles(
+            q,
+            call.k_cache,
+            kv_format(call.k_cache.dtype),
+            has_row_terms=call.alibi_slopes is not None or call.tree_mask is not None,
+            invariant=call.invariant,
+        ).programs_per_sm
     work_plan = make_plan(
         call.cu_seqlens_q.cpu(),
         call.seq_lens.cpu(),
@@ -209,7 +230,7 @@ def _default_plan(call: AttentionCall) -> Tensor:
         causal=call.causal,
         window_left=call.window_left,
         invariant=call.invariant,
-        hardware=device_hardware(q.device),
+        hardware=device_hardware(q.device, programs_per_sm),
     )
     return torch.from_numpy(work_plan.buffer)
 
@@ -312,10 +333,12 @@ def _run_cpu(
 
 def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, out: Tensor, lse: Tensor | None) -> None:
     from mixattn.triton_kernels.mixed_attention import mixed_attention
-    from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS
+    from mixattn.triton_kernels.tiles import MAX_BLOCK_N, PLAN_BLOCK_ROWS
 
     assert call.plan is not None
     check_block_rows(call.plan, header, PLAN_BLOCK_ROWS)
+    if call.invariant:
+        check_fixed_splits(call.plan, header, max(MAX_BLOCK_N))
     num_rows, device = header.num_partial_rows, out.device
     mixed_attention(
         call.q,
@@ -337,6 +360,10 @@ def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, o
         alibi_slopes=call.alibi_slopes,
         sinks=call.sinks,
         tree_mask=call.tree_mask,
+        kv_format=kv_format(call.k_cache.dtype),
+        k_scale=call.k_scale_value if call.k_scale is None else call.k_scale,
+        v_scale=call.v_scale_value if call.v_scale is None else call.v_scale,
+        invariant=call.invariant,
     )
 
 

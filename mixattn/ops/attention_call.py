@@ -65,7 +65,7 @@ BACKENDS_WITH = {
     "alibi_slopes": ("cpu", "triton", "cuda", "reference"),
     "sinks": ("cpu", "triton", "cuda", "reference"),
     "tree_mask": ("cpu", "triton", "cuda", "reference"),
-    "invariant": ("cpu",),
+    "invariant": ("cpu", "triton"),
 }
 """The arguments that not every backend has, and the backends that have them."""
 
@@ -300,6 +300,18 @@ def check_plan(plan: Tensor, call: AttentionCall) -> PlanHeader:
         ]
         raise ValueError(f"plan was made for {differing[0]}")
     return header
+
+
+def check_fixed_splits(plan: Tensor, header: PlanHeader, tile_keys: int) -> None:
+    """Raises ValueError if an invariant plan, on the CPU, has splits inside of tiles or items across splits."""
+    granule = header.fixed_split_tokens
+    if granule % tile_keys:
+        raise ValueError(f"plan's invariant_split_tokens must be a multiple of {tile_keys}, got {granule}")
+    begin = _C.PLAN_HEADER_WORDS
+    items = plan[begin : begin + header.num_items * _C.WORK_ITEM_WORDS].view(-1, _C.WORK_ITEM_WORDS)
+    kv_begin, kv_end = items[:, 4], items[:, 5]
+    if (kv_end > (kv_begin // granule + 1) * granule).any():
+        raise ValueError(f"plan is not invariant: an item passes a multiple of its invariant_split_tokens, {granule}")
 
 
 def check_block_rows(plan: Tensor, header: PlanHeader, block_rows: tuple[int, int, int]) -> None:

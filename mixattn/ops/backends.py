@@ -91,6 +91,17 @@ def _log_passed_over(device_type: str, name: str, reason: str) -> None:
 
 
 @functools.cache
+def has_triton_for(device_type: str) -> bool:
+    """Whether the ops that take no ``backend`` run in Triton on this device; if not on a GPU, torch runs them."""
+    if device_type == "cpu":
+        return False
+    status = _triton()
+    serves = status.is_available and device_type in status.device_types
+    logger.info("%s tensors: element-wise ops by %s (%s)", device_type, "triton" if serves else "torch", status.detail)
+    return serves
+
+
+@functools.cache
 def _check_requested(device_type: str, requested: str) -> None:
     """Raises as ``choose_backend``; a pair that passed is not looked at again."""
     if requested not in BACKEND_NAMES:

@@ -36,6 +36,7 @@ from mixattn.ops.kv_dtypes import (
     check_kv_dtype_backend,
     check_scales,
     kv_dtype_name,
+    kv_format,
     scale_sizes,
     split_scale,
 )
@@ -296,18 +297,15 @@ def _append_kv(*arguments: Any) -> None:
         "positions": call.positions,
         "rope_cos_sin": call.rope_cos_sin,
         "interleaved": call.interleaved,
+        "k_scale": call.k_scale_value if call.k_scale is None else call.k_scale,
+        "v_scale": call.v_scale_value if call.v_scale is None else call.v_scale,
     }
     if backend == "triton":
         from mixattn.triton_kernels import kv_cache as triton_kv_cache
 
-        rotated = triton_kv_cache.append_kv(*inputs, **options)
+        rotated = triton_kv_cache.append_kv(*inputs, **options, kv_format=kv_format(call.k_cache.dtype))
     else:
-        rotated = append_kv_reference(
-            *inputs,
-            **options,
-            k_scale=call.k_scale_value if call.k_scale is None else call.k_scale,
-            v_scale=call.v_scale_value if call.v_scale is None else call.v_scale,
-        )
+        rotated = append_kv_reference(*inputs, **options)
     if call.q_out is not None and rotated is not None:
         call.q_out.copy_(rotated)
 

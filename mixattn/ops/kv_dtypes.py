@@ -46,7 +46,7 @@ QUANTIZED = {
 """By the dtype of the cache. uint8 holds int4: [num_pages, page_size, num_kv_heads, head_dim / 2], the element with the
 even index in the low nibble, value = nibble - 8."""
 
-KV_DTYPE_BACKENDS = ("cpu", "reference")
+KV_DTYPE_BACKENDS = ("cpu", "triton", "reference")
 """The backends that keep K and V in another dtype than q, k and v come in."""
 
 MIN_ROW_SCALE = 2.0**-126
@@ -89,6 +89,11 @@ class ScaleSizes(NamedTuple):
 def kv_dtype_name(dtype: torch.dtype) -> str:
     """The name that ``mixattn._C`` knows the dtype of a cache by."""
     return QUANTIZED[dtype].name if dtype in QUANTIZED else DTYPE_NAMES[dtype]
+
+
+def kv_format(dtype: torch.dtype) -> str | None:
+    """What a cache of this dtype is quantised to, None for a float dtype."""
+    return QUANTIZED[dtype].name if dtype in QUANTIZED else None
 
 
 def split_scale(argument: str, scale: Scale) -> tuple[Tensor | None, float | None]:

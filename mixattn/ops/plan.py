@@ -58,7 +58,7 @@ class Hardware:
 
     Args:
         name: for people.
-        num_workers: threads of a CPU, SMs of a GPU.
+        num_workers: threads of a CPU, programs that the SMs of a GPU hold at once.
         flops_per_s: of one worker.
         bytes_per_s: of one worker, from memory, while the others read too.
         item_overhead_s: what an item takes besides its flops and bytes.
@@ -180,9 +180,28 @@ def cpu_hardware(num_threads: int | None = None) -> Hardware:
 GPU_ITEM_OVERHEAD_S = 2e-6
 """Assumed until measured: two dependent reads of device memory (block table, then K) at about 0.8 us."""
 
-H100 = Hardware("H100-SXM", 132, 989e12 / 132, 3.35e12 / 132, GPU_ITEM_OVERHEAD_S)
-"""Data sheet of the H100 SXM5 80 GB: 989 TFLOP/s dense bfloat16, 3.35 TB/s, 132 SMs. Roofs, no kernel's figure."""
-A100 = Hardware("A100-SXM", 108, 312e12 / 108, 2.039e12 / 108, GPU_ITEM_OVERHEAD_S)
+
+def with_workers(hardware: Hardware, num_sms: int, programs_per_sm: int) -> Hardware:
+    """The hardware with this many programs that draw items; those of an SM share what an SM of ``hardware`` reaches."""
+    flops_per_s, bytes_per_s = SM_RATES[hardware.name]
+    return replace(
+        hardware,
+        num_workers=num_sms * programs_per_sm,
+        flops_per_s=flops_per_s / programs_per_sm,
+        bytes_per_s=bytes_per_s / programs_per_sm,
+    )
+
+
+SM_RATES = {"H100-SXM": (989e12 / 132, 3.35e12 / 132), "A100-SXM": (312e12 / 108, 2.039e12 / 108)}
+"""flops_per_s and bytes_per_s of one SM, by ``Hardware.name``."""
+H100 = with_workers(Hardware("H100-SXM", 132, *SM_RATES["H100-SXM"], GPU_ITEM_OVERHEAD_S, items_per_worker=2), 132, 2)
+"""Data sheet of the H100 SXM5 80 GB: 989 TFLOP/s dense bfloat16, 3.35 TB/s, 132 SMs. Roofs, no kernel's figure.
+
+The workers are the programs that an SM holds of the kernel for 16-bit heads up to 128 (triton_kernels/tiles.py). Over
+request traces (``bench_plan --traces``) 2 items for each, 4 for an SM, have the least bound or are within 4 % of it; 6
+have up to 1.6 times that, for the partial results of chunks.
+"""
+A100 = Hardware("A100-SXM", 108, *SM_RATES["A100-SXM"], GPU_ITEM_OVERHEAD_S)
 """Data sheet of the A100 SXM4 80 GB: 312 TFLOP/s dense bfloat16, 2,039 GB/s, 108 SMs. Roofs, no kernel's figure."""
 
 

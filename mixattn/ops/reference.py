@@ -266,3 +266,31 @@ def merge_states_reference(
     weights = (lses - lse).exp().masked_fill(is_empty, 0.0).unsqueeze(-1)
     outs = outs.to(compute_dtype).masked_fill(is_empty.unsqueeze(-1), 0.0)
     return (weights * outs).sum(dim=0), lse
+
+
+def lora_reference(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scalings: Tensor,
+    cu_seqlens_q: Tensor,
+    adapter_ids: Tensor,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """y + scaling * (x a^T) b^T, each slice's rows with its own adapter, in ``compute_dtype``.
+
+    Args:
+        y: [total_q, out_size]; x: [total_q, in_size].
+        a: [num_adapters, rank, in_size]; b: [num_adapters, out_size, rank]; scalings: [num_adapters].
+        cu_seqlens_q: [num_seqs + 1]; adapter_ids: [num_seqs], below 0 where the slice has no adapter.
+    Source: arXiv:2106.09685, section 4.1.
+    """
+    result = y.to(compute_dtype, copy=True)
+    starts = cu_seqlens_q.tolist()
+    for begin, end, adapter in zip(starts, starts[1:], adapter_ids.tolist(), strict=False):
+        if adapter >= 0:
+            low_rank = x[begin:end].to(compute_dtype) @ a[adapter].to(compute_dtype).T
+            result[begin:end] += float(scalings[adapter]) * (low_rank @ b[adapter].to(compute_dtype).T)
+    return result

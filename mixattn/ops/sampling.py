@@ -21,6 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from mixattn.ops.backends import has_triton_for
 from mixattn.types import SamplingParams
 
 _MASK64 = (1 << 64) - 1
@@ -66,10 +67,44 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: frozenset
         bad = torch.nonzero(~torch.isfinite(best[:, 0])).flatten().tolist()
         raise RuntimeError(f"the model's logits are NaN or infinite in rows {bad} of the step")
     token_ids: list[int] = best_ids.tolist()
-    for idx, row in enumerate(rows):
-        if not row.params.is_greedy:
-            token_ids[idx] = _draw(logits[idx].sub_(best[idx]), row)
+    drawn = [idx for idx, row in enumerate(rows) if not row.params.is_greedy]
+    if drawn and has_triton_for(logits.device.type):
+        from mixattn.triton_kernels import sampling as triton_sampling
+
+        arguments = draw_arguments(drawn, [rows[idx] for idx in drawn], best[drawn, 0], logits.device)
+        for idx, token_id in zip(drawn, triton_sampling.draw(logits, *arguments).tolist(), strict=True):
+            token_ids[idx] = token_id
+        return token_ids
+    for idx in drawn:
+        token_ids[idx] = _draw(logits[idx].sub_(best[idx]), rows[idx])
     return token_ids
+
+
+def draw_arguments(
+    row_ids: Sequence[int], rows: Sequence[SamplingRow], maxima: Tensor, device: torch.device
+) -> tuple[Tensor, ...]:
+    """What ``triton_kernels.sampling.draw`` takes besides the logits, for these rows of them.
+
+    Args:
+        maxima: [num_draws] float32, the largest logit of each row.
+    """
+    params = [row.params for row in rows]
+    keys = []
+    for row in rows:
+        if row.params.seed is None:
+            raise ValueError("seed must be given to draw a token")
+        key = _stream_key(row.params.seed, row.output_idx)
+        keys.append((_int32(key), _int32(key >> 32)))
+    log_min_ps = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]
+    return (
+        torch.tensor(row_ids, dtype=torch.int64, device=device),
+        maxima.to(device),
+        torch.tensor([max(p.temperature, 1e-5) for p in params], dtype=torch.float32, device=device),
+        torch.tensor([max(p.top_k, 0) for p in params], dtype=torch.int32, device=device),
+        torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
+        torch.tensor(log_min_ps, dtype=torch.float32, device=device),
+        torch.tensor(keys, dtype=torch.int32, device=device),
+    )
 
 
 def _argmax(values: Tensor) -> Tensor:
@@ -151,11 +186,16 @@ def _top_p_floor(scaled: Tensor, floor: float, top_p: float) -> float:
 
 def _exponential(seed: int, output_idx: int, token_hashes: Tensor) -> Tensor:
     """Exp(1) variates [n] float32 in [2^-32, 22], one per token, fixed by (seed, output_idx, token)."""
-    key = _splitmix64(_splitmix64(seed & _MASK64) ^ output_idx)
+    key = _stream_key(seed, output_idx)
     x = _murmur_mix((token_hashes ^ _int32(key)).mul_(_int32(key >> 32) | 1))
     # 31 bits, centred: never 0, and log1p keeps their full precision where it counts, near 0.
     uniform = x.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_()
+
+
+def _stream_key(seed: int, output_idx: int) -> int:
+    """64 bits that the waits of one token's race are made from."""
+    return _splitmix64(_splitmix64(seed & _MASK64) ^ output_idx)
 
 
 @lru_cache(maxsize=4)

@@ -19,15 +19,15 @@ from mixattn.ops.plan import cpu_hardware
 from tests.cases import CASES, SCORE_CASES, KvFormat, assert_attention_close, make_inputs
 
 
-def run(case_id, hardware=None):
+def run(case_id, hardware=None, kv=None):
     case = next(c for c in CASES + SCORE_CASES if c.id == case_id)
-    inputs = make_inputs(case, torch.bfloat16)
+    inputs = make_inputs(case, torch.bfloat16, kv=kv)
     plan = None
     if hardware is not None:
         plan = mixattn.plan(inputs.cu_seqlens_q, inputs.seq_lens, **case.plan_options, hardware=hardware)
     out, lse = mixattn.attention(
-        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **inputs.score_tensors, **case.options,
-        plan=plan, return_lse=True, backend="triton",
+        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **inputs.score_tensors, **inputs.scales,
+        **case.options, plan=plan, return_lse=True, backend="triton",
     )
     assert_attention_close(case, inputs, out, lse)
     return plan
@@ -40,22 +40,24 @@ run("no-sequences")
 plan = run("soft-cap-window-splits", dataclasses.replace(cpu, num_workers=64, item_overhead_s=0.0))
 assert plan.num_merges > 0
 assert run("scores-tree-beside-chunk-and-decodes") is None
-inputs = make_inputs(CASES[0], torch.bfloat16)
-try:
-    mixattn.attention(
-        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, backend="triton", invariant=True
+case = next(case for case in CASES if case.id == "chunk-beside-decodes")
+inputs = make_inputs(case, torch.bfloat16)
+out, lse = mixattn.attention(
+    inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, backend="triton", invariant=True, return_lse=True
+)
+assert_attention_close(case, inputs, out, lse)
+for kv in (KvFormat(torch.int8, "token"), KvFormat(torch.uint8, "head"), KvFormat(torch.float8_e4m3fn, "one")):
+    run("chunk-beside-decodes", kv=kv)
+k = torch.randn(3, 2, 16)
+cache = torch.zeros(2, 2, 4, 2, 8, dtype=torch.uint8)
+scales = torch.zeros(2, 2, 4, 2)
+for backend in ("triton", "cpu"):
+    mixattn.append_kv(
+        k, k, *cache, torch.tensor([1, 6, 4]), k_scale=scales[0], v_scale=scales[1], backend=backend
     )
-except NotImplementedError as error:
-    assert str(error).startswith("invariant is not supported by backend 'triton'; backends that have it: "), error
-else:
-    raise AssertionError("the Triton kernel has no invariant and ran")
-int8 = make_inputs(CASES[0], torch.bfloat16, kv=KvFormat(torch.int8, "token"))
-try:
-    mixattn.attention(int8.q, int8.k_cache, int8.v_cache, **int8.index_tensors, **int8.scales, backend="triton")
-except NotImplementedError as error:
-    assert str(error).startswith("k_cache is torch.int8 and q is torch.bfloat16: backend 'triton' supports"), error
-else:
-    raise AssertionError("the Triton kernel has no int8 and ran")
+    if backend == "triton":
+        stored = cache.clone(), scales.clone()
+assert torch.equal(stored[0], cache) and torch.equal(stored[1], scales) and scales.any()
 try:
     run("q129-kv130-page7-mha", dataclasses.replace(cpu, block_rows=(256, 128, 16)))
 except ValueError as error:

@@ -277,7 +277,6 @@ BAD_SCALES = [
         ValueError,
         "k_cache holds int4, .* head_dim / 2 = 32, got 64",
     ),
-    (INT8, "backend", "triton", NotImplementedError, "triton"),
 ]
 
 

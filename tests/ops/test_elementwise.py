@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixattn import _C, env
-from mixattn.ops.elementwise import rms_norm, silu_mul
+from mixattn.ops.elementwise import add_rms_norm, rms_norm, silu_mul
 
 ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
 SIZES = [1, 3, 8, 31, 64, 576]
@@ -46,6 +46,19 @@ def test_rms_norm_of_heads_in_a_wider_row_is_that_of_each_head(isa: str) -> None
 def test_rms_norm_of_nothing_and_of_zeros(isa: str) -> None:
     assert rms_norm(torch.zeros(0, 8), torch.ones(8), 1e-5).shape == (0, 8)
     assert torch.equal(rms_norm(torch.zeros(2, 8), torch.ones(8), 1e-5), torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_add_rms_norm_is_rms_norm_of_the_sum_that_residual_becomes(dtype: torch.dtype) -> None:
+    x, residual, weight = torch.randn(5, 40).to(dtype), torch.randn(5, 40).to(dtype), torch.randn(40).to(dtype)
+    expected_sum = x + residual
+    y = add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(residual, expected_sum) and torch.equal(y, rms_norm(expected_sum, weight, 1e-5))
+    torch.library.opcheck(torch.ops.mixattn.add_rms_norm, (x, residual, weight, 1e-5))
+    with pytest.raises(ValueError, match=r"residual must be .* as x is, got torch.float64"):
+        add_rms_norm(x, residual.double(), weight, 1e-5)
+    with pytest.raises(ValueError, match=r"must be \[num_rows, size\], got shapes \[5, 40\] and \[4, 40\]"):
+        add_rms_norm(x, residual[:4], weight, 1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)

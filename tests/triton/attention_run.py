@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mixattn.ops.kv_dtypes import kv_format
 from mixattn.ops.plan import Hardware, WorkPlan, plan
 from mixattn.triton_kernels.mixed_attention import mixed_attention
 from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS
-from tests.cases import AttentionCase, AttentionInputs, make_inputs
+from tests.cases import AttentionCase, AttentionInputs, KvFormat, make_inputs
 
 GARBAGE_WORD = 0x7F7F7F7F
 """Fills the plan past its items and merges: as an index it is out of every bound."""
@@ -43,6 +45,7 @@ class AttentionRun:
     partial_out: Tensor
     partial_lse: Tensor
     tickets: Tensor
+    invariant: bool = False
 
     def launch(self, *, num_programs: int | None = None, wants_lse: bool = True) -> None:
         """Poisons results and partials, and runs the plan."""
@@ -66,6 +69,9 @@ class AttentionRun:
             self.tickets,
             **options,
             **inputs.score_tensors,
+            **inputs.scales,
+            kv_format=kv_format(inputs.k_cache.dtype),
+            invariant=self.invariant,
             num_programs=num_programs,
         )
 
@@ -76,22 +82,31 @@ def prepare(
     device: torch.device,
     *,
     split_tokens: int = 64,
+    kv: KvFormat | None = None,
     inputs: AttentionInputs | None = None,
+    invariant: bool = False,
 ) -> AttentionRun:
-    """A run of the case, not yet launched. Cases that name no workers get a plan for 4."""
-    inputs = make_inputs(case, dtype) if inputs is None else inputs
+    """A run of the case, not yet launched. Cases that name no workers get a plan for 4.
+
+    Args:
+        split_tokens: where splits start and end; those of an invariant run at multiples of 128.
+        kv: what K and V are stored as; None is ``dtype``.
+    """
+    inputs = make_inputs(case, dtype, kv=kv) if inputs is None else inputs
     work_plan = plan(
         inputs.cu_seqlens_q,
         inputs.seq_lens,
         **case.plan_options,
-        kv_element_bytes=inputs.q.element_size(),
-        hardware=hardware(case.num_workers or 4, split_tokens),
+        kv_element_bytes=inputs.k_cache.element_size(),
+        invariant=invariant,
+        hardware=dataclasses.replace(hardware(case.num_workers or 4, split_tokens), invariant_split_tokens=128),
     )
     words = torch.full((len(work_plan.buffer),), GARBAGE_WORD, dtype=torch.int32)
-    items_begin = len(work_plan.buffer) - 8 * (work_plan.capacity_items + work_plan.spec.max_merges())
+    items_begin = 16
     merges_begin = items_begin + 8 * work_plan.capacity_items
+    words[:items_begin] = torch.from_numpy(work_plan.buffer[:items_begin])
     for begin, end in (
-        (0, items_begin + 8 * work_plan.num_items),
+        (items_begin, items_begin + 8 * work_plan.num_items),
         (merges_begin, merges_begin + 8 * work_plan.num_merges),
     ):
         words[begin:end] = torch.from_numpy(work_plan.buffer[begin:end])
@@ -105,4 +120,5 @@ def prepare(
         partial_out=torch.empty(work_plan.num_partial_rows, case.head_dim, device=device),
         partial_lse=torch.empty(work_plan.num_partial_rows, device=device),
         tickets=torch.zeros(1 + work_plan.num_merges, dtype=torch.int32, device=device),
+        invariant=invariant,
     )

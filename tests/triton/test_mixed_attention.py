@@ -149,12 +149,19 @@ def test_mixed_attention_block_table_is_not_read_past_the_last_page(device: torc
     check(run, inputs)
 
 
-def far_apart(cache: Tensor, page_stride: int) -> Tensor:
-    """A copy of the cache with its pages this many elements apart, in address space that takes no memory."""
-    num_bytes = page_stride * cache.shape[0] * cache.element_size()
+FAR_CASE = AttentionCase("far-pages", (1, 3), (20, 40), num_q_heads=2, num_kv_heads=1, head_dim=16)
+FAR_PAGE_STRIDE = 2**30
+
+
+def far_apart(cache: Tensor, page_stride: int, *, before: int = 0) -> Tensor:
+    """A copy of the cache with its pages this many elements apart, in address space that takes no memory.
+
+    ``before`` elements of zeros lie before its first.
+    """
+    num_bytes = (before + page_stride * cache.shape[0]) * cache.element_size()
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     space = torch.from_numpy(np.frombuffer(mmap.mmap(-1, num_bytes, flags=flags), dtype=np.int16)).view(cache.dtype)
-    view = space.as_strided(cache.shape, (page_stride, *cache.stride()[1:]))
+    view = space.as_strided(cache.shape, (page_stride, *cache.stride()[1:]), before)
     return view.copy_(cache)
 
 
@@ -166,15 +173,13 @@ def test_mixed_attention_page_offsets_past_2_31_do_not_wrap(
         monkeypatch.setattr("triton.runtime.interpreter.GridExecutor._restore_args_dev", lambda *_: None)
     else:
         pytest.skip("needs 14 GiB of address space that takes no memory, which a GPU does not give")
-    case = AttentionCase("far-pages", (1, 3), (20, 40), num_q_heads=2, num_kv_heads=1, head_dim=16)
-    inputs = make_inputs(case, torch.bfloat16)
-    run = prepare(case, torch.bfloat16, device, inputs=inputs)
-    page_stride = 2**30
-    assert inputs.k_cache.shape[0] * page_stride > 2**32
+    inputs = make_inputs(FAR_CASE, torch.bfloat16)
+    run = prepare(FAR_CASE, torch.bfloat16, device, inputs=inputs)
+    assert inputs.k_cache.shape[0] * FAR_PAGE_STRIDE > 2**32
     run.inputs = AttentionInputs(
         q=inputs.q,
-        k_cache=far_apart(inputs.k_cache, page_stride),
-        v_cache=far_apart(inputs.v_cache, page_stride),
+        k_cache=far_apart(inputs.k_cache, FAR_PAGE_STRIDE),
+        v_cache=far_apart(inputs.v_cache, FAR_PAGE_STRIDE),
         **inputs.index_tensors,
     )
     run.launch()

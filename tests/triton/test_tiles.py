@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mixattn.ops.plan import A100, H100, Hardware
+from mixattn.ops.plan import A100, H100, Hardware, with_workers
 from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS, SHARED_BYTES, TileChoice, choose_tiles, shared_bytes
 
 HEAD_DIMS = range(8, 257, 8)
@@ -51,6 +51,17 @@ def test_choose_tiles_fit_the_plans_of_the_gpu(hardware: Hardware) -> None:
         # Otherwise the first tile of a split would not start where an unsplit walk has a tile start.
         for block_n in choose_tiles(head_dim, 2, capability).block_n:
             assert hardware.split_tokens % block_n == 0
+
+
+@pytest.mark.parametrize(("hardware", "capability"), [(H100, (9, 0)), (A100, (8, 0))], ids=["H100", "A100"])
+def test_choose_tiles_programs_are_the_workers_of_the_hardware(hardware: Hardware, capability: tuple[int, int]) -> None:
+    tiles = choose_tiles(128, 2, capability)
+    num_sms = {"H100-SXM": 132, "A100-SXM": 108}[hardware.name]
+    assert hardware.num_workers == num_sms * tiles.programs_per_sm
+    assert with_workers(hardware, num_sms, tiles.programs_per_sm) == hardware
+    alone = with_workers(hardware, num_sms, 1)
+    assert alone.num_workers * alone.flops_per_s == pytest.approx(hardware.num_workers * hardware.flops_per_s)
+    assert alone.num_workers * alone.bytes_per_s == pytest.approx(hardware.num_workers * hardware.bytes_per_s)
 
 
 def test_choose_tiles_before_ampere_is_refused() -> None:
