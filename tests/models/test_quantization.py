@@ -51,6 +51,20 @@ def test_int4_of_a_file_that_is_int4_loses_nothing(token_ids: list[int], exact: 
     assert perplexity(text_logits(loaded, token_ids), token_ids) < 1.02 * perplexity(exact, token_ids)
 
 
+@pytest.mark.parametrize("quantization", ["auto", "int8"])
+def test_rounded_activations_stay_close_to_exact_ones(token_ids: list[int], exact: Tensor, quantization: str) -> None:
+    loaded = load(quantization, activation_dtype="int8")
+    assert all(matrix.packed is not None and matrix.packed.rounds_x for _, matrix in loaded.model.matrices())
+    logits = text_logits(loaded, token_ids)
+    assert not torch.equal(logits, text_logits(load(quantization), token_ids))
+    assert perplexity(logits, token_ids) < 1.02 * perplexity(exact, token_ids)
+    assert greedy_agreement(logits, exact) > 0.94
+
+
+def test_rounded_activations_leave_float_matrices_as_they_are(token_ids: list[int], exact: Tensor) -> None:
+    assert torch.equal(text_logits(load("none", activation_dtype="int8"), token_ids), exact)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_auto_keeps_the_dtype_of_a_checkpoint_and_computes_in_float32(tmp_path, dtype: str) -> None:  # type: ignore[no-untyped-def]
     reference = random_model("llama").to(getattr(torch, dtype))
@@ -67,3 +81,7 @@ def test_quantization_that_cannot_be_had_names_the_nearest() -> None:
         load("int8", "tiny-llama", load_format="dummy", dtype="bfloat16")
     with pytest.raises(ValueError, match="quantization must be one of none, auto, int8, int4, got 'fp8'"):
         EngineConfig("smollm2", quantization="fp8")
+    with pytest.raises(NotImplementedError, match=r"activation_dtype 'int8' needs float32 on the CPU, got torch\.bf"):
+        load("auto", "tiny-llama", load_format="dummy", dtype="bfloat16", activation_dtype="int8")
+    with pytest.raises(ValueError, match="activation_dtype must be one of float32, int8, got 'int4'"):
+        EngineConfig("smollm2", activation_dtype="int4")
