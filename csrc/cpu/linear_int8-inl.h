@@ -97,6 +97,7 @@ struct Blocks {
   int64_t quants_stride;
   int64_t first;  // of the row's blocks
   int64_t count;
+  bool is_streamed;  // they come from memory: not for all but the first rows that pass over them
 };
 
 // c (kRows, kTileCols) = or, after the first block, += x (rows from `row` on) times the blocks.
@@ -124,9 +125,10 @@ void multiply_blocks(const Blocks& blocks, const Int8Rows& x, int64_t depth, int
 #pragma GCC unroll 8
     for (int group = 0; group < kBlockDepth / 4; ++group) {
       const IntVec w[kTileVecs] = {Quants::words(quants, group, 0), Quants::words(quants, group, 1)};
-      // From memory far ahead, a line or two at a time.
-      if (group * 128 < Form::kBytes) prefetch(scales + kPanelAheadBytes + group * 128);
-      if (group * 128 + 64 < Form::kBytes) prefetch(scales + kPanelAheadBytes + group * 128 + 64);
+      if (blocks.is_streamed) {  // from memory far ahead, a line or two at a time
+        if (group * 128 < Form::kBytes) prefetch(scales + kPanelAheadBytes + group * 128);
+        if (group * 128 + 64 < Form::kBytes) prefetch(scales + kPanelAheadBytes + group * 128 + 64);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         int32_t four;
@@ -210,7 +212,8 @@ void multiply_panel_int8(const LinearParams& p, const char* panel, int64_t row, 
   const bool is_unpacked = kHasNibbles && num_rows > kInt8Rows;
   const int64_t num_blocks = p.depth / kBlockDepth;
   for (int64_t first = 0; first < num_blocks; first += kPieceBlocks, panel += kPieceBlocks * Form::kBytes) {
-    Blocks blocks{panel, panel + Form::kHeaderBytes, Form::kBytes, first, clamp(num_blocks - first, 0, kPieceBlocks)};
+    Blocks blocks{panel, panel + Form::kHeaderBytes, Form::kBytes, first, clamp(num_blocks - first, 0, kPieceBlocks),
+                  true};
     if (is_unpacked) {
       unpack_nibbles(blocks, bytes);
       blocks.quants = bytes;
@@ -224,6 +227,7 @@ void multiply_panel_int8(const LinearParams& p, const char* panel, int64_t row, 
         multiply_rows<Form, Quants>(blocks, p.x_int8, p.depth, row + r, n, c + r * kTileCols);
       }
       r += n;
+      blocks.is_streamed = false;
     }
   }
 }
