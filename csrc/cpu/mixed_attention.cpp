@@ -265,24 +265,44 @@ void make_bundles(const AttentionParams& p, const PlanView& plan, int64_t num_th
   }
 }
 
+// Bundles [begin, end) that are drawn in order.
+struct Queue {
+  int64_t end;
+  std::atomic<int64_t> next;
+};
+
+// Work that waits for the FMA units and work that waits for memory have a queue each. Threads begin with one or the
+// other in turns, so that both go on at the same time, and end with what is left.
 struct Region {
   const IsaKernels& kernels;
   const AttentionParams& p;
   const PlanView& plan;
   const std::vector<Bundle>& bundles;
   int64_t scratch_bytes;
-  std::atomic<int64_t> next_bundle{0};
+  Queue queues[2];
+  std::atomic<int> num_threads{0};
   std::atomic<int64_t> num_done{0};
 };
 
+// The next bundle, or -1.
+int64_t draw(Region* region, int first_queue) {
+  for (const int i : {first_queue, 1 - first_queue}) {
+    Queue& queue = region->queues[i];
+    if (queue.next.load(std::memory_order_relaxed) >= queue.end) continue;
+    const int64_t n = queue.next.fetch_add(1, std::memory_order_relaxed);
+    if (n < queue.end) return n;
+  }
+  return -1;
+}
+
 void run_bundles(void* context) {
   Region& region = *static_cast<Region*>(context);
-  const int64_t num_bundles = static_cast<int64_t>(region.bundles.size());
+  const int first_queue = region.num_threads.fetch_add(1, std::memory_order_relaxed) % 2;
   void* const scratch = thread_scratch(region.scratch_bytes);
   if (scratch == nullptr) return;  // the other threads do its share; without any, num_done tells
   for (;;) {
-    const int64_t n = region.next_bundle.fetch_add(1, std::memory_order_relaxed);
-    if (n >= num_bundles) return;
+    const int64_t n = draw(&region, first_queue);
+    if (n < 0) return;
     const Bundle bundle = region.bundles[n];
     region.kernels.attend(region.p, region.plan.items + bundle.begin, bundle.end - bundle.begin, scratch);
     region.num_done.fetch_add(1, std::memory_order_relaxed);
@@ -314,7 +334,16 @@ void mixed_attention(const IsaKernels& kernels, const AttentionParams& p, int64_
   static thread_local std::vector<Bundle> bundles;
   make_bundles(p, plan, num_threads, &bundles);
   const int64_t num_bundles = static_cast<int64_t>(bundles.size());
-  Region region{kernels, p, plan, bundles, kernels.attend_scratch_bytes(max_rows, p.head_dim)};
+  const auto direct = std::stable_partition(bundles.begin(), bundles.end(), [&](const Bundle& bundle) {
+    return p.invariant || num_rows(plan.items[bundle.begin]) > kDirectRows;
+  });
+  const int64_t num_packed = direct - bundles.begin();
+  Region region{kernels,
+                p,
+                plan,
+                bundles,
+                kernels.attend_scratch_bytes(max_rows, p.head_dim),
+                {{num_packed, {0}}, {num_bundles, {num_packed}}}};
   parallel_region(std::min(num_threads, num_bundles), run_bundles, &region);
   if (region.num_done != num_bundles) throw std::bad_alloc();
 }
