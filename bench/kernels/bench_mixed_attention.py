@@ -1,8 +1,8 @@
 """Attention over decode-only, chunk-only and mixed batches, against this machine's measured roof and torch SDPA.
 
 Run ``python -m bench.kernels.bench_mixed_attention``. All candidates take turns in one process. The roof is what this
-machine reached in the same run at reading memory and at fused multiply-adds in float32; the roof's time of a batch is,
-slice by slice, the longer of its bytes at the one and its flops at the other (nothing overlapped). torch's
+machine reached, right before the case, at reading memory and at fused multiply-adds in float32; the roof's time of a
+batch is, slice by slice, the longer of its bytes at the one and its flops at the other (nothing overlapped). torch's
 ``scaled_dot_product_attention`` reads no pages: it gets K and V gathered into contiguous tensors beforehand, untimed,
 so the ratio leaves the gather out (``--time-gather`` puts it in). Its output is compared with ours before timing.
 With ``--kv-dtypes`` K and V are stored as these, quantised ones with a scale per token and head; torch gets them in q's
@@ -62,6 +62,13 @@ def cases() -> list[Case]:
         Case("decode-32x1k-hd64-gqa3", 32, 1024, 0, 0, 9, 3, 64),
         Case("mixed-31x1k-chunk-256-at-1k-hd64-gqa3", 31, 1024, 256, 1024, 9, 3, 64),
     ]
+
+
+def scaling_cases() -> list[Case]:
+    """Decodes of 1k to 128k keys, and 1 to 256 of 1k keys: bytes per second should stay what they are."""
+    contexts = [Case(f"scaling-1x{kv >> 10}k", 1, kv, 0, 0) for kv in (1 << shift for shift in range(10, 18))]
+    sequences = [Case(f"scaling-{count}x1k", count, 1024, 0, 0) for count in (2, 4, 8, 16, 32, 64, 128, 256)]
+    return contexts + sequences
 
 
 def flops_and_bytes(case: Case, element_bytes: int, kv_row_bytes: float) -> list[tuple[int, int]]:
@@ -192,7 +199,8 @@ def table_row(ours: Record, torchs: Record) -> str:
         f"{ours.case:42} {ours.dtype:9} {ours.extra['kv_dtype']:13} "
         f"{t.median_us / 1e3:8.2f} {t.p10_us / 1e3:6.2f}..{t.p90_us / 1e3:<7.2f} "
         f"{ours.bytes / t.median_us / 1e3:6.1f} {ours.flops / t.median_us / 1e3:8.0f} "
-        f"{ours.share_of_roof or 0.0:8.2f} {torchs.timing.median_us / t.median_us:8.2f}x"
+        f"{ours.share_of_roof or 0.0:8.2f} {torchs.timing.median_us / t.median_us:8.2f}x "
+        f"{ours.extra['roofs']['read_gb_s']:11.1f} {ours.extra['roofs']['fma_gflop_s']:8.0f}"
     )
 
 
@@ -208,24 +216,25 @@ def main() -> None:
         help=f"what K and V are stored as, auto being q's dtype: {', '.join(KV_CACHE_DTYPES)}",
     )
     args_parser.add_argument("--cases", nargs="+", help="only cases whose name starts with one of these")
+    args_parser.add_argument("--scaling", action="store_true", help="decodes of 1k to 128k keys, and 1 to 256 of them")
     args_parser.add_argument("--time-gather", action="store_true", help="count torch's gather of the pages as well")
     args = args_parser.parse_args()
     torch.set_num_threads(num_threads())
-    roofs = _C.measure_roofs(num_threads())
-    read_gb_s, fma_gflop_s = roofs["read_gb_s"], roofs["fma_gflop_s"]
-    print(f"roof of this machine, {num_threads()} threads: {read_gb_s:.1f} GB/s, {fma_gflop_s:.0f} GFLOP/s in float32")
+    print(f"{num_threads()} threads")
     print(
         f"{'case':42} {'dtype':9} {'K and V':13} {'ms':>8} {'p10..p90':>15} {'GB/s':>6} {'GFLOP/s':>8} "
-        f"{'of roof':>8} {'vs torch':>9}"
+        f"{'of roof':>8} {'vs torch':>9} {'roof: GB/s':>11} {'GFLOP/s':>8}"
     )
     records = []
-    for dtype_name, kv_name, case in itertools.product(args.dtypes, args.kv_dtypes, cases()):
+    chosen = scaling_cases() if args.scaling else cases()
+    for dtype_name, kv_name, case in itertools.product(args.dtypes, args.kv_dtypes, chosen):
         if args.cases and not case.name.startswith(tuple(args.cases)):
             continue
         dtype = getattr(torch, dtype_name)
+        roofs = _C.measure_roofs(num_threads())
         ours, torchs = run(case, dtype, stored_dtype(kv_name, dtype), args.repeats, roofs, args.time_gather)
         records += [ours, torchs]
-        print(table_row(ours, torchs))
+        print(table_row(ours, torchs), flush=True)
     append_json(args.json, records)
 
 
