@@ -1,4 +1,4 @@
-"""Linear maps over packed weights of every form, against torch in float32 and bfloat16.
+"""Linear maps over packed weights of every form, against torch in float32 and bfloat16; ``q4_1-int8`` rounds x to int8.
 
 Run ``GOMP_SPINCOUNT=2000 python -m bench.kernels.bench_linear``: threads wait as the engine's do.
 The shapes are those of smollm2 and of a 1B Llama. All candidates take
@@ -76,16 +76,20 @@ def candidates(case: Case) -> dict[str, tuple[Callable[[], Tensor], int, float]]
     def copies(num_bytes: int) -> range:
         return range(max(1, _FLUSH_BYTES // num_bytes))
 
-    for form in WEIGHT_FORMS:
+    for form, rounds_x in [*((form, False) for form in WEIGHT_FORMS), ("q4_1", True)]:
         num_bytes = case.num_cols * row_bytes(form, case.depth)
-        weights = itertools.cycle([pack_weight(stored(form, values), form, case.depth) for _ in copies(num_bytes)])
-        add(form, lambda weights=weights: linear(x, next(weights)), num_bytes)  # type: ignore[misc]
+        rows = stored(form, values)
+        weights = itertools.cycle(
+            [pack_weight(rows, form, case.depth, rounds_x=rounds_x) for _ in copies(num_bytes)]
+        )  # fmt: skip
+        name = f"{form}-int8" if rounds_x else form
+        add(name, lambda weights=weights: linear(x, next(weights)), num_bytes)  # type: ignore[misc]
     for dtype in (torch.float32, torch.bfloat16):
         num_bytes = values.numel() * dtype.itemsize
         matrices = itertools.cycle([values.to(dtype) for _ in copies(num_bytes)])
-        rows = x.to(dtype)
+        rounded = x.to(dtype)
         name = f"torch-{str(dtype).removeprefix('torch.')}"
-        add(name, lambda matrices=matrices, rows=rows: F.linear(rows, next(matrices)).float(), num_bytes)  # type: ignore[misc]
+        add(name, lambda matrices=matrices, rounded=rounded: F.linear(rounded, next(matrices)).float(), num_bytes)  # type: ignore[misc]
     return made
 
 
@@ -111,7 +115,7 @@ def main() -> None:
     torch.set_num_threads(num_threads())
     roofs = _C.measure_roofs(num_threads())
     print(f"{num_threads()} threads: {roofs['read_gb_s']:.1f} GB/s, {roofs['fma_gflop_s']:.0f} GFLOP/s in float32")
-    names = [*WEIGHT_FORMS, "torch-float32", "torch-bfloat16"]
+    names = [*WEIGHT_FORMS, "q4_1-int8", "torch-float32", "torch-bfloat16"]
     print(f"{'us':24}" + "".join(f"{name:>15}" for name in names) + f"{'q4_1 vs torch':>15}")
     records = []
     for case in cases():

@@ -86,7 +86,7 @@ def engine_lines(records: list[Record], classes: dict[str, list[str]]) -> list[s
     heads = ["start s", *RATES, "TTFT", "longest", "steady", "perplexity", "greedy"]
     widths = [max(9, len(head)) + 1 for head in heads]
     lines = [
-        "tokens/s; stall (8 streams, a 1,500-token prompt arrives, budget 256): TTFT and gaps in ms",
+        "tokens/s; stall (8 streams, a 1,500-token prompt arrives, budget at most 256): TTFT and gaps in ms",
         f"{'':20}" + "".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True)),
     ]
     for title, names in classes.items():

@@ -13,8 +13,8 @@ constexpr int kDirectKeys = 64;  // keys of a direct tile: enough that softmax's
 // Keys of a block: of one head they are scored, or have their values added up, in one go. Not many, because an 8-way L1
 // holds only 8 rows that lie 4 KiB apart, and because long runs over one operand leave memory idle (README.md).
 constexpr int kBlockKeys = 8;
-constexpr int kPaddedKeys =
-    kLanes > kBlockKeys ? kLanes : kBlockKeys;  // a tile has a multiple: whole vectors of scores
+// A tile has a multiple of these, so that its scores are whole vectors.
+constexpr int kPaddedKeys = kLanes > kBlockKeys ? kLanes : kBlockKeys;
 
 // Scores of a block of kRows rows lie key by key, scores[key * kRows + row], so that softmax needs no sums across a
 // vector: lane i belongs to row i % kRows.

@@ -1,6 +1,7 @@
 // attention_dot-inl.h: the products q . k of a few rows, in the arithmetic that the keys' type and the CPU offer.
 // Math    FloatDot      float32, any type of key
-//         BFloat16Dot   products of bfloat16 pairs, exact, summed in float32: q as given, the scale goes to the scores
+//         BFloat16Dot   products of bfloat16 pairs, exact, summed in float32: q as given, the scale goes to the scores.
+//                       The instruction takes subnormal elements (below 2^-126) for 0
 //         Int8Dot       products of int16 pairs, exact, summed in int32: each row of a 16-bit q becomes
 //                       round(q 32767 / max |q|), which is off by at most 2^-16 of the row's largest element
 // Method  A dot has kDepth elements per step, load_key and load_query for them, and add_product. start() rewrites a row
@@ -57,12 +58,20 @@ struct FloatDot {
 
 #if defined(MIXATTN_HAS_INT16_DOT)
 
-struct Int8Dot {
+// What dots of pairs of 16 bits share: q in their elements, one behind the other.
+struct PairDot {
   static constexpr int kDepth = 2 * kLanes;
   static constexpr bool kHasFactor = true;
+  typedef IntVec Operand;
+
+  MIXATTN_INLINE Operand load_query(const float* q, int64_t d) {
+    return load_int16(reinterpret_cast<const int16_t*>(q) + d);
+  }
+};
+
+struct Int8Dot : PairDot {
   typedef Int8 Key;
   typedef IntVec Sum;
-  typedef IntVec Operand;
 
   // A float32 row would see the rounding. 256 products of 128 and 32767 stay below 2^31.
   static bool takes(const AttentionParams& p) { return p.dtype != DType::kFloat32 && p.head_dim % kDepth == 0; }
@@ -82,9 +91,6 @@ struct Int8Dot {
   }
   MIXATTN_INLINE Sum start_sum() { return int_zero(); }
   MIXATTN_INLINE Operand load_key(const Int8* key) { return load_as_int16(key); }
-  MIXATTN_INLINE Operand load_query(const float* q, int64_t d) {
-    return load_int16(reinterpret_cast<const int16_t*>(q) + d);
-  }
   MIXATTN_INLINE Sum add_product(Sum sum, Operand q, Operand k) { return add_int16_products(sum, q, k); }
   MIXATTN_INLINE Vec to_vec(Sum sum) { return int_to_float(sum); }
 };
@@ -93,12 +99,9 @@ struct Int8Dot {
 
 #if defined(MIXATTN_HAS_BFLOAT16_DOT)
 
-struct BFloat16Dot {
-  static constexpr int kDepth = 2 * kLanes;
-  static constexpr bool kHasFactor = true;
+struct BFloat16Dot : PairDot {
   typedef BFloat16 Key;
   typedef Vec Sum;
-  typedef IntVec Operand;
 
   static bool takes(const AttentionParams& p) { return p.dtype == DType::kBFloat16 && p.head_dim % kDepth == 0; }
   static float start(const AttentionParams& p, const WorkItem& item, int64_t r, float* q) {
@@ -109,9 +112,6 @@ struct BFloat16Dot {
   }
   MIXATTN_INLINE Sum start_sum() { return zero(); }
   MIXATTN_INLINE Operand load_key(const BFloat16* key) { return load_int16(reinterpret_cast<const int16_t*>(key)); }
-  MIXATTN_INLINE Operand load_query(const float* q, int64_t d) {
-    return load_int16(reinterpret_cast<const int16_t*>(q) + d);
-  }
   MIXATTN_INLINE Sum add_product(Sum sum, Operand q, Operand k) { return add_bfloat16_products(sum, q, k); }
   MIXATTN_INLINE Vec to_vec(Sum sum) { return sum; }
 };

@@ -1,4 +1,4 @@
-// attention_packed-inl.h: items of many rows, tiles of K and V as float32 in L2; bound by FMA.
+// attention_packed-inl.h: items of many rows, tiles of K and V in L2; bound by FMA.
 // Formulas and sources are in mixed_attention-inl.h.
 #pragma once
 

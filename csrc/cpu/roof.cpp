@@ -17,7 +17,7 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kReadFloats = int64_t{1} << 26;  // 256 MiB: far beyond the last-level cache of a few cores
-constexpr int64_t kReadGrain = int64_t{1} << 23;   // 32 MiB per draw: each thread reads its own stretch
+constexpr int64_t kReadMultiple = 256;             // of floats in a draw (kernels.h)
 constexpr int64_t kFmaFlops = int64_t{1} << 31;    // per thread and round: some 30 ms
 constexpr int64_t kFmaDraws = 8;                   // per thread and round
 constexpr int kRounds = 8;
@@ -43,7 +43,9 @@ Roofs measure_roofs(const IsaKernels& kernels, int64_t num_threads) {
   Roofs roofs;
   {
     const std::vector<float> data(kReadFloats, 1.0f);
-    const double seconds = best_seconds(num_threads, kReadFloats, kReadGrain, [&](int64_t begin, int64_t end) {
+    // A stretch for each thread: threads that take turns in memory stop each other's prefetching.
+    const int64_t grain = (kReadFloats / num_threads + kReadMultiple - 1) / kReadMultiple * kReadMultiple;
+    const double seconds = best_seconds(num_threads, kReadFloats, grain, [&](int64_t begin, int64_t end) {
       return kernels.read_loop(data.data() + begin, end - begin);
     });
     roofs.read_gb_s = kReadFloats * sizeof(float) / seconds * 1e-9;

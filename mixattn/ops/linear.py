@@ -163,28 +163,6 @@ class _Layout(NamedTuple):
     residual: Layout | None
 
 
-def _layout(
-    x: Tensor,
-    panels: Tensor,
-    form: str,
-    num_cols: int,
-    isa: str,
-    rounds_x: bool,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> _Layout:
-    return _Layout(
-        layout_of(x),
-        layout_of(panels),
-        form,
-        num_cols,
-        isa,
-        rounds_x,
-        None if bias is None else layout_of(bias),
-        None if residual is None else layout_of(residual),
-    )
-
-
 def _check_panels(panels: Layout, form: str, num_cols: int, depth: int, isa: str) -> None:
     check_dtype("panels", panels, torch.uint8)
     num_bytes = -(-num_cols // _C.panel_cols(isa)) * _C.weight_panel_bytes(form, depth, isa)
@@ -242,7 +220,10 @@ def _linear(
     residual: Tensor | None,
 ) -> Tensor:
     """``mixattn::linear``: checks everything, then runs the CPU kernel."""
-    sizes = _native_sizes(_layout(x, panels, form, num_cols, isa, rounds_x, bias, residual))
+    bias_layout, residual_layout = (None if t is None else layout_of(t) for t in (bias, residual))
+    sizes = _native_sizes(
+        _Layout(layout_of(x), layout_of(panels), form, num_cols, isa, rounds_x, bias_layout, residual_layout)
+    )
     check_no_grad(x, bias, residual)
     y = torch.empty(x.shape[0], num_cols)
     _C.linear(

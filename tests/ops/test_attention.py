@@ -27,10 +27,9 @@ from tests.cases import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=env.CPU_ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Forces one ISA on the test; skips where the CPU lacks it."""
     name: str = request.param

@@ -42,7 +42,7 @@ MATES = [(1, 40), (7, 900), (130, 131), (0, 64), (1, 2000)]
 """(q_len, kv_len) of other sequences: 15 batches are made of them."""
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=env.CPU_ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
     if name not in _C.cpu_info()["available"]:

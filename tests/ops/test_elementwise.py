@@ -10,11 +10,10 @@ from torch import Tensor
 from mixattn import _C, env
 from mixattn.ops.elementwise import add_rms_norm, rms_norm, silu_mul
 
-ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
 SIZES = [1, 3, 8, 31, 64, 576]
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=env.CPU_ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
     available = _C.cpu_info()["available"]

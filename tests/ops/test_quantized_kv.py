@@ -15,7 +15,6 @@ from mixattn.ops.kv_dtypes import MIN_ROW_SCALE, QUANTIZED
 from mixattn.ops.reference import append_kv_reference, dequantize_reference, quantize_reference
 from mixattn.ops.rope import rope_cos_sin
 
-ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
 DTYPES = list(QUANTIZED)
 NUM_PAGES, PAGE_SIZE = 3, 16
 
@@ -24,7 +23,7 @@ def name_of(value: object) -> str | None:
     return QUANTIZED[value].name if isinstance(value, torch.dtype) and value in QUANTIZED else None
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=env.CPU_ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Forces one ISA on the test; skips where the CPU lacks it."""
     name: str = request.param

@@ -1,0 +1,217 @@
+// vec_avx512.h: AVX-512, 16 lanes and 32 registers; a part of vec.h, which says what may include it.
+#pragma once
+
+#include "cpu/vec_x86.h"
+
+namespace mixattn {
+namespace {
+
+typedef __m512 Vec;
+constexpr int kLanes = 16;
+// 8 rows x 32 columns: 16 accumulators hide 4 cycles of latency on 2 ports twice over, 2 loads and 8 broadcasts feed 16
+// FMAs, and 8 divides the planner's row tiles.
+constexpr int kTileRows = 8;
+
+MIXATTN_INLINE Vec zero() {
+  return _mm512_setzero_ps();
+}
+MIXATTN_INLINE Vec broadcast(float x) {
+  return _mm512_set1_ps(x);
+}
+MIXATTN_INLINE Vec load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+MIXATTN_INLINE Vec load(const BFloat16* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+MIXATTN_INLINE Vec load(const Float16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+MIXATTN_INLINE Vec load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+template <int kByte>
+MIXATTN_INLINE Vec load_bytes(const uint32_t* p) {
+  const __m512i words = _mm512_loadu_si512(p);
+  if (kByte == 3) return _mm512_cvtepi32_ps(_mm512_srli_epi32(words, 24));
+  return _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xff << (8 * (kByte % 3)))));
+}
+template <int kNibble>
+MIXATTN_INLINE Vec load_nibbles(const uint32_t* p) {
+  const __m512i words = _mm512_loadu_si512(p);
+  if (kNibble == 7) return _mm512_cvtepi32_ps(_mm512_srli_epi32(words, 28));
+  return _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xf << (4 * (kNibble % 7)))));
+}
+MIXATTN_INLINE __m256 low_half(Vec x) {
+  return _mm512_castps512_ps256(x);
+}
+MIXATTN_INLINE __m256 high_half(Vec x) {
+  return _mm512_extractf32x8_ps(x, 1);
+}
+MIXATTN_INLINE void store(float* p, Vec x) {
+  _mm512_storeu_ps(p, x);
+}
+template <typename T>
+MIXATTN_INLINE void store(T* p, Vec x) {
+  store8(p, low_half(x));
+  store8(p + 8, high_half(x));
+}
+#if defined(MIXATTN_SIMDE)
+MIXATTN_INLINE void keep_in_register(Vec*) {}
+#else
+MIXATTN_INLINE void keep_in_register(Vec* x) {
+  __asm__("" : "+v"(*x));
+}
+#endif
+MIXATTN_INLINE void load_even_odd(const BFloat16* p, Vec* even, Vec* odd) {
+  const __m512i both = _mm512_loadu_si512(p);
+  *even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  *odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+MIXATTN_INLINE void interleave(Vec even, Vec odd, Vec* first, Vec* second) {
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  *first = _mm512_permutex2var_ps(even, low, odd);
+  *second = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd);
+}
+MIXATTN_INLINE void deinterleave(Vec first, Vec second, Vec* even, Vec* odd) {
+  const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  *even = _mm512_permutex2var_ps(first, evens, second);
+  *odd = _mm512_permutex2var_ps(first, _mm512_add_epi32(evens, _mm512_set1_epi32(1)), second);
+}
+// The 8 elements that a head_dim that is no multiple of 16 leaves over; lanes 8..15 are 0.
+template <typename T>
+MIXATTN_INLINE Vec load_half(const T* p) {
+  return _mm512_insertf32x8(_mm512_setzero_ps(), load8(p), 0);
+}
+template <typename T>
+MIXATTN_INLINE void store_half(T* p, Vec x) {
+  store8(p, low_half(x));
+}
+
+MIXATTN_INLINE Vec add(Vec a, Vec b) {
+  return _mm512_add_ps(a, b);
+}
+MIXATTN_INLINE Vec sub(Vec a, Vec b) {
+  return _mm512_sub_ps(a, b);
+}
+MIXATTN_INLINE Vec mul(Vec a, Vec b) {
+  return _mm512_mul_ps(a, b);
+}
+MIXATTN_INLINE Vec div(Vec a, Vec b) {
+  return _mm512_div_ps(a, b);
+}
+MIXATTN_INLINE Vec max(Vec a, Vec b) {
+  return _mm512_max_ps(a, b);
+}
+MIXATTN_INLINE Vec fmadd(Vec a, Vec b, Vec c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+MIXATTN_INLINE Vec abs(Vec x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
+}
+MIXATTN_INLINE Vec copy_sign(Vec magnitude, Vec sign) {  // magnitude >= 0
+  const __m512i bit = _mm512_and_si512(_mm512_castps_si512(sign), _mm512_set1_epi32(INT32_MIN));
+  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(magnitude), bit));
+}
+MIXATTN_INLINE Vec select_less(Vec x, Vec bound, Vec then, Vec otherwise) {
+  return _mm512_mask_mov_ps(otherwise, _mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ), then);
+}
+MIXATTN_INLINE Vec add_to_exponent(Vec x, Vec n) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+}
+MIXATTN_INLINE float first_lane(Vec x) {
+  return _mm_cvtss_f32(_mm256_castps256_ps128(low_half(x)));
+}
+MIXATTN_INLINE float max_lanes(Vec x) {
+  return max_lanes8(_mm256_max_ps(low_half(x), high_half(x)));
+}
+MIXATTN_INLINE float sum_lanes(Vec x) {
+  return sum_lanes8(_mm256_add_ps(low_half(x), high_half(x)));
+}
+MIXATTN_INLINE void sum_each(const Vec (&x)[8], float* out) {
+  __m256 halves[8];
+  for (int i = 0; i < 8; ++i) halves[i] = _mm256_add_ps(low_half(x[i]), high_half(x[i]));
+  sum_each8(halves, out);
+}
+MIXATTN_INLINE void sum_each(const Vec (&x)[16], float* out) {
+  // As sum_each8 within quarters of 4 lanes; then quarters are added, by twos and by fours.
+  Vec pairs[8], quads[4];
+  for (int i = 0; i < 8; ++i) {
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+  }
+  for (int i = 0; i < 4; ++i) {
+    quads[i] = _mm512_add_ps(_mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0x44),
+                             _mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0xee));
+  }
+  const auto add_quarters = [](Vec a, Vec b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  _mm512_storeu_ps(out, add_quarters(add_quarters(quads[0], quads[1]), add_quarters(quads[2], quads[3])));
+}
+
+// Sums of products of pairs of 16 bits: each lane adds its two products.
+#define MIXATTN_HAS_INT16_DOT
+typedef __m512i IntVec;
+MIXATTN_INLINE IntVec int_zero() {
+  return _mm512_setzero_si512();
+}
+MIXATTN_INLINE IntVec load_int16(const int16_t* p) {
+  return _mm512_loadu_si512(p);
+}
+MIXATTN_INLINE Vec int_to_float(IntVec x) {
+  return _mm512_cvtepi32_ps(x);
+}
+MIXATTN_INLINE IntVec load_words(const void* p) {
+  return _mm512_loadu_si512(p);
+}
+MIXATTN_INLINE void store_words(void* p, IntVec x) {
+  _mm512_storeu_si512(p, x);
+}
+MIXATTN_INLINE IntVec broadcast_word(int32_t x) {
+  return _mm512_set1_epi32(x);
+}
+MIXATTN_INLINE IntVec add_words(IntVec a, IntVec b) {
+  return _mm512_add_epi32(a, b);
+}
+MIXATTN_INLINE IntVec round_to_int(Vec x) {  // to nearest, ties to even
+  return _mm512_cvtps_epi32(x);
+}
+MIXATTN_INLINE void store_low_bytes(int8_t* p, IntVec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
+MIXATTN_INLINE IntVec low_nibbles(IntVec x) {
+  return _mm512_and_si512(x, _mm512_set1_epi32(0x0f0f0f0f));
+}
+MIXATTN_INLINE IntVec high_nibbles(IntVec x) {
+  return low_nibbles(_mm512_srli_epi32(x, 4));
+}
+#if defined(MIXATTN_ISA_AVX512_BF16)
+#define MIXATTN_HAS_BFLOAT16_DOT
+MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
+  // Not the intrinsic: GCC 12 copies each sum to another register and back around it.
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVec signed_bytes) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+  return sum;
+}
+MIXATTN_INLINE Vec add_bfloat16_products(Vec sum, IntVec a, IntVec b) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+#else
+MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+}
+// Bytes with even and with odd index are widened apart: maddubs would saturate.
+MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVec signed_bytes) {
+  const IntVec even = _mm512_and_si512(unsigned_bytes, _mm512_set1_epi16(0xff));
+  const IntVec signed_even = _mm512_srai_epi16(_mm512_slli_epi16(signed_bytes, 8), 8);
+  sum = add_int16_products(sum, even, signed_even);
+  return add_int16_products(sum, _mm512_srli_epi16(unsigned_bytes, 8), _mm512_srai_epi16(signed_bytes, 8));
+}
+#endif
+
+}  // namespace
+}  // namespace mixattn
