@@ -24,8 +24,8 @@ namespace cuda {
 constexpr int kNumWarps = 4;
 constexpr int kNumThreads = kNumWarps * mx::kWarpSize;
 
-// The first words of a block's shared memory: what thread 0 drew, and the item that this is. Every thread reads them
-// again wherever it needs them: in registers they would be spilled by the walk over the keys.
+// A team's words in shared memory: what was drawn for it, and the item that this is. Every thread reads them again
+// wherever it needs them: in registers they would be spilled by the walk over the keys.
 enum ControlWord : uint32_t {
   kItemsLeft,      // this one included; 0 and below: none
   kCapacityItems,  // of the plan: its merges are behind them
@@ -48,12 +48,13 @@ enum ControlWord : uint32_t {
 };
 constexpr uint32_t kControlBytes = 256;  // a multiple of every row of a tile
 
-MX_DEVICE int32_t control(ControlWord word) {
-  return mx::ld_shared(mx::shared_base() + word * sizeof(int32_t));
-}
-MX_DEVICE void set_control(ControlWord word, int32_t value) {
-  mx::st_shared(mx::shared_base() + word * sizeof(int32_t), value);
-}
+// The item in hand: its control words, from this shared address on.
+struct Item {
+  uint32_t address;
+
+  MX_DEVICE int32_t operator[](ControlWord word) const { return mx::ld_shared(address + word * sizeof(int32_t)); }
+  MX_DEVICE void set(ControlWord word, int32_t value) const { mx::st_shared(address + word * sizeof(int32_t), value); }
+};
 
 struct Thread {
   int idx;
@@ -68,6 +69,13 @@ MX_DEVICE Thread this_thread() {
   return {idx, idx / mx::kWarpSize, idx % mx::kWarpSize};
 }
 
+constexpr int kTeamBarrier = 1;
+
+// All threads that share an item: a team. Orders their accesses to memory.
+MX_DEVICE void sync_team() {
+  mx::bar_sync(kTeamBarrier, kNumThreads);
+}
+
 MX_DEVICE int32_t clamp(int32_t value, int32_t low, int32_t high) {
   return value < low ? low : (value > high ? high : value);
 }
@@ -78,8 +86,8 @@ MX_DEVICE const PlanHeader& plan_header(const LaunchParams& p) {
 MX_DEVICE const WorkItem* plan_items(const LaunchParams& p) {
   return reinterpret_cast<const WorkItem*>(p.call.plan + kPlanHeaderWords);
 }
-MX_DEVICE const Merge* plan_merges(const LaunchParams& p) {
-  return reinterpret_cast<const Merge*>(plan_items(p) + control(kCapacityItems));
+MX_DEVICE const Merge* plan_merges(const LaunchParams& p, Item item) {
+  return reinterpret_cast<const Merge*>(plan_items(p) + item[kCapacityItems]);
 }
 
 // Where a packed row of a slice lies: query token of the batch, query head.
@@ -120,58 +128,58 @@ MX_DEVICE KeyRange visible_keys(const LaunchParams& p, int32_t position, int32_t
           p.call.causal ? clamp(position + 1, kv_begin, kv_end) : kv_end};
 }
 
-MX_DEVICE void describe_item(const LaunchParams& p, const WorkItem& item) {
-  const int32_t first_token = p.call.cu_seqlens_q[item.seq_idx];
-  const int32_t q_len = p.call.cu_seqlens_q[item.seq_idx + 1] - first_token;
-  const int32_t context = p.call.seq_lens[item.seq_idx] - q_len;
-  const int32_t first_position = context + item.row_begin / p.group_size;
-  const int32_t last_position = context + (item.row_begin + num_rows(item) - 1) / p.group_size;
-  set_control(kSeqIdx, item.seq_idx);
-  set_control(kKvHead, item.kv_head);
-  set_control(kRowBegin, item.row_begin);
-  set_control(kNumRows, num_rows(item));
-  set_control(kTileKindOf, tile_kind(item));
-  set_control(kKvBegin, item.kv_begin);
-  set_control(kKvEnd, item.kv_end);
-  set_control(kMergeIdx, item.merge_idx);
-  set_control(kPartialRow, item.partial_row);
-  set_control(kFirstToken, first_token);
-  set_control(kContext, context);
+MX_DEVICE void describe_item(const LaunchParams& p, const WorkItem& drawn, Item item) {
+  const int32_t first_token = p.call.cu_seqlens_q[drawn.seq_idx];
+  const int32_t q_len = p.call.cu_seqlens_q[drawn.seq_idx + 1] - first_token;
+  const int32_t context = p.call.seq_lens[drawn.seq_idx] - q_len;
+  const int32_t first_position = context + drawn.row_begin / p.group_size;
+  const int32_t last_position = context + (drawn.row_begin + num_rows(drawn) - 1) / p.group_size;
+  item.set(kSeqIdx, drawn.seq_idx);
+  item.set(kKvHead, drawn.kv_head);
+  item.set(kRowBegin, drawn.row_begin);
+  item.set(kNumRows, num_rows(drawn));
+  item.set(kTileKindOf, tile_kind(drawn));
+  item.set(kKvBegin, drawn.kv_begin);
+  item.set(kKvEnd, drawn.kv_end);
+  item.set(kMergeIdx, drawn.merge_idx);
+  item.set(kPartialRow, drawn.partial_row);
+  item.set(kFirstToken, first_token);
+  item.set(kContext, context);
   // The first row sees the fewest keys to the right, the last row the fewest to the left.
-  set_control(kFullBegin, visible_keys(p, last_position, item.kv_begin, item.kv_end).begin);
-  const int32_t full_end = visible_keys(p, first_position, item.kv_begin, item.kv_end).end;
+  item.set(kFullBegin, visible_keys(p, last_position, drawn.kv_begin, drawn.kv_end).begin);
+  const int32_t full_end = visible_keys(p, first_position, drawn.kv_begin, drawn.kv_end).end;
   // A tree mask speaks of the slice's own keys.
-  set_control(kFullEnd, p.call.tree_mask == nullptr ? full_end : clamp(context, item.kv_begin, full_end));
+  item.set(kFullEnd, p.call.tree_mask == nullptr ? full_end : clamp(context, drawn.kv_begin, full_end));
 }
 
-// Draws the block's next item; false when there is none. Also a barrier: every thread is done with the shared memory of
+// Draws the team's next item; false when there is none. Also a barrier: every thread is done with the shared memory of
 // the item before.
-MX_DEVICE bool draw_item(const LaunchParams& p) {
-  mx::sync_threads();
+MX_DEVICE bool draw_item(const LaunchParams& p, Item item) {
+  sync_team();
   if (mx::thread_idx() == 0) {
     const int32_t num_items = plan_header(p).num_items;
     const int32_t item_idx = mx::atomic_add_relaxed(p.call.tickets, 1);
-    set_control(kItemsLeft, num_items - item_idx);
-    set_control(kCapacityItems, plan_header(p).capacity_items);
-    if (item_idx < num_items) describe_item(p, plan_items(p)[item_idx]);
+    item.set(kItemsLeft, num_items - item_idx);
+    item.set(kCapacityItems, plan_header(p).capacity_items);
+    if (item_idx < num_items) describe_item(p, plan_items(p)[item_idx], item);
   }
-  mx::sync_threads();
-  return control(kItemsLeft) > 0;
+  sync_team();
+  return item[kItemsLeft] > 0;
 }
 
-// Whether this block, with its split's partials written, is the last of the merge's splits to get here; if so, it sees
+// Whether this team, with its split's partials written, is the last of the merge's splits to get here; if so, it sees
 // the partials of all of them.
-MX_DEVICE bool is_last_split(const LaunchParams& p, int32_t merge_idx, int32_t num_splits) {
+MX_DEVICE bool is_last_split(const LaunchParams& p, Item item, int32_t merge_idx, int32_t num_splits) {
   // The barrier puts the partials of all threads before thread 0's fence, the fence before its ticket: whoever draws a
-  // later ticket, and fences behind it, sees them. The other barrier hands that on to the block.
-  mx::sync_threads();  // before the fence
+  // later ticket, and fences behind it, sees them. The other barrier hands that on to the team.
+  sync_team();  // before the fence
   if (mx::thread_idx() == 0) {
     mx::fence_gpu();  // before the ticket
-    set_control(kTicket, mx::atomic_add_relaxed(p.call.tickets + 1 + merge_idx, 1));
+    item.set(kTicket, mx::atomic_add_relaxed(p.call.tickets + 1 + merge_idx, 1));
     mx::fence_gpu();  // behind the ticket
   }
-  mx::sync_threads();
-  return control(kTicket) == num_splits - 1;
+  sync_team();
+  return item[kTicket] == num_splits - 1;
 }
 
 // The partials of all splits of some rows, in split order, to out and lse. A warp merges a row, a lane the dimensions
@@ -216,21 +224,22 @@ MX_DEVICE void merge_item(const LaunchParams& p, const Merge& merge) {
   }
 }
 
-// Draws items of the plan until none is left. Attend::item(p) computes the one that was drawn.
+// Draws items of the plan until none is left. Attend::item(p, item) computes the one that was drawn.
 template <class T, int kHeadDim, class Attend>
 MX_DEVICE void run_plan(const LaunchParams& p) {
-  while (draw_item(p)) {
-    Attend::item(p);
-    const int32_t merge_idx = control(kMergeIdx);
+  const Item item = {mx::shared_base()};
+  while (draw_item(p, item)) {
+    Attend::item(p, item);
+    const int32_t merge_idx = item[kMergeIdx];
     if (merge_idx < 0) continue;
-    const Merge& merge = plan_merges(p)[merge_idx];
-    if (!is_last_split(p, merge_idx, merge.num_splits)) continue;
+    const Merge& merge = plan_merges(p, item)[merge_idx];
+    if (!is_last_split(p, item, merge_idx, merge.num_splits)) continue;
     merge_item<T, kHeadDim>(p, merge);
     // For the next launch: in this one nobody draws it again.
     if (mx::thread_idx() == 0) mx::st_global(p.call.tickets + 1 + merge_idx, 0u);
   }
   // Every block draws one number past the items; whoever draws the last of these resets the counter.
-  if (mx::thread_idx() == 0 && control(kItemsLeft) == 1 - mx::num_blocks()) {
+  if (mx::thread_idx() == 0 && item[kItemsLeft] == 1 - mx::num_blocks()) {
     mx::st_global(p.call.tickets, 0u);
   }
 }

@@ -33,6 +33,7 @@ class Fault:
 
 SM80 = "sm80/mixed_attention.cuh"
 TILE = "sm80/tile.cuh"
+FRAGMENTS = "fragments.cuh"
 PLAN = "mixed_attention.cuh"
 SOFTMAX = "softmax.cuh"
 CHUNK = "q65-kv200-page16-gqa3"
@@ -44,14 +45,14 @@ WIDE = "all-kinds-head-dim-256"
 FAULTS = [
     Fault("no-barrier-before-v-is-read", SM80, "sync_tile<TileShape>();  // V has landed", "", CHUNK),
     Fault("no-barrier-before-k-is-read", SM80, "sync_tile<TileShape>();  // K has landed", "", CHUNK),
-    Fault("no-barrier-before-q-is-read-by-all-warps", SM80, "mx::sync_threads();  // Q, which", "", DECODE),
-    Fault("no-barrier-before-sums-replace-k-and-v", SM80, "mx::sync_threads();  // no warp reads", "", DECODE),
+    Fault("no-barrier-before-q-is-read-by-all-warps", SM80, "sync_team();  // Q, which", "", DECODE),
+    Fault("no-barrier-before-sums-replace-k-and-v", SM80, "sync_team();  // no warp reads", "", DECODE),
     Fault(
         "k-overwritten-while-it-is-read",
         SM80,
-        "place = find_key<TileShape, kScores>(p, next_begin);",
-        "place = find_key<TileShape, kScores>(p, next_begin);"
-        " if (next_begin < control(kKvEnd)) copy_k(place, next_begin);",
+        "place = find_key<TileShape, kScores>(p, item, next_begin);",
+        "place = find_key<TileShape, kScores>(p, item, next_begin);"
+        " if (next_begin < item[kKvEnd]) copy_k(place, next_begin);",
         CHUNK,
     ),
     Fault("no-wait-for-v", SM80, "mx::cp_async_wait<0>();  // for V", "", CHUNK),
@@ -73,7 +74,7 @@ FAULTS = [
         "true",
         CHUNK,
         caught_by="cp.async: outside of the tensors",  # the table's entries past the last page are read
-        also=(("key < control(kKvBegin) || key >= control(kKvEnd)", "false"),),
+        also=(("key < item[kKvBegin] || key >= item[kKvEnd]", "false"),),
     ),
     Fault(
         "ticket-without-fences",
@@ -83,7 +84,7 @@ FAULTS = [
         SPLITS,
         also=(("mx::fence_gpu();  // behind the ticket", ""),),
     ),
-    Fault("no-barrier-before-the-fence", PLAN, "mx::sync_threads();  // before the fence", "", SPLITS),
+    Fault("no-barrier-before-the-fence", PLAN, "sync_team();  // before the fence", "", SPLITS),
     Fault("item-counter-not-reset", PLAN, "mx::st_global(p.call.tickets, 0u);", "", SPLITS, caught_by="tickets"),
     Fault(
         "ticket-not-reset", PLAN, "mx::st_global(p.call.tickets + 1 + merge_idx, 0u);", "", SPLITS, caught_by="tickets"
@@ -99,8 +100,8 @@ FAULTS = [
     ),
     Fault("causal-mask-off-by-one", PLAN, "position + 1", "position + 2", CHUNK),
     Fault("window-off-by-one", PLAN, "position - p.window_left", "position - p.window_left + 1", "window-q1"),
-    Fault("first-tile-not-masked", SM80, "tile_begin < control(kFullBegin)", "false", "window-chunk-beside-decodes"),
-    Fault("last-tile-not-masked", SM80, "next_begin > control(kFullEnd)", "false", CHUNK),
+    Fault("first-tile-not-masked", SM80, "tile_begin < item[kFullBegin]", "false", "window-chunk-beside-decodes"),
+    Fault("last-tile-not-masked", SM80, "next_begin > item[kFullEnd]", "false", CHUNK),
     Fault("sum-not-rescaled", SOFTMAX, "row_sum[h] *= rescale.of_row[h];", "", "scale-and-peaked-scores"),
     Fault(
         "swizzle-of-copies-left-out",
@@ -113,39 +114,39 @@ FAULTS = [
     Fault(
         "rows-dropped-while-they-are-read",
         SM80,
-        "mx::sync_threads();  // no thread reads the item",
+        "sync_team();  // no thread reads the item",
         "",
         WIDE,
         caught_by="result|deadlock:",  # warps that differ over the rows that are left part ways
     ),
-    Fault("rows-read-before-they-are-dropped", SM80, "mx::sync_threads();  // the item is what", "", WIDE),
+    Fault("rows-read-before-they-are-dropped", SM80, "sync_team();  // the item is what", "", WIDE),
     Fault(
         "partials-of-dropped-rows-overwritten",
         SM80,
-        "set_control(kPartialRow, control(kPartialRow) + num_rows);",
+        "item.set(kPartialRow, item[kPartialRow] + num_rows);",
         "",
         WIDE,
     ),
     Fault(
         "alibi-added",
-        SM80,
-        "slopes[head] * kLog2E",
-        "-slopes[head] * kLog2E",
+        FRAGMENTS,
+        "slopes[row_head(p, item, row)] * kLog2E",
+        "-slopes[row_head(p, item, row)] * kLog2E",
         "alibi-q1-gqa8",
     ),
-    Fault("alibi-of-keys-behind-negative", SM80, "distance < 0 ? -distance : distance", "distance", "alibi-non-causal"),
+    Fault("alibi-of-keys-behind-negative", FRAGMENTS, "distance < 0 ? -distance : distance", "distance", "alibi-non-causal"),
     Fault(
         "sink-in-every-split",
-        SM80,
-        "p.call.sinks == nullptr || control(kMergeIdx) >= 0",
+        FRAGMENTS,
+        "p.call.sinks == nullptr || item[kMergeIdx] >= 0",
         "p.call.sinks == nullptr",
         "sinks-soft-cap-window-splits",
     ),
-    Fault("tree-bit-off-by-one", SM80, "word >> distance & 1", "word >> (distance + 1) & 1", "tree-gqa1"),
+    Fault("tree-bit-off-by-one", FRAGMENTS, "word >> distance & 1", "word >> (distance + 1) & 1", "tree-gqa1"),
     Fault(
         "tree-tiles-not-masked",
         PLAN,
-        "clamp(context, item.kv_begin, full_end)",
+        "clamp(context, drawn.kv_begin, full_end)",
         "full_end",
         "tree-words-0-in-long-chunk",
     ),

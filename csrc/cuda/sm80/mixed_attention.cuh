@@ -9,7 +9,7 @@
 //         above head_dim 128 (64, 32) for large, twice, and medium, (16, 64) for small
 // Memory  an item reads 2 keys head_dim elements of K and V, and reads and writes rows head_dim; shared: tile.cuh
 // Static  nvcc 13.0, bf16, head_dim 128, registers and warp instructions per MMA-MFLOP of large / medium / small tiles:
-//         sm_80: 254; 948 / 1,314 / 2,556. sm_90a: 255; 937 / 1,287 / 2,518. No spills in any kernel, no bank conflicts
+//         sm_80: 254; 955 / 1,316 / 2,560. sm_90a: 255; 941 / 1,289 / 2,522. No spills in any kernel, no bank conflicts
 // Limits  as cuda/mixed_attention.cuh
 // Twins   triton_kernels/mixed_attention.py (the same names and order); truth ops/reference.py
 // Source  arXiv:2307.08691, section 3; GQA rows packed: arXiv:2305.13245; fragments: PTX ISA 8.7, section 9.7.14.5.8
@@ -129,176 +129,34 @@ MX_DEVICE void multiply_values(const uint32_t (&weights)[TileShape::kRowTiles][T
   }
 }
 
-// The position of a row of the item.
-MX_DEVICE int32_t row_position(const LaunchParams& p, int32_t row) {
-  return control(kContext) + (control(kRowBegin) + row) / p.group_size;
-}
-
-// Whether the tree mask's word lets a row see a key at or before its position.
-MX_DEVICE bool is_in_tree(int64_t word, int32_t position, int32_t key) {
-  const int32_t distance = position - key;
-  return key < control(kContext) || distance >= kTreeMaskBits || (word >> distance & 1) != 0;
-}
-
-// -inf for keys that a row does not see; tile_begin is the tile's first key.
-template <class TileShape, Scores kScores>
-MX_DEVICE void mask_scores(const LaunchParams& p, int32_t tile_begin,
-                           float (&scores)[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaColumns][4]) {
-  const Thread thread = this_thread();
-  const int32_t first_key = tile_begin + warp_key<TileShape>() + 2 * (thread.lane % 4);
-  const bool has_tree = kScores == Scores::kAny && p.call.tree_mask != nullptr;
-  MX_UNROLL
-  for (int r = 0; r < TileShape::kRowTiles; ++r) {
-    MX_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const int32_t row = warp_row<TileShape>() + r * kMmaRows + h * 8 + thread.lane / 4;
-      const int32_t position = row_position(p, row);
-      const KeyRange visible = visible_keys(p, position, control(kKvBegin), control(kKvEnd));
-      int64_t word = -1;
-      if (has_tree && row < control(kNumRows)) {
-        word = p.call.tree_mask[control(kFirstToken) + position - control(kContext)];
-      }
-      MX_UNROLL
-      for (int n = 0; n < TileShape::kWarpKeys / kMmaColumns; ++n) {
-        MX_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          const int32_t key = first_key + n * kMmaColumns + j;
-          const bool is_visible = key >= visible.begin && key < visible.end;
-          if (!is_visible || (has_tree && !is_in_tree(word, position, key))) scores[r][n][2 * h + j] = -INFINITY;
-        }
-      }
-    }
-  }
-}
-
-// Scores, already in base 2, less what ALiBi takes off them.
-template <class TileShape>
-MX_DEVICE void subtract_alibi(const LaunchParams& p, int32_t tile_begin,
-                              float (&scores)[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaColumns][4]) {
-  const Thread thread = this_thread();
-  const int32_t first_key = tile_begin + warp_key<TileShape>() + 2 * (thread.lane % 4);
-  const float* const slopes = p.call.alibi_slopes + control(kSeqIdx) * p.call.alibi_seq_stride;
-  MX_UNROLL
-  for (int r = 0; r < TileShape::kRowTiles; ++r) {
-    MX_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const int32_t row = warp_row<TileShape>() + r * kMmaRows + h * 8 + thread.lane / 4;
-      const int32_t head = control(kKvHead) * p.group_size + (control(kRowBegin) + row) % p.group_size;
-      const float slope = slopes[head] * kLog2E;
-      const int32_t position = row_position(p, row);
-      MX_UNROLL
-      for (int n = 0; n < TileShape::kWarpKeys / kMmaColumns; ++n) {
-        MX_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          const int32_t distance = position - (first_key + n * kMmaColumns + j);
-          scores[r][n][2 * h + j] -= slope * static_cast<float>(distance < 0 ? -distance : distance);
-        }
-      }
-    }
-  }
-}
-
-// Scores of tanh's argument to those of tanh: tanh(x) = 1 - 2 / (exp(2x) + 1); score_scale holds 2 log2(e) / soft_cap.
-// exp2 = inf gives 1.
-template <class Fragments>
-MX_DEVICE void cap_scores(const LaunchParams& p, Fragments& scores) {
-  MX_UNROLL
-  for (auto& row_tile : scores) {
-    MX_UNROLL
-    for (auto& fragment : row_tile) {
-      MX_UNROLL
-      for (float& score : fragment) score = 1.0f - 2.0f * mx::rcp(mx::ex2(score * p.score_scale) + 1.0f);
-    }
-  }
-}
-
 // One tile's scores to weights; state's maxima and sums take them in, and its accumulator is rescaled.
 template <class T, int kHeadDim, class TileShape, Scores kScores>
-MX_DEVICE void apply_softmax(const LaunchParams& p, int32_t tile_begin, bool is_edge,
+MX_DEVICE void apply_softmax(const LaunchParams& p, Item item, int32_t tile_begin, bool is_edge,
                              float (&scores)[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaColumns][4],
                              RowState<kHeadDim, TileShape::kRowTiles>& state,
                              uint32_t (&weights)[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaDepth][4]) {
-  float scale = kScores == Scores::kCapped ? p.score_cap : p.score_scale;
-  if constexpr (kScores == Scores::kCapped) cap_scores(p, scores);
-  if constexpr (kScores == Scores::kAny) {
-    if (p.call.soft_cap > 0.0f) {
-      cap_scores(p, scores);
-      scale = p.score_cap;
-    }
-    if (p.call.alibi_slopes != nullptr) {
-      MX_UNROLL
-      for (auto& row_tile : scores) {
-        MX_UNROLL
-        for (auto& fragment : row_tile) {
-          MX_UNROLL
-          for (float& score : fragment) score *= scale;
-        }
-      }
-      scale = 1.0f;
-      subtract_alibi<TileShape>(p, tile_begin, scores);
-    }
-  }
-  if (is_edge) mask_scores<TileShape, kScores>(p, tile_begin, scores);
+  const Thread thread = this_thread();
+  const int32_t first_key = tile_begin + warp_key<TileShape>() + 2 * (thread.lane % 4);
   MX_UNROLL
   for (int r = 0; r < TileShape::kRowTiles; ++r) {
+    const int32_t first_row = warp_row<TileShape>() + r * kMmaRows + thread.lane / 4;
+    const float scale = prepare_scores<kScores>(p, item, first_row, first_key, is_edge, scores[r]);
     const Rescale rescale = weigh_scores<T>(scores[r], scale, state.row_max[r], state.row_sum[r], weights[r]);
-    // After the first tiles a maximum seldom grows: most of the time there is nothing to rescale.
-    if (!mx::any(rescale.of_row[0] != 1.0f || rescale.of_row[1] != 1.0f)) continue;
-    MX_UNROLL
-    for (int i = 0; i < kHeadDim / kMmaColumns; ++i) {
-      MX_UNROLL
-      for (int j = 0; j < 4; ++j) state.accumulator[r][i][j] *= rescale.of_row[j / 2];
-    }
-  }
-}
-
-// How a row of the item ends: with its sink, unless its keys are split: then it enters at the merge.
-MX_DEVICE RowEnd end_row(const LaunchParams& p, int32_t row, float row_max, float row_sum) {
-  if (p.call.sinks == nullptr || control(kMergeIdx) >= 0) return finish_row(row_max, row_sum);
-  const int32_t head = control(kKvHead) * p.group_size + (control(kRowBegin) + row) % p.group_size;
-  return finish_row_with_sink(row_max, row_sum, row_sink_log2(p, head));
-}
-
-// kColumnTiles fragments of one row, from column first_column on, to out, or to the item's rows of the partials.
-template <class T, int kHeadDim, int kColumnTiles>
-MX_DEVICE void store_row(const LaunchParams& p, int32_t row, int first_column, const float (&values)[kColumnTiles][4],
-                         int h, const RowEnd& end) {
-  const Thread thread = this_thread();
-  if (row >= control(kNumRows)) return;
-  const bool stores_lse = first_column == 0 && thread.lane % 4 == 0;
-  const int column = first_column + 2 * (thread.lane % 4);
-  if (control(kMergeIdx) < 0) {
-    const RowPlace place = place_row(p, control(kFirstToken), control(kKvHead), control(kRowBegin) + row);
-    T* const out = out_row<T>(p, place) + column;
-    MX_UNROLL
-    for (int i = 0; i < kColumnTiles; ++i) {
-      mx::st_global(out + i * kMmaColumns,
-                    mx::pack2(values[i][2 * h] * end.inverse_sum, values[i][2 * h + 1] * end.inverse_sum, T{}));
-    }
-    if (stores_lse) store_lse(p, place, end.lse_log2);
-  } else {
-    const int64_t partial_row = int64_t{control(kPartialRow)} + row;
-    float* const partial = p.call.partial_out + partial_row * kHeadDim + column;
-    MX_UNROLL
-    for (int i = 0; i < kColumnTiles; ++i) {
-      mx::st_global_v2(partial + i * kMmaColumns,
-                       {values[i][2 * h] * end.inverse_sum, values[i][2 * h + 1] * end.inverse_sum});
-    }
-    if (stores_lse) mx::st_global(p.call.partial_lse + partial_row, end.lse_log2);
+    rescale_sums(rescale, state.accumulator[r]);
   }
 }
 
 // Rows that one warp has to itself.
 template <class T, int kHeadDim, class TileShape>
-MX_DEVICE void store_rows(const LaunchParams& p, const RowState<kHeadDim, TileShape::kRowTiles>& state) {
+MX_DEVICE void store_rows(const LaunchParams& p, Item item, const RowState<kHeadDim, TileShape::kRowTiles>& state) {
   const Thread thread = this_thread();
   MX_UNROLL
   for (int r = 0; r < TileShape::kRowTiles; ++r) {
     MX_UNROLL
     for (int h = 0; h < 2; ++h) {
       const int32_t row = warp_row<TileShape>() + r * kMmaRows + h * 8 + thread.lane / 4;
-      const RowEnd end = end_row(p, row, state.row_max[r][h], quad_sum(state.row_sum[r][h]));
-      store_row<T, kHeadDim>(p, row, 0, state.accumulator[r], h, end);
+      const RowEnd end = end_row(p, item, row, state.row_max[r][h], quad_sum(state.row_sum[r][h]));
+      store_row<T, kHeadDim>(p, item, row, 0, state.accumulator[r], h, end);
     }
   }
 }
@@ -306,7 +164,7 @@ MX_DEVICE void store_rows(const LaunchParams& p, const RowState<kHeadDim, TileSh
 // Rows whose keys the warps have split: each warp leaves its sums in shared memory, where K and V were, and adds up a
 // quarter of the columns over all warps, in their order.
 template <class T, int kHeadDim, class TileShape>
-MX_DEVICE void merge_warps(const LaunchParams& p, const RowState<kHeadDim, 1>& state) {
+MX_DEVICE void merge_warps(const LaunchParams& p, Item item, const RowState<kHeadDim, 1>& state) {
   const Thread thread = this_thread();
   using Shared = Layout<kHeadDim, TileShape>;
   constexpr int kColumnTiles = kHeadDim / kMmaColumns / kNumWarps;
@@ -315,7 +173,7 @@ MX_DEVICE void merge_warps(const LaunchParams& p, const RowState<kHeadDim, 1>& s
   const uint32_t sums = mx::shared_base() + Shared::kK;
   const uint32_t states = mx::shared_base() + Shared::kQ;  // (warps, 16 rows) of row_max and row_sum
   const int first_column = thread.warp * kColumnTiles * kMmaColumns;
-  mx::sync_threads();  // no warp reads Q, K or V any more
+  sync_team();  // no warp reads Q, K or V any more
   MX_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int row = h * 8 + thread.lane / 4;
@@ -329,7 +187,7 @@ MX_DEVICE void merge_warps(const LaunchParams& p, const RowState<kHeadDim, 1>& s
     // All four lanes of the quad, which have the same to say: no branch.
     mx::st_shared_v2(states + (thread.warp * kMmaRows + row) * sizeof(mx::float2), {state.row_max[0][h], row_sum});
   }
-  mx::sync_threads();
+  sync_team();
   float total[kColumnTiles][4];  // (16, kHeadDim / kNumWarps) fragments
   MX_UNROLL
   for (int h = 0; h < 2; ++h) {
@@ -352,93 +210,93 @@ MX_DEVICE void merge_warps(const LaunchParams& p, const RowState<kHeadDim, 1>& s
         total[i][2 * h + 1] = total[i][2 * h + 1] * factors.rescale + value.y * factors.weight;
       }
     }
-    store_row<T, kHeadDim>(p, row, first_column, total, h, end_row(p, row, row_max, row_sum));
+    store_row<T, kHeadDim>(p, item, row, first_column, total, h, end_row(p, item, row, row_max, row_sum));
   }
 }
 
 // Attention of the drawn item's rows over its keys, to out and lse, or to its rows of the partials.
 template <class T, int kHeadDim, class TileShape, Scores kScores>
-MX_DEVICE void attend_item(const LaunchParams& p) {
+MX_DEVICE void attend_item(const LaunchParams& p, Item item) {
   using Shared = Layout<kHeadDim, TileShape>;
   const auto copy_k = [&](const KeyPlace& place, int32_t tile_begin) {
-    copy_keys<T, kHeadDim, TileShape, kScores>(k_cache<T>(p), place, mx::shared_base() + Shared::kK, tile_begin);
+    copy_keys<T, kHeadDim, TileShape, kScores>(k_cache<T>(p), item, place, mx::shared_base() + Shared::kK, tile_begin);
     mx::cp_async_commit();
   };
   const auto copy_v = [&](const KeyPlace& place, int32_t tile_begin) {
-    copy_keys<T, kHeadDim, TileShape, kScores>(v_cache<T>(p), place, mx::shared_base() + Shared::kV, tile_begin);
+    copy_keys<T, kHeadDim, TileShape, kScores>(v_cache<T>(p), item, place, mx::shared_base() + Shared::kV, tile_begin);
     mx::cp_async_commit();
   };
 
   // Tiles start at multiples of their size, wherever a window begins: what a row sums up, and in which order, does not
   // depend on its neighbours.
-  int32_t tile_begin = control(kKvBegin) / TileShape::kKeys * TileShape::kKeys;
-  KeyPlace place = find_key<TileShape, kScores>(p, tile_begin);
-  copy_queries<T, kHeadDim, TileShape>(p, mx::shared_base() + Shared::kQ);
+  int32_t tile_begin = item[kKvBegin] / TileShape::kKeys * TileShape::kKeys;
+  KeyPlace place = find_key<TileShape, kScores>(p, item, tile_begin);
+  copy_queries<T, kHeadDim, TileShape>(p, item, mx::shared_base() + Shared::kQ);
   copy_k(place, tile_begin);
   if constexpr (TileShape::kKeyWarps > 1) {
     mx::cp_async_wait<0>();
-    mx::sync_threads();  // Q, which every warp reads, was copied by all
+    sync_team();  // Q, which every warp reads, was copied by all
   }
   RowState<kHeadDim, TileShape::kRowTiles> state;
   clear(state);
-  if (control(kKvBegin) == control(kKvEnd)) tile_begin = control(kKvEnd);  // no keys, no tiles
+  if (item[kKvBegin] == item[kKvEnd]) tile_begin = item[kKvEnd];  // no keys, no tiles
   MX_NO_UNROLL
-  while (tile_begin < control(kKvEnd)) {
+  while (tile_begin < item[kKvEnd]) {
     const int32_t next_begin = tile_begin + TileShape::kKeys;
     mx::cp_async_wait<0>();  // for K
     sync_tile<TileShape>();  // K has landed, copied by whomever; nobody reads V of the tile before any more
     copy_v(place, tile_begin);
-    place = find_key<TileShape, kScores>(p, next_begin);  // long before it is needed
+    place = find_key<TileShape, kScores>(p, item, next_begin);  // long before it is needed
 
     float scores[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaColumns][4];
     multiply_queries<T, kHeadDim, TileShape>(scores);
     mx::cp_async_wait<0>();  // for V
     sync_tile<TileShape>();  // V has landed; nobody reads K any more
-    if (next_begin < control(kKvEnd)) copy_k(place, next_begin);
-    const bool is_edge = tile_begin < control(kFullBegin) || next_begin > control(kFullEnd);
+    if (next_begin < item[kKvEnd]) copy_k(place, next_begin);
+    const bool is_edge = tile_begin < item[kFullBegin] || next_begin > item[kFullEnd];
     uint32_t weights[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaDepth][4];
-    apply_softmax<T, kHeadDim, TileShape, kScores>(p, tile_begin, is_edge, scores, state, weights);
+    apply_softmax<T, kHeadDim, TileShape, kScores>(p, item, tile_begin, is_edge, scores, state, weights);
     multiply_values<T, kHeadDim, TileShape>(weights, state.accumulator);
     tile_begin = next_begin;
   }
   mx::cp_async_wait<0>();  // of an item without keys: what was copied must land before others use its place
 
   if constexpr (TileShape::kKeyWarps == 1) {
-    store_rows<T, kHeadDim, TileShape>(p, state);
+    store_rows<T, kHeadDim, TileShape>(p, item, state);
   } else {
-    merge_warps<T, kHeadDim, TileShape>(p, state);
+    merge_warps<T, kHeadDim, TileShape>(p, item, state);
   }
 }
 
 // Makes the item what is left of it below the first num_rows rows. Also a barrier, on both sides.
-MX_DEVICE void drop_rows(int32_t num_rows) {
-  mx::sync_threads();  // no thread reads the item as it was any more, or its tiles
+MX_DEVICE void drop_rows(Item item, int32_t num_rows) {
+  sync_team();  // no thread reads the item as it was any more, or its tiles
   if (mx::thread_idx() == 0) {
-    set_control(kRowBegin, control(kRowBegin) + num_rows);
-    set_control(kNumRows, control(kNumRows) - num_rows);
-    set_control(kPartialRow, control(kPartialRow) + num_rows);
+    item.set(kRowBegin, item[kRowBegin] + num_rows);
+    item.set(kNumRows, item[kNumRows] - num_rows);
+    item.set(kPartialRow, item[kPartialRow] + num_rows);
   }
-  mx::sync_threads();  // the item is what is left
+  sync_team();  // the item is what is left
 }
 
 template <class T, int kHeadDim, Scores kScores>
 struct Attend {
   using Shapes = Tiles<kHeadDim, kScores>;
 
-  static MX_DEVICE void item(const LaunchParams& p) {
-    const int32_t kind = control(kTileKindOf);
-    if (kind == kTileSmall) return attend_item<T, kHeadDim, typename Shapes::Small, kScores>(p);
+  static MX_DEVICE void item(const LaunchParams& p, Item item) {
+    const int32_t kind = item[kTileKindOf];
+    if (kind == kTileSmall) return attend_item<T, kHeadDim, typename Shapes::Small, kScores>(p, item);
     if constexpr (!Shapes::kHasLarge) {
       // The keys that all rows of the item see are seen by those below as well: some masks too many, none too few.
       while (true) {
-        attend_item<T, kHeadDim, typename Shapes::Medium, kScores>(p);
-        if (control(kNumRows) <= Shapes::Medium::kRows) return;
-        drop_rows(Shapes::Medium::kRows);
+        attend_item<T, kHeadDim, typename Shapes::Medium, kScores>(p, item);
+        if (item[kNumRows] <= Shapes::Medium::kRows) return;
+        drop_rows(item, Shapes::Medium::kRows);
       }
     } else if (kind == kTileLarge) {
-      attend_item<T, kHeadDim, typename Shapes::Large, kScores>(p);
+      attend_item<T, kHeadDim, typename Shapes::Large, kScores>(p, item);
     } else {
-      attend_item<T, kHeadDim, typename Shapes::Medium, kScores>(p);
+      attend_item<T, kHeadDim, typename Shapes::Medium, kScores>(p, item);
     }
   }
 };

@@ -17,15 +17,12 @@
 
 #include <type_traits>
 
-#include "cuda/mixed_attention.cuh"
+#include "cuda/fragments.cuh"
 
 namespace mixattn {
 namespace cuda {
 namespace sm80 {
 
-constexpr int kMmaRows = 16;  // of mma.m16n8k16
-constexpr int kMmaColumns = 8;
-constexpr int kMmaDepth = 16;
 constexpr int kElementBytes = 2;
 
 // (16 kRowTiles rows, kWarpKeys keys) per warp; with kKeyWarps > 1 the warps have the same rows and split the keys.
@@ -130,7 +127,7 @@ MX_DEVICE uint32_t row_below(uint32_t address, int num_rows) {
 template <class TileShape>
 MX_DEVICE void sync_tile() {
   if constexpr (TileShape::kKeyWarps == 1) {
-    mx::sync_threads();
+    sync_team();
   } else {
     mx::sync_warp();
   }
@@ -144,15 +141,13 @@ struct KeyPlace {
   bool is_hidden;  // by the tree mask, from all rows of the item
 };
 
-constexpr int kTreeMaskBits = 64;  // of a tree_mask word
-
 // Whether the tree mask and the window let no row of the item see this key, one of its own.
-MX_DEVICE bool is_hidden_from_all(const LaunchParams& p, int32_t key) {
-  const int32_t context = control(kContext);
+MX_DEVICE bool is_hidden_from_all(const LaunchParams& p, Item item, int32_t key) {
+  const int32_t context = item[kContext];
   if (key < context) return false;
-  const int32_t first = control(kRowBegin) / p.group_size;
-  const int32_t last = (control(kRowBegin) + control(kNumRows) - 1) / p.group_size;
-  const int64_t* const words = p.call.tree_mask + control(kFirstToken);
+  const int32_t first = item[kRowBegin] / p.group_size;
+  const int32_t last = (item[kRowBegin] + item[kNumRows] - 1) / p.group_size;
+  const int64_t* const words = p.call.tree_mask + item[kFirstToken];
   const int32_t own = key - context;  // the row of the slice that the key belongs to
   MX_NO_UNROLL
   for (int32_t row = own > first ? own : first; row <= last && row - own <= p.window_left; ++row) {
@@ -162,13 +157,13 @@ MX_DEVICE bool is_hidden_from_all(const LaunchParams& p, int32_t key) {
 }
 
 template <class TileShape, Scores kScores>
-MX_DEVICE KeyPlace find_key(const LaunchParams& p, int32_t tile_begin) {
+MX_DEVICE KeyPlace find_key(const LaunchParams& p, Item item, int32_t tile_begin) {
   const Thread thread = this_thread();
   const int32_t key = tile_begin + thread.warp * TileShape::kCopiedKeys + thread.lane % TileShape::kCopiedKeys;
-  if (key < control(kKvBegin) || key >= control(kKvEnd)) return {0, 0, false};
+  if (key < item[kKvBegin] || key >= item[kKvEnd]) return {0, 0, false};
   const int32_t page_size = static_cast<int32_t>(p.call.page_size);
-  const int32_t* const block_table_row = p.call.block_table + control(kSeqIdx) * p.call.block_table_stride;
-  const bool is_hidden = kScores == Scores::kAny && p.call.tree_mask != nullptr && is_hidden_from_all(p, key);
+  const int32_t* const block_table_row = p.call.block_table + item[kSeqIdx] * p.call.block_table_stride;
+  const bool is_hidden = kScores == Scores::kAny && p.call.tree_mask != nullptr && is_hidden_from_all(p, item, key);
   return {block_table_row[key / page_size], key % page_size, is_hidden};
 }
 
@@ -195,19 +190,19 @@ constexpr int64_t kNowhere = INT64_MIN;  // the offset of a key that is not to b
 // Starts the copy of this warp's part of a tile of K or V, place being what find_key gave for it. Keys outside of the
 // item, and those hidden from all its rows, become 0, not what memory holds there: 0 * NaN would be NaN.
 template <class T, int kHeadDim, class TileShape, Scores kScores>
-MX_DEVICE void copy_keys(const Cache<T>& cache, const KeyPlace& place, uint32_t tile, int32_t tile_begin) {
+MX_DEVICE void copy_keys(const Cache<T>& cache, Item item, const KeyPlace& place, uint32_t tile, int32_t tile_begin) {
   using Shared = Layout<kHeadDim, TileShape>;
   const Thread thread = this_thread();
   constexpr int kRowsAtOnce = mx::kWarpSize / Shared::kRowLanes;
   int64_t offset = place.page * cache.page_stride + place.slot * cache.token_stride +
-                   control(kKvHead) * cache.head_stride;  // may pass 2^31
+                   item[kKvHead] * cache.head_stride;  // may pass 2^31
   if (kScores == Scores::kAny && place.is_hidden) offset = kNowhere;
   const int lane_row = thread.lane / Shared::kRowLanes;
   const int chunk = thread.lane % Shared::kRowLanes;
   const int first_row = thread.warp * TileShape::kCopiedKeys + lane_row;
   const uint32_t to = mx::opaque(chunk_address<Shared::kRowBytes>(tile, first_row, chunk));
-  const int32_t kv_begin = control(kKvBegin);
-  const int32_t kv_end = control(kKvEnd);
+  const int32_t kv_begin = item[kKvBegin];
+  const int32_t kv_end = item[kKvEnd];
   MX_UNROLL
   for (int i = 0; i < TileShape::kCopiedKeys / kRowsAtOnce; ++i) {
     const int64_t row_offset = mx::shfl_idx(offset, i * kRowsAtOnce + lane_row);
@@ -223,7 +218,7 @@ MX_DEVICE void copy_keys(const Cache<T>& cache, const KeyPlace& place, uint32_t 
 
 // Starts the copy of the item's rows of Q; rows past its last become 0.
 template <class T, int kHeadDim, class TileShape>
-MX_DEVICE void copy_queries(const LaunchParams& p, uint32_t tile) {
+MX_DEVICE void copy_queries(const LaunchParams& p, Item item, uint32_t tile) {
   using Shared = Layout<kHeadDim, TileShape>;
   const Thread thread = this_thread();
   constexpr int kRowsAtOnce = kNumThreads / Shared::kRowLanes;
@@ -231,9 +226,8 @@ MX_DEVICE void copy_queries(const LaunchParams& p, uint32_t tile) {
   if (Shared::kRowLanes > Shared::kRowChunks && chunk >= Shared::kRowChunks) return;
   MX_NO_UNROLL
   for (int row = thread.idx / Shared::kRowLanes; row < TileShape::kRows; row += kRowsAtOnce) {
-    const bool is_row = row < control(kNumRows);
-    const RowPlace place =
-        place_row(p, control(kFirstToken), control(kKvHead), control(kRowBegin) + (is_row ? row : 0));
+    const bool is_row = row < item[kNumRows];
+    const RowPlace place = place_row(p, item[kFirstToken], item[kKvHead], item[kRowBegin] + (is_row ? row : 0));
     const T* const source =
         static_cast<const T*>(p.call.q) + place.token * p.call.q_token_stride + place.head * p.call.q_head_stride;
     mx::cp_async16(chunk_address<Shared::kRowBytes>(tile, row, chunk), source + chunk * kVectorElements, is_row);
