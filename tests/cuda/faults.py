@@ -134,7 +134,13 @@ FAULTS = [
         "-slopes[row_head(p, item, row)] * kLog2E",
         "alibi-q1-gqa8",
     ),
-    Fault("alibi-of-keys-behind-negative", FRAGMENTS, "distance < 0 ? -distance : distance", "distance", "alibi-non-causal"),
+    Fault(
+        "alibi-of-keys-behind-negative",
+        FRAGMENTS,
+        "distance < 0 ? -distance : distance",
+        "distance",
+        "alibi-non-causal",
+    ),
     Fault(
         "sink-in-every-split",
         FRAGMENTS,
