@@ -28,6 +28,7 @@ class PlanSpec:
         heads_per_bundle: int,
         workers_per_core: int,  # 0: None of Hardware
         max_splits: int,
+        separates_small: bool,
         fs_per_kiloflop: int,
         fs_per_kilobyte: int,
         fs_per_item: int,
@@ -255,6 +256,8 @@ class CudaInstance(TypedDict):
     image: str  # the fatbin that it is in
     num_threads: int
     shared_bytes: int
+    workers_per_sm: int  # that draw items of a plan at the same time
+    separates_small: bool  # whether it takes only plans with small items apart
 
 class CudaDevice(TypedDict):
     name: str

@@ -31,6 +31,8 @@ py::dict describe(const Instance& instance) {
   result["image"] = instance.image;
   result["num_threads"] = instance.num_threads;
   result["shared_bytes"] = instance.shared_bytes;
+  result["workers_per_sm"] = instance.workers_per_sm;
+  result["separates_small"] = instance.separates_small;
   return result;
 }
 

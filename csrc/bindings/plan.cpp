@@ -40,8 +40,8 @@ int32_t checked32(const char* name, int64_t value, int64_t low, int64_t high) {
 PlanSpec make_spec(int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t kv_element_bytes, bool causal,
                    int64_t window_left, int64_t num_workers, const std::array<int64_t, mixattn::kNumTileKinds>& rows,
                    int64_t row_granule, int64_t split_tokens, int64_t fixed_split_tokens, int64_t items_per_worker,
-                   int64_t heads_per_bundle, int64_t workers_per_core, int64_t max_splits, int64_t fs_per_kiloflop,
-                   int64_t fs_per_kilobyte, int64_t fs_per_item) {
+                   int64_t heads_per_bundle, int64_t workers_per_core, int64_t max_splits, bool separates_small,
+                   int64_t fs_per_kiloflop, int64_t fs_per_kilobyte, int64_t fs_per_item) {
   PlanSpec spec = {};
   spec.num_kv_heads = checked32("num_kv_heads", num_kv_heads, 1, kMostHeads);
   spec.num_q_heads = checked32("num_q_heads", num_q_heads, 1, kMostHeads);
@@ -72,6 +72,7 @@ PlanSpec make_spec(int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, 
   spec.split_tokens = checked32("split_tokens", split_tokens, 1, INT32_MAX);
   spec.fixed_split_tokens = checked32("fixed_split_tokens", fixed_split_tokens, 0, INT32_MAX);
   spec.max_splits = checked32("max_splits", max_splits, 1, INT32_MAX);
+  spec.separates_small = separates_small;
   spec.fs_per_kiloflop = checked("fs_per_kiloflop", fs_per_kiloflop, 1, kMostFs);
   spec.fs_per_kilobyte = checked("fs_per_kilobyte", fs_per_kilobyte, 1, kMostFs);
   spec.fs_per_item = checked("fs_per_item", fs_per_item, 0, kMostFs);
@@ -137,8 +138,8 @@ void bind_plan(py::module_& m) {
       .def(py::init(&make_spec), py::kw_only(), arg("num_q_heads"), arg("num_kv_heads"), arg("head_dim"),
            arg("kv_element_bytes"), arg("causal"), arg("window_left"), arg("num_workers"), arg("block_rows"),
            arg("row_granule"), arg("split_tokens"), arg("fixed_split_tokens"), arg("items_per_worker"),
-           arg("heads_per_bundle"), arg("workers_per_core"), arg("max_splits"), arg("fs_per_kiloflop"),
-           arg("fs_per_kilobyte"), arg("fs_per_item"))
+           arg("heads_per_bundle"), arg("workers_per_core"), arg("max_splits"), arg("separates_small"),
+           arg("fs_per_kiloflop"), arg("fs_per_kilobyte"), arg("fs_per_item"))
       .def("max_items", &mixattn::max_items, arg("total_q"), arg("num_seqs"),
            "Items that a batch of num_seqs slices with total_q rows can need, if the plan is no invariant one.")
       .def("max_merges", &mixattn::max_merges, "Merges that any batch can need, if the plan is no invariant one.");

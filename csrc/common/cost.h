@@ -34,6 +34,7 @@ struct PlanSpec {
   int32_t heads_per_bundle;  // kv heads whose small items a worker takes together; divides their size, not their cost
   int32_t workers_per_core;  // workers that share what a core reaches, a divisor of num_workers; 0: each is alone
   int32_t max_splits;
+  int32_t separates_small;  // 0 or 1: items of the small kind come behind all others, each in their order
   int64_t fs_per_kiloflop;
   int64_t fs_per_kilobyte;
   int64_t fs_per_item;

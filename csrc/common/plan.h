@@ -13,7 +13,9 @@
 //         keys that are summed up together are then the same for a row whatever its batch, its chunk and the workers.
 // Method  Generation order is (slice, row tile, split, kv head): the kv heads of one KV range, which share its pages,
 //         stay neighbours. Items are sorted by cost, dearest first, ties in generation order (longest processing time
-//         first). All kv heads of a piece cost the same, so pieces are sorted and heads written out in the end.
+//         first), or first those of larger kinds and then the small ones, where each have workers of their own
+//         (separates_small). All kv heads of a piece cost the same, so pieces are sorted and heads written out in the
+//         end.
 // Shapes  cu_seqlens_q [num_seqs + 1], seq_lens [num_seqs] int32; out: the words of work_item.h
 // Memory  reads 4 (2 num_seqs + 1) bytes twice, writes 4 (16 + 8 items + 8 merges) bytes; scratch_words() of scratch
 // Limits  one thread; O(n log n) in row tiles and pieces; no allocation
@@ -348,16 +350,22 @@ MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlen
 
   const PlanKey* const sorted = merge_sort(keys, keys + capacity_pieces, num_pieces);
   WorkItem* next = items;
-  for (int64_t p = 0; p < num_pieces; ++p) {
-    const WorkItem& piece = pieces[sorted[p].piece_idx];
-    const bool is_split = piece.merge_idx >= 0;
-    const int32_t rows_per_head = is_split ? merges[piece.merge_idx].num_splits * merges[piece.merge_idx].num_rows : 0;
-    for (int32_t h = 0; h < heads; ++h) {
-      *next = piece;
-      next->kv_head = h;
-      next->merge_idx += is_split ? h : 0;
-      next->partial_row += h * rows_per_head;
-      ++next;
+  int32_t first_small = -1;
+  for (int32_t pass = 0; pass <= spec.separates_small; ++pass) {
+    if (pass == 1) first_small = static_cast<int32_t>(next - items);
+    for (int64_t p = 0; p < num_pieces; ++p) {
+      const WorkItem& piece = pieces[sorted[p].piece_idx];
+      if (spec.separates_small && (tile_kind(piece) == kTileSmall) != (pass == 1)) continue;
+      const bool is_split = piece.merge_idx >= 0;
+      const int32_t rows_per_head =
+          is_split ? merges[piece.merge_idx].num_splits * merges[piece.merge_idx].num_rows : 0;
+      for (int32_t h = 0; h < heads; ++h) {
+        *next = piece;
+        next->kv_head = h;
+        next->merge_idx += is_split ? h : 0;
+        next->partial_row += h * rows_per_head;
+        ++next;
+      }
     }
   }
   *reinterpret_cast<PlanHeader*>(out) = {
@@ -376,7 +384,7 @@ MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlen
       spec.window_left,
       spec.num_workers,
       spec.fixed_split_tokens,
-      0,
+      first_small,
   };
   return kPlanOk;
 }

@@ -2,7 +2,7 @@
 
 #include "cuda/instances.h"
 
-#include "cuda/sm80/tile.cuh"
+#include "cuda/sm90/mixed_attention.cuh"
 
 namespace mixattn {
 namespace cuda {
@@ -10,6 +10,7 @@ namespace cuda {
 namespace {
 
 constexpr int kSm80 = 80;
+constexpr int kSm90 = 90;
 
 constexpr DType dtype_of(mx::bf16) {
   return DType::kBFloat16;
@@ -24,9 +25,15 @@ constexpr DType dtype_of(mx::f16) {
 std::vector<Instance> make_instances() {
   std::vector<Instance> all;
 #define MIXATTN_ADD(element, kHeadDim, scores)                                                                    \
+  all.push_back({MIXATTN_NAME(MIXATTN_SM90_NAME(element, kHeadDim, scores)), "sm90_mixed_attention_hd" #kHeadDim, \
+                 kSm90, kSm90, dtype_of(mx::element{}), kHeadDim, MIXATTN_SCORES(scores), sm90::kBlockThreads,    \
+                 static_cast<int>(sm90::Layout<kHeadDim>::kBytes), sm90::kWorkersPerSm, true});
+  MIXATTN_SM90_INSTANCES(MIXATTN_ADD)
+#undef MIXATTN_ADD
+#define MIXATTN_ADD(element, kHeadDim, scores)                                                                    \
   all.push_back({MIXATTN_NAME(MIXATTN_SM80_NAME(element, kHeadDim, scores)), "sm80_mixed_attention_hd" #kHeadDim, \
                  kSm80, kAnyCapability, dtype_of(mx::element{}), kHeadDim, MIXATTN_SCORES(scores), kNumThreads,   \
-                 static_cast<int>(sm80::kSharedBytes<kHeadDim>)});
+                 static_cast<int>(sm80::kSharedBytes<kHeadDim>), sm80::kBlocksPerSm, false});
   MIXATTN_SM80_INSTANCES(MIXATTN_ADD)
 #undef MIXATTN_ADD
   return all;
@@ -49,7 +56,9 @@ bool takes(Scores scores, const AttentionParams& p) {
 }  // namespace
 
 const Instance& instance_for(const AttentionParams& p, int capability) {
+  const bool has_small_apart = p.plan == nullptr || reinterpret_cast<const PlanHeader*>(p.plan)->first_small >= 0;
   for (const Instance& instance : instances()) {
+    if (instance.separates_small && !has_small_apart) continue;
     if (capability >= instance.least_capability && capability <= instance.most_capability &&
         p.dtype == instance.dtype && p.head_dim == instance.head_dim && takes(instance.scores, p)) {
       return instance;

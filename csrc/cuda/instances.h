@@ -24,8 +24,28 @@
   MIXATTN_SM80_INSTANCES_OF(X, 192) \
   MIXATTN_SM80_INSTANCES_OF(X, 256)
 
+// Without capped at head_dim 128: its consumers would need 176 registers a thread.
+#define MIXATTN_SM90_INSTANCES_64(X) \
+  X(bf16, 64, plain)                 \
+  X(bf16, 64, capped)                \
+  X(f16, 64, plain)                  \
+  X(f16, 64, capped)
+#define MIXATTN_SM90_INSTANCES_96(X) \
+  X(bf16, 96, plain)                 \
+  X(bf16, 96, capped)                \
+  X(f16, 96, plain)                  \
+  X(f16, 96, capped)
+#define MIXATTN_SM90_INSTANCES_128(X) \
+  X(bf16, 128, plain)                 \
+  X(f16, 128, plain)
+#define MIXATTN_SM90_INSTANCES(X) \
+  MIXATTN_SM90_INSTANCES_64(X)    \
+  MIXATTN_SM90_INSTANCES_96(X)    \
+  MIXATTN_SM90_INSTANCES_128(X)
+
 // The name of an instance's entry point, in its image and everywhere, and its Scores.
 #define MIXATTN_SM80_NAME(element, kHeadDim, scores) mixattn_sm80_##element##_hd##kHeadDim##_##scores
+#define MIXATTN_SM90_NAME(element, kHeadDim, scores) mixattn_sm90_##element##_hd##kHeadDim##_##scores
 #define MIXATTN_SCORES(scores) mixattn::cuda::Scores::MIXATTN_SCORES_##scores
 #define MIXATTN_SCORES_plain kPlain
 #define MIXATTN_SCORES_capped kCapped
@@ -44,6 +64,8 @@ struct Instance {
   Scores scores;
   int num_threads;
   int shared_bytes;
+  int workers_per_sm;    // that draw items of a plan at the same time
+  bool separates_small;  // whether it takes only plans with small items apart (PlanHeader::first_small)
 };
 
 constexpr int kAnyCapability = INT32_MAX;
@@ -51,8 +73,8 @@ constexpr int kAnyCapability = INT32_MAX;
 // The best kernel comes first.
 const std::vector<Instance>& instances();
 
-// The kernel for a call that check_call has passed, on a GPU of this capability. Throws std::domain_error when there is
-// none.
+// The kernel for a call that check_call has passed, on a GPU of this capability: for its plan, or without one for a
+// plan that suits the kernel. Throws std::domain_error when there is none.
 const Instance& instance_for(const AttentionParams& p, int capability);
 
 }  // namespace cuda

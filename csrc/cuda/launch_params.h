@@ -14,7 +14,7 @@
 namespace mixattn {
 namespace cuda {
 
-// tickets: [1 + num_merges], zeros between launches: the next item, then one per merge.
+// tickets: [2 + num_merges], zeros between launches: the next item of each queue, then one per merge.
 struct LaunchParams {
   AttentionParams call;
   int32_t group_size;
@@ -82,7 +82,7 @@ inline void check_call(const AttentionParams& p) {
 
 // Throws std::invalid_argument (Python: ValueError) unless the workspace holds what this plan needs.
 inline void check_workspace(const AttentionParams& p, const PlanHeader& plan) {
-  check_range("num_tickets", p.num_tickets, 1 + int64_t{plan.num_merges}, INT64_MAX);
+  check_range("num_tickets", p.num_tickets, 2 + int64_t{plan.num_merges}, INT64_MAX);
   check_range("num_partial_rows", p.num_partial_rows, plan.num_partial_rows, INT64_MAX);
 }
 

@@ -30,6 +30,7 @@ enum ControlWord : uint32_t {
   kItemsLeft,      // this one included; 0 and below: none
   kCapacityItems,  // of the plan: its merges are behind them
   kTicket,
+  kSecondTicket,  // where two teams share an item
   // As in WorkItem.
   kSeqIdx,
   kKvHead,
@@ -62,18 +63,19 @@ struct Thread {
   int lane;
 };
 
-// Read anew where it is needed: hoisted out of the loop over items, every kind's addresses would be in registers at
-// once.
+// In its team. Read anew where it is needed: hoisted out of the loop over items, every kind's addresses would be in
+// registers at once.
 MX_DEVICE Thread this_thread() {
-  const int idx = mx::thread_idx();
+  const int idx = mx::thread_idx() % kNumThreads;
   return {idx, idx / mx::kWarpSize, idx % mx::kWarpSize};
 }
 
 constexpr int kTeamBarrier = 1;
 
-// All threads that share an item: a team. Orders their accesses to memory.
-MX_DEVICE void sync_team() {
-  mx::bar_sync(kTeamBarrier, kNumThreads);
+// kNumThreads threads that compute an item, or some of its rows, together: a team. Orders their accesses to memory.
+// Where a block has several, each has a barrier of its own.
+MX_DEVICE void sync_team(int barrier = kTeamBarrier) {
+  mx::bar_sync(barrier, kNumThreads);
 }
 
 MX_DEVICE int32_t clamp(int32_t value, int32_t low, int32_t high) {
@@ -152,34 +154,65 @@ MX_DEVICE void describe_item(const LaunchParams& p, const WorkItem& drawn, Item 
   item.set(kFullEnd, p.call.tree_mask == nullptr ? full_end : clamp(context, drawn.kv_begin, full_end));
 }
 
+// Which items of the plan a team draws. Where the kinds have teams of their own, the plan has them apart.
+enum class Queue { kAll, kLarger, kSmall };
+constexpr int kNumQueues = 2;  // at once
+
+// The counter of a queue's items that are drawn.
+MX_DEVICE int32_t* queue_counter(const LaunchParams& p, Queue queue) {
+  return p.call.tickets + (queue == Queue::kSmall ? 1 : 0);
+}
+
+// The ticket of a merge: splits that are done.
+MX_DEVICE int32_t* merge_ticket(const LaunchParams& p, int32_t merge_idx) {
+  return p.call.tickets + kNumQueues + merge_idx;
+}
+
+// Draws an item, or notes that there is none; by one thread.
+MX_DEVICE void draw_words(const LaunchParams& p, Item item, Queue queue) {
+  const PlanHeader& header = plan_header(p);
+  const int32_t begin = queue == Queue::kSmall ? header.first_small : 0;
+  const int32_t end = queue == Queue::kLarger ? header.first_small : header.num_items;
+  const int32_t item_idx = begin + mx::atomic_add_relaxed(queue_counter(p, queue), 1);
+  item.set(kItemsLeft, end - item_idx);
+  item.set(kCapacityItems, header.capacity_items);
+  if (item_idx < end) describe_item(p, plan_items(p)[item_idx], item);
+}
+
+// Every block draws one number past the items; whoever drew the last of these resets the counter. By one thread.
+MX_DEVICE void close_queue(const LaunchParams& p, Item item, Queue queue) {
+  if (item[kItemsLeft] == 1 - mx::num_blocks()) mx::st_global(queue_counter(p, queue), 0u);
+}
+
 // Draws the team's next item; false when there is none. Also a barrier: every thread is done with the shared memory of
 // the item before.
-MX_DEVICE bool draw_item(const LaunchParams& p, Item item) {
+MX_DEVICE bool draw_item(const LaunchParams& p, Item item, Queue queue) {
   sync_team();
-  if (mx::thread_idx() == 0) {
-    const int32_t num_items = plan_header(p).num_items;
-    const int32_t item_idx = mx::atomic_add_relaxed(p.call.tickets, 1);
-    item.set(kItemsLeft, num_items - item_idx);
-    item.set(kCapacityItems, plan_header(p).capacity_items);
-    if (item_idx < num_items) describe_item(p, plan_items(p)[item_idx], item);
-  }
+  if (this_thread().idx == 0) draw_words(p, item, queue);
   sync_team();
   return item[kItemsLeft] > 0;
 }
 
-// Whether this team, with its split's partials written, is the last of the merge's splits to get here; if so, it sees
-// the partials of all of them.
-MX_DEVICE bool is_last_split(const LaunchParams& p, Item item, int32_t merge_idx, int32_t num_splits) {
+// What a team knows itself by where several share an item.
+struct Team {
+  int barrier;
+  ControlWord ticket;
+};
+constexpr Team kOnlyTeam = {kTeamBarrier, kTicket};
+
+// Whether this team, with its partials written, is the last of those that have some of the merge's rows and keys to get
+// here; if so, it sees the partials of all of them.
+MX_DEVICE bool is_last_team(const LaunchParams& p, Item item, Team team, int32_t merge_idx, int32_t num_teams) {
   // The barrier puts the partials of all threads before thread 0's fence, the fence before its ticket: whoever draws a
   // later ticket, and fences behind it, sees them. The other barrier hands that on to the team.
-  sync_team();  // before the fence
-  if (mx::thread_idx() == 0) {
+  sync_team(team.barrier);  // before the fence
+  if (this_thread().idx == 0) {
     mx::fence_gpu();  // before the ticket
-    item.set(kTicket, mx::atomic_add_relaxed(p.call.tickets + 1 + merge_idx, 1));
+    item.set(team.ticket, mx::atomic_add_relaxed(merge_ticket(p, merge_idx), 1));
     mx::fence_gpu();  // behind the ticket
   }
-  sync_team();
-  return item[kTicket] == num_splits - 1;
+  sync_team(team.barrier);
+  return item[team.ticket] == num_teams - 1;
 }
 
 // The partials of all splits of some rows, in split order, to out and lse. A warp merges a row, a lane the dimensions
@@ -224,24 +257,27 @@ MX_DEVICE void merge_item(const LaunchParams& p, const Merge& merge) {
   }
 }
 
+// Behind the last store of an item's partials: whoever comes last merges. teams_per_item have some of its rows each.
+template <class T, int kHeadDim>
+MX_DEVICE void merge_if_last(const LaunchParams& p, Item item, Team team, int32_t teams_per_item) {
+  const int32_t merge_idx = item[kMergeIdx];
+  if (merge_idx < 0) return;
+  const Merge& merge = plan_merges(p, item)[merge_idx];
+  if (!is_last_team(p, item, team, merge_idx, merge.num_splits * teams_per_item)) return;
+  merge_item<T, kHeadDim>(p, merge);
+  // For the next launch: in this one nobody draws it again.
+  if (this_thread().idx == 0) mx::st_global(merge_ticket(p, merge_idx), 0u);
+}
+
 // Draws items of the plan until none is left. Attend::item(p, item) computes the one that was drawn.
 template <class T, int kHeadDim, class Attend>
-MX_DEVICE void run_plan(const LaunchParams& p) {
+MX_DEVICE void run_queue(const LaunchParams& p, Queue queue) {
   const Item item = {mx::shared_base()};
-  while (draw_item(p, item)) {
+  while (draw_item(p, item, queue)) {
     Attend::item(p, item);
-    const int32_t merge_idx = item[kMergeIdx];
-    if (merge_idx < 0) continue;
-    const Merge& merge = plan_merges(p, item)[merge_idx];
-    if (!is_last_split(p, item, merge_idx, merge.num_splits)) continue;
-    merge_item<T, kHeadDim>(p, merge);
-    // For the next launch: in this one nobody draws it again.
-    if (mx::thread_idx() == 0) mx::st_global(p.call.tickets + 1 + merge_idx, 0u);
+    merge_if_last<T, kHeadDim>(p, item, kOnlyTeam, 1);
   }
-  // Every block draws one number past the items; whoever draws the last of these resets the counter.
-  if (mx::thread_idx() == 0 && item[kItemsLeft] == 1 - mx::num_blocks()) {
-    mx::st_global(p.call.tickets, 0u);
-  }
+  if (this_thread().idx == 0) close_queue(p, item, queue);
 }
 
 }  // namespace cuda

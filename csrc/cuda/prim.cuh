@@ -18,6 +18,8 @@
 #define MX_GRID_CONSTANT __grid_constant__
 #define MX_UNROLL _Pragma("unroll")
 #define MX_NO_UNROLL _Pragma("unroll 1")
+#define MX_PRAGMA(text) _Pragma(#text)
+#define MX_UNROLL_BY(count) MX_PRAGMA(unroll count)
 // A primitive's hidden last argument: where the kernel calls it, for the emulation's reports.
 #define MX_SITE
 #define MX_ONLY_SITE
@@ -30,6 +32,7 @@
 #define MX_GRID_CONSTANT
 #define MX_UNROLL
 #define MX_NO_UNROLL
+#define MX_UNROLL_BY(count)
 #define MX_SITE , emu::Site site = emu::Site::here()
 #define MX_ONLY_SITE emu::Site site = emu::Site::here()
 #endif

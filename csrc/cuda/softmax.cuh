@@ -37,12 +37,11 @@ struct Rescale {
   float of_row[2];  // the factor of everything summed before
 };
 
-// Scores, -inf where masked and not yet scaled, become weights (16, 8 kScoreTiles) as A operands of mma.m16n8k16:
-// columns 16 k to 16 k + 7 are a[0] and a[1], the next 8 a[2] and a[3], no value changes its lane. row_max and this
-// lane's row_sum take the float32 weights in.
-template <class T, int kScoreTiles>
-MX_DEVICE Rescale weigh_scores(const float (&scores)[kScoreTiles][4], float scale_log2, float (&row_max)[2],
-                               float (&row_sum)[2], uint32_t (&weights)[kScoreTiles / 2][4]) {
+// Scores, -inf where masked and not yet scaled, become weights in float32, which row_max and this lane's row_sum take
+// in.
+template <int kScoreTiles>
+MX_DEVICE Rescale weigh_scores(float (&scores)[kScoreTiles][4], float scale_log2, float (&row_max)[2],
+                               float (&row_sum)[2]) {
   float offset[2];
   Rescale rescale;
   MX_UNROLL
@@ -60,13 +59,25 @@ MX_DEVICE Rescale weigh_scores(const float (&scores)[kScoreTiles][4], float scal
   for (int i = 0; i < kScoreTiles; ++i) {
     MX_UNROLL
     for (int h = 0; h < 2; ++h) {
-      const float low = mx::ex2(scores[i][2 * h] * scale_log2 - offset[h]);
-      const float high = mx::ex2(scores[i][2 * h + 1] * scale_log2 - offset[h]);
-      row_sum[h] += low + high;
-      weights[i / 2][2 * (i % 2) + h] = mx::pack2(low, high, T{});
+      scores[i][2 * h] = mx::ex2(scores[i][2 * h] * scale_log2 - offset[h]);
+      scores[i][2 * h + 1] = mx::ex2(scores[i][2 * h + 1] * scale_log2 - offset[h]);
+      row_sum[h] += scores[i][2 * h] + scores[i][2 * h + 1];
     }
   }
   return rescale;
+}
+
+// Weights (16, 8 kScoreTiles) as A operands of mma.m16n8k16 and wgmma: columns 16 k to 16 k + 7 are a[0] and a[1], the
+// next 8 a[2] and a[3]; no value changes its lane.
+template <class T, int kScoreTiles>
+MX_DEVICE void pack_weights(const float (&weights)[kScoreTiles][4], uint32_t (&packed)[kScoreTiles / 2][4]) {
+  MX_UNROLL
+  for (int i = 0; i < kScoreTiles; ++i) {
+    MX_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      packed[i / 2][2 * (i % 2) + h] = mx::pack2(weights[i][2 * h], weights[i][2 * h + 1], T{});
+    }
+  }
 }
 
 struct RowEnd {

@@ -100,12 +100,29 @@ uint32_t shared_base();
 void load_shared(uint32_t address, void* value, uint32_t num_bytes, Site site);
 void store_shared(uint32_t address, const void* value, uint32_t num_bytes, Site site);
 
-// A store is in memory, and so seen by other blocks, once a thread fences that made it itself or that has passed a
-// barrier of the whole block after it; at the latest when the launch ends. Its own block sees it at once.
+// A store is in memory, and so seen by other blocks, once a thread fences that made it itself or that a barrier after
+// it, or a chain of them, has shown it to; at the latest when the launch ends. Its own block sees it at once.
 void store_global(void* address, const void* value, uint32_t num_bytes, Site site);
 void load_global(const void* address, void* value, uint32_t num_bytes, Site site);
 int32_t atomic_add(int32_t* address, int32_t value, Site site);
 void fence_gpu();
+
+// sm_90. A barrier's state is kept beside shared memory; its 8 bytes there are only an address. wgmma's sums are NaN
+// from the issue on until the wait, and its matrices are read as late as the wait or at the issue, by a coin. What was
+// written to shared memory by other instructions cannot be read by wgmma until the writer fences.
+void mbarrier_init(uint32_t address, int num_arrivals, Site site);
+void mbarrier_arrive(uint32_t address, Site site);
+void mbarrier_wait(uint32_t address, int parity, Site site);
+void fence_proxy_async();
+void set_registers(int count, bool raises, Site site);
+void wgmma_fence();
+void wgmma_commit(Site site);
+void wgmma_wait(int num_pending, Site site);
+struct LeftOperand {
+  uint64_t descriptor;       // K-major, of 64 rows
+  const uint32_t* fragment;  // or the lane's, if not nullptr: then the right one is MN-major
+};
+void wgmma(float* d, int num_column_tiles, LeftOperand a, uint64_t b, bool adds, Element element, Site site);
 
 uint16_t float16_bits(float value);
 uint16_t bfloat16_bits(float value);

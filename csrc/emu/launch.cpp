@@ -16,6 +16,12 @@ namespace {
 constexpr uint32_t kPriorities = 1000;
 constexpr uint32_t kSwitchesPerPriority = 64;  // on average, until some warp's priority changes
 
+// Of a thread when a kernel starts that fills an SM: what the compiler is bound to.
+int initial_registers() {
+  constexpr int kUnit = 8;
+  return std::min(kMostRegisters, kRegistersPerSm / machine.num_threads / kUnit * kUnit);
+}
+
 std::string place(Site site) {
   return std::string(site.file) + ":" + std::to_string(site.line);
 }
@@ -43,6 +49,9 @@ void run_thread() {
   bool has_pending_copies = !current->open_copies.empty();
   for (const auto& group : current->copy_groups) has_pending_copies |= !group.empty();
   if (has_pending_copies) fail("the thread ends before its cp.async have landed", {"exit", 0});
+  if (!current->warp->open_products.empty() || !current->warp->product_groups.empty()) {
+    fail("the thread ends before its wgmma are done", {"exit", 0});
+  }
   current->state = Thread::State::kExited;
   current->fiber.suspend();
 }
@@ -58,8 +67,14 @@ void start_threads() {
     Block& block = machine.blocks[b];
     block.idx = b;
     block.shared.assign(machine.shared_bytes, '\xff');
+    block.unfenced_writer.assign(machine.shared_bytes / kGranuleBytes + 1, 0);
+    const int num_registers = initial_registers();
+    block.num_free_registers = kRegistersPerSm - num_registers * machine.num_threads;
     block.warps.resize((machine.num_threads + kWarpSize - 1) / kWarpSize);
-    for (Warp& warp : block.warps) warp.priority = machine.random(kPriorities);
+    for (Warp& warp : block.warps) {
+      warp.priority = machine.random(kPriorities);
+      warp.num_registers = num_registers;
+    }
     for (int t = 0; t < machine.num_threads; ++t) {
       Thread& thread = *machine.threads[size_t(b) * machine.num_threads + t];
       thread.block = &block;
@@ -70,6 +85,8 @@ void start_threads() {
       thread.open_copies.clear();
       thread.copy_groups.clear();
       thread.num_accesses.clear();
+      thread.unfenced_granules.clear();
+      thread.has_wgmma_fence = false;
       thread.fiber.start(run_thread);
       wake(&thread);
     }
@@ -164,8 +181,7 @@ Stats launch(const Config& config, int num_blocks, int num_threads, size_t share
   }
   if (!machine.error.empty()) throw std::runtime_error(machine.error);
   for (Block& block : machine.blocks) {
-    for (PendingStore& store : block.stores) store.is_past_barrier = true;
-    publish_stores(block);
+    publish_stores(block, nullptr);
   }
   return std::move(machine.stats);
 }
@@ -226,11 +242,16 @@ void barrier(int id, int num_threads, bool waits, Site site) {
   }
   maybe_yield();
   barrier.num_threads = num_threads;
+  const uint32_t warp = 1u << current->idx / kWarpSize;
+  barrier.warps |= warp;
+  if (waits) barrier.waiting_warps |= warp;
   if (++barrier.num_arrived == num_threads) {
     barrier.num_arrived = 0;
-    if (num_threads == machine.num_threads) {
-      for (PendingStore& store : current->block->stores) store.is_past_barrier = true;
+    for (PendingStore& store : current->block->stores) {
+      const uint32_t owner = 1u << store.owner->idx / kWarpSize;
+      if (((owner | store.seen_by) & barrier.warps) != 0) store.seen_by |= barrier.waiting_warps;
     }
+    barrier.warps = barrier.waiting_warps = 0;
     for (Thread* thread : barrier.waiting) wake(thread);
     barrier.waiting.clear();
   } else if (waits) {

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <deque>
+#include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -15,6 +17,10 @@ namespace emu {
 constexpr int kWarpSize = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kNumBarriers = 16;
+constexpr uint32_t kGranuleBytes = 16;  // of shared memory, for what proxies see
+constexpr int kRegistersPerSm = 65536;
+constexpr int kMostRegisters = 255;  // of a thread
+constexpr char kWaitsForRegisters[] = "setmaxnreg";
 // Shared addresses start here: 0, as an address that nobody computed, is an error.
 constexpr uint32_t kSharedBase = 1024;
 
@@ -39,6 +45,8 @@ struct Thread {
   std::vector<PendingCopy> open_copies;
   std::deque<std::vector<PendingCopy>> copy_groups;
   std::vector<std::pair<Site, uint32_t>> num_accesses;  // to shared memory, by line
+  std::vector<uint32_t> unfenced_granules;
+  bool has_wgmma_fence;
 
   int lane() const { return idx % kWarpSize; }
 };
@@ -49,6 +57,24 @@ struct SharedAccess {
   uint32_t number;  // of the line's accesses in each lane
   uint32_t address[kWarpSize];
   uint32_t arrived;
+};
+
+// A product that a warp has issued: its 16 rows of it.
+struct Product {
+  int accumulator;          // which of the warp's
+  std::vector<float> left;  // [16][16], or empty: at left_descriptor, rows from first_row on
+  uint64_t left_descriptor;
+  uint64_t right_descriptor;
+  bool adds;
+  Element element;
+};
+
+// Sums that products are under way to: [16][columns] of the lanes' registers.
+struct Accumulator {
+  float* registers[kWarpSize];
+  int num_column_tiles;
+  std::vector<float> sums;
+  int num_pending;  // products
 };
 
 struct Warp {
@@ -62,11 +88,25 @@ struct Warp {
   Thread* ready[kWarpSize];  // the first num_ready
   int num_ready = 0;
   std::vector<SharedAccess> accesses;  // that some lanes have made
+
+  std::vector<Accumulator> accumulators;
+  std::vector<Product> open_products;
+  std::deque<std::vector<Product>> product_groups;
+  int num_registers = 0;  // per thread
 };
 
 struct Barrier {
   int num_arrived = 0;
   int num_threads = 0;
+  uint32_t warps = 0;          // that have arrived, by bit
+  uint32_t waiting_warps = 0;  // that wait
+  std::vector<Thread*> waiting;
+};
+
+struct MemoryBarrier {
+  int num_arrivals;
+  int num_missing;
+  int phase;
   std::vector<Thread*> waiting;
 };
 
@@ -75,7 +115,7 @@ struct PendingStore {
   uint32_t num_bytes;
   char value[8];
   const Thread* owner;
-  bool is_past_barrier;
+  uint32_t seen_by;  // warps that a barrier has shown it to, by bit
 };
 
 struct Block {
@@ -84,6 +124,10 @@ struct Block {
   std::vector<Warp> warps;
   Barrier barriers[kNumBarriers];
   std::vector<PendingStore> stores;
+  std::map<uint32_t, MemoryBarrier> memory_barriers;  // by shared offset
+  // Of each 16 bytes of shared memory: who wrote them and has not made them visible to the async proxy, 1 + its index.
+  std::vector<uint16_t> unfenced_writer;
+  int num_free_registers;
 };
 
 struct Machine {
@@ -120,7 +164,15 @@ void maybe_yield();
 // Where the kernel may touch shared and global memory.
 char* shared_bytes_at(uint32_t address, uint32_t num_bytes, uint32_t alignment, const char* primitive, Site site);
 void check_global(const void* address, size_t num_bytes, size_t alignment, const char* primitive, Site site);
-void publish_stores(Block& block);
+// Those that this thread knows of; nullptr: all.
+void publish_stores(Block& block, const Thread* thread);
+// Notes that the current thread has written here other than through the async proxy.
+void mark_unfenced(uint32_t shared_offset, uint32_t num_bytes);
+// Whether what is left open by Arrival::kRandom happens now.
+bool comes_at_once();
+// Brings the lanes of a warp together, each with its argument; the last one calls act(arguments by lane).
+void collective(const char* name, void* argument, Site site, const std::function<void(void**)>& act);
+float element_value(uint16_t bits, Element element);
 void count_wavefronts(const uint32_t* address, uint32_t num_bytes, Site site);
 
 }  // namespace emu

@@ -10,10 +10,6 @@ namespace {
 constexpr uint32_t kBankBytes = 4;
 constexpr uint32_t kNumBanks = 32;
 
-bool comes_at_once() {
-  return machine.config.arrival == Arrival::kRandom && machine.random(2) == 0;
-}
-
 void land(const PendingCopy& copy) {
   char* const to = current->block->shared.data() + copy.shared_offset;
   if (copy.source == nullptr) {
@@ -21,6 +17,7 @@ void land(const PendingCopy& copy) {
   } else {
     memcpy(to, copy.source, 16);
   }
+  mark_unfenced(copy.shared_offset, 16);
 }
 
 bool is_same(Site a, Site b) {
@@ -50,6 +47,10 @@ void count_access(uint32_t address, uint32_t num_bytes, Site site) {
 }
 
 }  // namespace
+
+bool comes_at_once() {
+  return machine.config.arrival == Arrival::kRandom && machine.random(2) == 0;
+}
 
 // Lanes that together want 128 bytes. A bank gives one word at a time, to all that want that word.
 void count_wavefronts(const uint32_t* address, uint32_t num_bytes, Site site) {
@@ -132,12 +133,13 @@ void load_shared(uint32_t address, void* value, uint32_t num_bytes, Site site) {
 
 void store_shared(uint32_t address, const void* value, uint32_t num_bytes, Site site) {
   memcpy(shared_bytes_at(address, num_bytes, num_bytes, "st.shared", site), value, num_bytes);
+  mark_unfenced(address - kSharedBase, num_bytes);
   count_access(address, num_bytes, site);
 }
 
 void store_global(void* address, const void* value, uint32_t num_bytes, Site site) {
   check_global(address, num_bytes, num_bytes, "st.global", site);
-  PendingStore store = {static_cast<char*>(address), num_bytes, {}, current, false};
+  PendingStore store = {static_cast<char*>(address), num_bytes, {}, current, 0};
   memcpy(store.value, value, num_bytes);
   current->block->stores.push_back(store);
   if (comes_at_once()) memcpy(address, value, num_bytes);
@@ -164,8 +166,10 @@ int32_t atomic_add(int32_t* address, int32_t value, Site site) {
   return before;
 }
 
-void publish_stores(Block& block) {
-  const auto is_visible = [](const PendingStore& store) { return store.is_past_barrier || store.owner == current; };
+void publish_stores(Block& block, const Thread* thread) {
+  const auto is_visible = [&](const PendingStore& store) {
+    return thread == nullptr || store.owner == thread || (store.seen_by >> thread->idx / kWarpSize & 1) != 0;
+  };
   for (const PendingStore& store : block.stores) {
     if (is_visible(store)) memcpy(store.address, store.value, store.num_bytes);
   }
@@ -173,7 +177,7 @@ void publish_stores(Block& block) {
 }
 
 void fence_gpu() {
-  publish_stores(*current->block);
+  publish_stores(*current->block, current);
   maybe_yield();
 }
 

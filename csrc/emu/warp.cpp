@@ -5,9 +5,17 @@
 namespace emu {
 namespace {
 
-// Brings all lanes together, each with its argument, and then calls act(arguments by lane) once.
-template <typename Act>
-void collective(const char* name, void* argument, Site site, const Act& act) {
+float float16_value(uint16_t bits) {
+  return float(from_bits<_Float16>(bits));
+}
+
+float bfloat16_value(uint16_t bits) {
+  return from_bits<float>(uint64_t{bits} << 16);
+}
+
+}  // namespace
+
+void collective(const char* name, void* argument, Site site, const std::function<void(void**)>& act) {
   Warp& warp = *current->warp;
   if (warp.arrived == 0) {
     warp.collective = name;
@@ -31,15 +39,9 @@ void collective(const char* name, void* argument, Site site, const Act& act) {
   }
 }
 
-float float16_value(uint16_t bits) {
-  return float(from_bits<_Float16>(bits));
+float element_value(uint16_t bits, Element element) {
+  return element == Element::kFloat16 ? float16_value(bits) : bfloat16_value(bits);
 }
-
-float bfloat16_value(uint16_t bits) {
-  return from_bits<float>(uint64_t{bits} << 16);
-}
-
-}  // namespace
 
 void sync_warp(Site site) {
   maybe_yield();
@@ -109,10 +111,7 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     uint32_t b[2];
   } argument = {d, a, {b0, b1}};
   collective("mma", &argument, site, [&](void** lanes) {
-    const auto value = [&](uint32_t pair, int half) {
-      const uint16_t bits = uint16_t(pair >> (16 * half));
-      return element == Element::kFloat16 ? float16_value(bits) : bfloat16_value(bits);
-    };
+    const auto value = [&](uint32_t pair, int half) { return element_value(uint16_t(pair >> (16 * half)), element); };
     float left[16][16], right[16][8], sum[16][8];
     for (int l = 0; l < kWarpSize; ++l) {
       const Argument& lane = *static_cast<Argument*>(lanes[l]);

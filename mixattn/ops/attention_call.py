@@ -112,7 +112,7 @@ class PlanHeader(NamedTuple):
     window_left: int
     num_workers: int
     fixed_split_tokens: int
-    reserved: int
+    first_small: int
 
 
 def attention_layout(call: AttentionCall, out: Tensor | None, lse: Tensor | None) -> AttentionLayout:

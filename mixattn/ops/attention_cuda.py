@@ -82,7 +82,7 @@ def run(
     device_plan = call.plan.to(device, non_blocking=True)
     partial_out = torch.empty(num_rows * header.head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(num_rows, dtype=torch.float32, device=device)
-    tickets = torch.zeros(header.num_merges + 1, dtype=torch.int32, device=device)
+    tickets = torch.zeros(header.num_merges + 2, dtype=torch.int32, device=device)
     _C.cuda_attention(
         **sizes,
         q=call.q.data_ptr(),

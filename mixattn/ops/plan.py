@@ -75,6 +75,8 @@ class Hardware:
             partial results are worth: into about 1, 2, 4 or 8 items for each core, whichever is estimated to end first.
             None: they are split as small ones are.
         max_splits: pieces that the keys of one row tile are split into at most.
+        separates_small: whether items of the small kind come behind all others, because they are drawn by workers of
+            their own beside those that draw the others.
     Raises:
         ValueError: naming the field and its bound.
     """
@@ -92,6 +94,7 @@ class Hardware:
     heads_per_bundle: int = 1
     workers_per_core: int | None = None
     max_splits: int = 64
+    separates_small: bool = False
 
     def __post_init__(self) -> None:
         for name in ("flops_per_s", "bytes_per_s"):
@@ -149,6 +152,7 @@ def _make_spec(
         fs_per_kiloflop=round(1e18 / hardware.flops_per_s),
         fs_per_kilobyte=round(1e18 / hardware.bytes_per_s),
         fs_per_item=round(1e15 * hardware.item_overhead_s),
+        separates_small=hardware.separates_small,
         **{name: integer(name, getattr(hardware, name)) for name in fields},
     )
 
@@ -266,7 +270,7 @@ class WorkPlan:
     capacity_items: int
 
     def items(self) -> npt.NDArray[np.void]:
-        """[num_items] of ``ITEM_DTYPE``, dearest first; a view of the buffer."""
+        """[num_items] of ``ITEM_DTYPE``, dearest first, of each kind if they are separate; a view of the buffer."""
         begin = _C.PLAN_HEADER_WORDS
         return self.buffer[begin : begin + self.num_items * _C.WORK_ITEM_WORDS].view(ITEM_DTYPE)
 

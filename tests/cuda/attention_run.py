@@ -20,7 +20,7 @@ GARBAGE_WORD = 0x7F7F7F7F
 """Fills the plan past its items and merges: as an index it is out of every bound."""
 
 
-def hardware(num_workers: int, split_tokens: int) -> Hardware:
+def hardware(num_workers: int, split_tokens: int, separates_small: bool = False) -> Hardware:
     """Workers that take nothing per item, so that the plan splits whatever balances them."""
     return Hardware(
         name="test",
@@ -31,6 +31,7 @@ def hardware(num_workers: int, split_tokens: int) -> Hardware:
         block_rows=BLOCK_ROWS,
         split_tokens=split_tokens,
         items_per_worker=1,
+        separates_small=separates_small,
     )
 
 
@@ -48,6 +49,7 @@ class AttentionRun:
     partial_lse: Tensor
     tickets: Tensor
     invariant: bool = False
+    capability: int = 80
 
     def launch(
         self,
@@ -82,7 +84,7 @@ class AttentionRun:
             plan_words=len(self.plan_words),
             num_partial_rows=self.partial_out.shape[0],
             num_tickets=len(self.tickets),
-            image=emulation.image(num_sms=num_blocks, seed=seed, fault=fault),
+            image=emulation.image(capability=self.capability, num_sms=num_blocks, seed=seed, fault=fault),
             device_plan=self.plan_words.data_ptr(),
             stream=0,
         )
@@ -105,16 +107,21 @@ class AttentionRun:
 
 
 def prepare(
-    case: AttentionCase, dtype: torch.dtype, *, split_tokens: int = 64, inputs: AttentionInputs | None = None
+    case: AttentionCase,
+    dtype: torch.dtype,
+    *,
+    split_tokens: int = 64,
+    inputs: AttentionInputs | None = None,
+    capability: int = 80,
 ) -> AttentionRun:
-    """A run of the case, not yet launched. Cases that name no workers get a plan for 4."""
+    """A run of the case on a GPU of this capability, not yet launched. Cases that name no workers get a plan for 4."""
     inputs = make_inputs(case, dtype) if inputs is None else inputs
     work_plan = plan(
         inputs.cu_seqlens_q,
         inputs.seq_lens,
         **case.plan_options,
         kv_element_bytes=inputs.q.element_size(),
-        hardware=hardware(case.num_workers or 4, split_tokens),
+        hardware=hardware(case.num_workers or 4, split_tokens, separates_small=capability == 90),
     )
     words = torch.full((len(work_plan.buffer),), GARBAGE_WORD, dtype=torch.int32)
     items_begin = len(work_plan.buffer) - 8 * (work_plan.capacity_items + work_plan.spec.max_merges())
@@ -133,5 +140,6 @@ def prepare(
         lse=torch.empty(inputs.q.shape[:2], dtype=torch.float32),
         partial_out=torch.empty(work_plan.num_partial_rows, case.head_dim),
         partial_lse=torch.empty(work_plan.num_partial_rows),
-        tickets=torch.zeros(1 + work_plan.num_merges, dtype=torch.int32),
+        tickets=torch.zeros(2 + work_plan.num_merges, dtype=torch.int32),
+        capability=capability,
     )

@@ -15,10 +15,14 @@ from tools.nvcc import find_nvcc
 
 MMA_FLOPS = 2 * 16 * 8 * 16
 """Of one HMMA.16816, which a warp issues."""
+WARPGROUP_MMA = re.compile(r"\.64x(\d+)x16\.")
+"""An HGMMA and its columns; each of four warps issues it for 16 rows."""
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)([^;]*);")
-WORKERS = {"LDGSTS", "LDG", "HMMA", "LDSM", "SHFL", "BAR"}
+SERIALISED = re.compile(r"\(C75\d+\)[^\n]*(serialized|ignored)[^\n]*")
+"""ptxas' words where it puts a wait behind every wgmma, or has no registers to give."""
+WORKERS = {"LDGSTS", "LDG", "HMMA", "HGMMA", "LDSM", "SHFL", "BAR"}
 """What the steady state of a KV loop is made of. A skipped block with none of these is the mask or the rescaling."""
 
 
@@ -27,17 +31,19 @@ class Loop:
     """A loop around matrix products.
 
     Args:
-        num_mmas: HMMA per iteration and warp.
+        num_mmas: HMMA or HGMMA per iteration and warp.
+        mma_flops: a warp's share of them, per iteration.
         num_instructions: per iteration and warp, of a tile that needs no mask and no rescaling.
     """
 
     num_mmas: int
+    mma_flops: int
     num_instructions: int
 
     @property
     def instructions_per_mflop(self) -> float:
         """Warp instructions per million flops of matrix products."""
-        return self.num_instructions / (self.num_mmas * MMA_FLOPS) * 1e6
+        return self.num_instructions / self.mma_flops * 1e6
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,14 @@ class Compiled:
 
     Args:
         spilled_bytes: stack, spill stores and spill loads.
+        complaints: what ptxas says of wgmma that it serialises.
         opcodes: by the first part of their name.
         loops: the KV loop of each tile kind, most products first.
     """
 
     registers: int
     spilled_bytes: tuple[int, int, int]
+    complaints: list[str]
     opcodes: dict[str, int]
     loops: list[Loop]
 
@@ -82,15 +90,25 @@ def compile_kernels(source: Path, architecture: str, folder: Path) -> dict[str, 
         kernels[name] = Compiled(
             registers=int(registers[1]),
             spilled_bytes=(int(spilled[1]), int(spilled[2]), int(spilled[3])),
+            complaints=[match[0] for match in SERIALISED.finditer(result.stderr)],
             opcodes={opcode: opcodes.count(opcode) for opcode in set(opcodes)},
             loops=find_loops(instructions),
         )
     return kernels
 
 
+def mma_flops(opcode: str, operands: str) -> int:
+    """A warp's share of a matrix product; 0 if this is none."""
+    if opcode == "HMMA":
+        return MMA_FLOPS
+    match = WARPGROUP_MMA.match(operands) if opcode == "HGMMA" else None
+    return 2 * 16 * int(match[1]) * 16 if match else 0
+
+
 def find_loops(instructions: list[tuple[int, str, str]]) -> list[Loop]:
     """The innermost loops that hold matrix products, from (address, opcode, operands) in order of address."""
     opcode_at = {address: opcode for address, opcode, _ in instructions}
+    flops_at = {address: mma_flops(opcode, operands) for address, opcode, operands in instructions}
     branches = [
         (address, int(target[1], 16))
         for address, opcode, operands in instructions
@@ -101,7 +119,7 @@ def find_loops(instructions: list[tuple[int, str, str]]) -> list[Loop]:
         return {address for address in opcode_at if begin <= address <= end}
 
     def num_mmas(addresses: set[int]) -> int:
-        return sum(opcode_at[address] == "HMMA" for address in addresses)
+        return sum(flops_at[address] > 0 for address in addresses)
 
     backward = [(target, address) for address, target in branches if target < address]
     with_mmas = [span for span in backward if num_mmas(body(*span)) > 0]
@@ -118,5 +136,5 @@ def find_loops(instructions: list[tuple[int, str, str]]) -> list[Loop]:
             skipped = body(address + 1, target - 1)
             if begin <= address < target <= end and not WORKERS & {opcode_at[a] for a in skipped}:
                 hot -= skipped
-        loops.append(Loop(total, len(hot)))
+        loops.append(Loop(total, sum(flops_at[address] for address in hot), len(hot)))
     return sorted(loops, key=lambda loop: -loop.num_mmas)

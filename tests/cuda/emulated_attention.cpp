@@ -1,9 +1,11 @@
 // emulated_attention.cpp: the attention kernels for the emulated driver, and the memory that each launch may touch.
 
 #include "cuda/sm80/entry.cuh"
+#include "cuda/sm90/entry.cuh"
 #include "emulated_driver.h"
 
 MIXATTN_SM80_INSTANCES(MIXATTN_SM80_ENTRY)
+MIXATTN_SM90_INSTANCES(MIXATTN_SM90_ENTRY)
 
 namespace {
 
@@ -56,8 +58,10 @@ bool add(const char* name, void (*kernel)(LaunchParams)) {
 
 #define STRING(text) #text
 #define NAME(name) STRING(name)
-#define ADD(element, kHeadDim, scores) \
+#define ADD_SM80(element, kHeadDim, scores) \
   add(NAME(MIXATTN_SM80_NAME(element, kHeadDim, scores)), MIXATTN_SM80_NAME(element, kHeadDim, scores)),
-[[maybe_unused]] const bool kAdded[] = {MIXATTN_SM80_INSTANCES(ADD)};
+#define ADD_SM90(element, kHeadDim, scores) \
+  add(NAME(MIXATTN_SM90_NAME(element, kHeadDim, scores)), MIXATTN_SM90_NAME(element, kHeadDim, scores)),
+[[maybe_unused]] const bool kAdded[] = {MIXATTN_SM80_INSTANCES(ADD_SM80) MIXATTN_SM90_INSTANCES(ADD_SM90)};
 
 }  // namespace

@@ -42,9 +42,8 @@ const std::map<Result, const char*> kNames = {
 };
 
 constexpr uint32_t kFatbinMagic = 0xba55ed50;
-constexpr char kEmulatedImage[] = "emulated";     // mixattn/ops/cuda_images.py
-constexpr int kSharedBytesPerBlock = 163 * 1024;  // of an A100
-constexpr int kDefaultSharedBytes = 48 * 1024;    // without cuFuncSetAttribute
+constexpr char kEmulatedImage[] = "emulated";   // mixattn/ops/cuda_images.py
+constexpr int kDefaultSharedBytes = 48 * 1024;  // without cuFuncSetAttribute
 
 struct Config {
   int driver_version = 13000;
@@ -60,6 +59,12 @@ struct Function {
 };
 
 Config config;
+
+// Of an A100, or an H100.
+int shared_bytes_per_block() {
+  return (config.capability >= 90 ? 227 : 163) * 1024;
+}
+
 bool is_initialized = false;
 int num_contexts = 0;  // pushed
 std::string report;    // of the launch that failed last
@@ -160,7 +165,7 @@ Result cuDeviceGetAttribute(int* value, int attribute, DeviceHandle) {
       *value = config.capability % 10;
       return kSuccess;
     case kAttributeSharedBytesPerBlockOptIn:
-      *value = kSharedBytesPerBlock;
+      *value = shared_bytes_per_block();
       return kSuccess;
     default:
       return kInvalidValue;
@@ -198,7 +203,7 @@ Result cuModuleGetFunction(FunctionHandle* function, ModuleHandle, const char* n
 }
 Result cuFuncSetAttribute(FunctionHandle function, int attribute, int value) {
   if (attribute == kFunctionSharedMemoryCarveout) return value <= 100 ? kSuccess : kInvalidValue;
-  if (attribute != kFunctionMaxDynamicSharedBytes || value > kSharedBytesPerBlock) return kInvalidValue;
+  if (attribute != kFunctionMaxDynamicSharedBytes || value > shared_bytes_per_block()) return kInvalidValue;
   function_of(function).max_shared_bytes = value;
   return kSuccess;
 }

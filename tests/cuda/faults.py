@@ -20,6 +20,7 @@ class Fault:
         also: more of these, (right, wrong), in the same file.
         caught_by: what shows it: ``result`` (not close to the truth, or NaN), ``tickets`` (not zero after the launch)
             or a regular expression of the emulator's report.
+        capability: of the GPU that it is run on, 10 major + minor.
     """
 
     name: str
@@ -28,10 +29,12 @@ class Fault:
     wrong: str
     case: str
     caught_by: str = "result"
+    capability: int = 80
     also: tuple[tuple[str, str], ...] = ()
 
 
 SM80 = "sm80/mixed_attention.cuh"
+SM90 = "sm90/mixed_attention.cuh"
 TILE = "sm80/tile.cuh"
 FRAGMENTS = "fragments.cuh"
 PLAN = "mixed_attention.cuh"
@@ -39,6 +42,7 @@ SOFTMAX = "softmax.cuh"
 CHUNK = "q65-kv200-page16-gqa3"
 DECODE = "q1-kv4096-page16-gqa8"
 SPLITS = "splits-chunk-beside-decodes"
+LONG_CHUNK = "long-chunk-beside-decode-head-dim-128"
 WIDE = "all-kinds-head-dim-256"
 """Of test_mixed_attention.py; the others are of tests/cases.py."""
 
@@ -84,12 +88,12 @@ FAULTS = [
         SPLITS,
         also=(("mx::fence_gpu();  // behind the ticket", ""),),
     ),
-    Fault("no-barrier-before-the-fence", PLAN, "sync_team();  // before the fence", "", SPLITS),
-    Fault("item-counter-not-reset", PLAN, "mx::st_global(p.call.tickets, 0u);", "", SPLITS, caught_by="tickets"),
+    Fault("no-barrier-before-the-fence", PLAN, "sync_team(team.barrier);  // before the fence", "", SPLITS),
     Fault(
-        "ticket-not-reset", PLAN, "mx::st_global(p.call.tickets + 1 + merge_idx, 0u);", "", SPLITS, caught_by="tickets"
+        "item-counter-not-reset", PLAN, "mx::st_global(queue_counter(p, queue), 0u);", "", SPLITS, caught_by="tickets"
     ),
-    Fault("merge-one-split-too-early", PLAN, "num_splits - 1", "num_splits - 2", SPLITS),
+    Fault("ticket-not-reset", PLAN, "mx::st_global(merge_ticket(p, merge_idx), 0u);", "", SPLITS, caught_by="tickets"),
+    Fault("merge-one-split-too-early", PLAN, "num_teams - 1", "num_teams - 2", SPLITS),
     Fault("fragment-of-k-swapped", SM80, "keys[1]", "keys[2]", CHUNK),
     Fault(
         "v-not-transposed",
@@ -162,6 +166,75 @@ FAULTS = [
         "if (kScores == Scores::kAny && place.is_hidden) offset = kNowhere;",
         "",
         "tree-keys-that-no-row-sees",
+    ),
+    *(
+        Fault(f"sm90-{name}", SM90, right, wrong, LONG_CHUNK, caught_by=caught_by, capability=90)
+        for name, right, wrong, caught_by in (
+            ("k-not-waited-for", "mx::mbarrier_wait(ring.full(), ring.parity);  // for K", "", "result|fence"),
+            ("v-not-waited-for", "mx::mbarrier_wait(ring.full(), ring.parity);  // for V", "", "result|fence"),
+            ("scores-not-waited-for", "mx::wgmma_wait<0>();  // for the scores", "", "result|wgmma_fence"),
+            ("sums-not-waited-for", "mx::wgmma_wait<0>();  // for the sums", "", "result|ends before"),
+            (
+                "copies-not-fenced",
+                "mx::fence_proxy_async();  // wgmma is to see what cp.async wrote",
+                "",
+                "without fence_proxy_async",
+            ),
+            ("copies-told-too-early", "mx::cp_async_wait<1>();", "mx::cp_async_wait<2>();", "result|fence"),
+            (
+                "queries-not-waited-for",
+                "mx::mbarrier_wait(mx::shared_base() + Shared::kQueryFull, count & 1);",
+                "mx::mbarrier_wait(mx::shared_base() + Shared::kQueryFull, 1);",
+                "result|deadlock|fence|ld.shared|cp.async",
+            ),
+            (
+                "queries-overwritten-while-they-are-read",
+                "mx::mbarrier_wait(mx::shared_base() + Shared::kQueryEmpty, (count & 1) ^ 1);",
+                "",
+                "result|fence|deadlock",
+            ),
+            (
+                "item-never-drawn",
+                "mx::mbarrier_wait(item_empty<Shared>(count), (count / kNumItems & 1) ^ 1);",
+                "mx::mbarrier_wait(item_empty<Shared>(count), count / kNumItems & 1);",
+                "deadlock",
+            ),
+            ("step-of-k-wrong", "k % kPanelSteps * kStepBytes", "k % kPanelSteps * kStepBytes / 2", "result|multiple"),
+            (
+                "second-panel-of-k-in-the-wrong-place",
+                "k / kPanelSteps * Shared::kPanelBytes",
+                "k / kPanelSteps * Shared::kPanelBytes / 2",
+                "result",
+            ),
+            ("consumers-share-their-rows", "consumer * (mx::kWgmmaRows * mx::kSwizzledRowBytes)", "0", "result"),
+            (
+                "merge-does-not-wait-for-the-other-consumer",
+                "item[kNumRows] > mx::kWgmmaRows ? kNumConsumers : 1",
+                "1",
+                "result|tickets",
+            ),
+            ("turn-kept-at-the-end", "if (has_turns) pass_turn(consumer);\n  release", "", "deadlock"),
+            ("tile-never-released", "release(ring.empty());\n    ring.advance();\n    tile_begin", "", "deadlock"),
+        )
+    ),
+    Fault(
+        "sm90-tiles-overwritten-while-they-are-read",
+        SM90,
+        "mx::mbarrier_wait(ring.empty(), ring.parity ^ 1);  // before K",
+        "",
+        LONG_CHUNK,
+        caught_by="result|fence|deadlock",
+        capability=90,
+        also=(("mx::mbarrier_wait(ring.empty(), ring.parity ^ 1);  // before V", ""),),
+    ),
+    Fault(
+        "sm90-small-items-drawn-from-the-start",
+        PLAN,
+        "queue == Queue::kSmall ? header.first_small : 0",
+        "0",
+        LONG_CHUNK,
+        caught_by="result|tickets|deadlock",
+        capability=90,
     ),
 ]
 

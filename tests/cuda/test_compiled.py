@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SOURCES = sorted((ROOT / "csrc" / "cuda" / "sm80").glob("*.cu"))
+SM90_SOURCES = sorted((ROOT / "csrc" / "cuda" / "sm90").glob("*.cu"))
 ONE_KERNEL = """
 #include "cuda/sm80/entry.cuh"
 MIXATTN_SM80_ENTRY(bf16, 128, plain)
@@ -25,7 +26,17 @@ MOST_INSTRUCTIONS_PER_MFLOP = [1000, 1400, 2700]
 """A little above what nvcc 13.0 gives, 955, 1,316 and 2,560 on sm_80; more is a change that someone should look at."""
 
 
+ONE_SM90_KERNEL = """
+#include "cuda/sm90/entry.cuh"
+MIXATTN_SM90_ENTRY(bf16, 128, plain)
+"""
+SM90_MMAS_OF_LOOPS = [64, 16]
+"""Of a warp, at head_dim 128: the decodes' HMMA, the chunks' HGMMA: 8 steps of head_dim and 8 of keys."""
+MOST_SM90_INSTRUCTIONS_PER_MFLOP = [2700, 560]
+
+
 def assert_no_local_memory(kernel: Compiled) -> None:
+    assert kernel.complaints == []
     assert kernel.spilled_bytes == (0, 0, 0)
     assert not {"LDL", "STL"} & kernel.opcodes.keys()
     assert kernel.opcodes["HMMA"] > 0
@@ -42,6 +53,27 @@ def test_mixed_attention_head_dim_128_compiles_within_its_budgets(architecture: 
     assert [loop.num_mmas for loop in kernel.loops] == MMAS_OF_LOOPS
     for loop, most in zip(kernel.loops, MOST_INSTRUCTIONS_PER_MFLOP, strict=True):
         assert loop.instructions_per_mflop <= most
+
+
+def test_mixed_attention_sm90_compiles_within_its_budgets(tmp_path: Path) -> None:
+    source = tmp_path / "one_kernel.cu"
+    source.write_text(ONE_SM90_KERNEL)
+    (kernel,) = compile_kernels(source, "sm_90a", tmp_path).values()
+    assert_no_local_memory(kernel)
+    assert kernel.registers == 65536 // 512, "at the start, before the teams divide them anew"
+    assert kernel.opcodes["USETMAXREG"] >= 3
+    assert [loop.num_mmas for loop in kernel.loops] == SM90_MMAS_OF_LOOPS
+    for loop, most in zip(kernel.loops, MOST_SM90_INSTRUCTIONS_PER_MFLOP, strict=True):
+        assert loop.instructions_per_mflop <= most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SM90_SOURCES, ids=lambda source: source.stem)
+def test_mixed_attention_every_sm90_kernel_compiles_without_spills(source: Path, tmp_path: Path) -> None:
+    kernels = compile_kernels(source, "sm_90a", tmp_path)
+    assert len(kernels) == (2 if source.stem.endswith("128") else 4)
+    for kernel in kernels.values():
+        assert_no_local_memory(kernel)
 
 
 @pytest.mark.slow

@@ -18,6 +18,13 @@ from tests.cuda.emulation import Emulation
 DTYPES = [torch.bfloat16, torch.float16]
 HEAD_DIMS = (64, 96, 128, 192, 256)
 SUPPORTED_CASES = [case for case in CASES + SCORE_CASES if case.head_dim in HEAD_DIMS]
+SM90_HEAD_DIMS = (64, 96, 128)
+SM90_CASES = [
+    case
+    for case in SUPPORTED_CASES
+    if case.head_dim in SM90_HEAD_DIMS and case.alibi is None and case.tree_mask is None
+]
+"""Those that the kernel for sm_90 takes; on the others the kernel for sm_80 runs there too."""
 SEEDS = range(3)
 """One of each pair of schedule and arrival."""
 SPLIT_CASE = AttentionCase("splits-chunk-and-decode", (1, 40, 9), (300, 90, 200), num_q_heads=6, num_workers=8)
@@ -34,19 +41,35 @@ ALL_KINDS_CASES = [
 ]
 """140 packed rows, of which 128 are one large item: more than one tile of a wide head has."""
 
+LONG_CHUNK_CASE = AttentionCase(
+    "long-chunk-beside-decode-head-dim-128",
+    (40, 1),
+    (900, 130),
+    num_q_heads=4,
+    num_kv_heads=1,
+    head_dim=128,
+    num_workers=3,
+)
+"""More tiles of keys than the ring of sm_90's kernel has places, by few threads."""
+
+KERNELS = [
+    *(pytest.param(case, dtype, 80, id=f"{case.id}-{dtype}-sm_80") for case in SUPPORTED_CASES for dtype in DTYPES),
+    *(pytest.param(case, torch.bfloat16, 90, id=f"{case.id}-sm_90") for case in SM90_CASES),
+]
+CAPABILITIES = [80, 90]
+
 
 def check(run: AttentionRun, inputs: AttentionInputs, *, has_lse: bool = True) -> None:
     assert_attention_close(run.case, inputs, run.out, run.lse if has_lse else None)
     assert not run.tickets.any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SUPPORTED_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(("case", "dtype", "capability"), KERNELS)
 def test_mixed_attention_named_case_is_within_twice_eager_on_every_schedule(
-    case: AttentionCase, dtype: torch.dtype, emulation: Emulation
+    case: AttentionCase, dtype: torch.dtype, capability: int, emulation: Emulation
 ) -> None:
     inputs = make_inputs(case, dtype)
-    run = prepare(case, dtype, inputs=inputs)
+    run = prepare(case, dtype, inputs=inputs, capability=capability)
     assert run.work_plan.num_merges > 0 or case.num_workers is None, "the case is to force splits"
     results = []
     for seed in SEEDS:
@@ -56,9 +79,10 @@ def test_mixed_attention_named_case_is_within_twice_eager_on_every_schedule(
     assert all(torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1]) for out, lse in results)
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("case", [SPLIT_CASE, *ALL_KINDS_CASES], ids=lambda case: case.id)
-def test_mixed_attention_has_no_bank_conflicts(case: AttentionCase, emulation: Emulation) -> None:
-    run = prepare(case, torch.bfloat16)
+def test_mixed_attention_has_no_bank_conflicts(case: AttentionCase, capability: int, emulation: Emulation) -> None:
+    run = prepare(case, torch.bfloat16, capability=capability)
     assert set(run.work_plan.items()["kind"]) == {0, 1, 2} or case is SPLIT_CASE
     assert run.work_plan.num_merges > 0
     counts = run.launch(emulation, seed=0)
@@ -66,18 +90,24 @@ def test_mixed_attention_has_no_bank_conflicts(case: AttentionCase, emulation: E
     assert counts["conflicts"] == {}
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("case", ALL_KINDS_CASES, ids=lambda case: case.id)
-def test_mixed_attention_items_of_every_kind_are_within_twice_eager(case: AttentionCase, emulation: Emulation) -> None:
+def test_mixed_attention_items_of_every_kind_are_within_twice_eager(
+    case: AttentionCase, capability: int, emulation: Emulation
+) -> None:
     inputs = make_inputs(case, torch.float16)
-    run = prepare(case, torch.float16, inputs=inputs)
+    run = prepare(case, torch.float16, inputs=inputs, capability=capability)
     for seed in SEEDS:
         run.launch(emulation, seed=seed)
         check(run, inputs)
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("num_blocks", [1, 2, 7])
-def test_mixed_attention_any_number_of_blocks_gives_the_same_bits(num_blocks: int, emulation: Emulation) -> None:
-    run = prepare(SPLIT_CASE, torch.float16)
+def test_mixed_attention_any_number_of_blocks_gives_the_same_bits(
+    num_blocks: int, capability: int, emulation: Emulation
+) -> None:
+    run = prepare(SPLIT_CASE, torch.float16, capability=capability)
     run.launch(emulation, seed=0)
     expected = run.out.clone(), run.lse.clone()
     for seed in SEEDS:
@@ -85,6 +115,17 @@ def test_mixed_attention_any_number_of_blocks_gives_the_same_bits(num_blocks: in
         assert not run.tickets.any()
         assert torch.equal(run.out, expected[0])
         assert torch.equal(run.lse, expected[1])
+
+
+def test_mixed_attention_with_a_plan_that_mixes_kinds_runs_the_kernel_of_one_queue(emulation: Emulation) -> None:
+    inputs = make_inputs(SPLIT_CASE, torch.bfloat16)
+    run = prepare(SPLIT_CASE, torch.bfloat16, inputs=inputs)
+    run.launch(emulation, seed=0)
+    expected = run.out.clone()
+    run.capability = 90
+    run.launch(emulation, seed=0)
+    check(run, inputs)
+    assert torch.equal(run.out, expected)
 
 
 def test_mixed_attention_without_lse_leaves_it_alone(emulation: Emulation) -> None:
@@ -95,11 +136,14 @@ def test_mixed_attention_without_lse_leaves_it_alone(emulation: Emulation) -> No
     check(run, inputs, has_lse=False)
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("window_left", [None, 40])
-def test_mixed_attention_splits_that_cut_a_tile_are_exact(window_left: int | None, emulation: Emulation) -> None:
+def test_mixed_attention_splits_that_cut_a_tile_are_exact(
+    window_left: int | None, capability: int, emulation: Emulation
+) -> None:
     case = AttentionCase("odd-splits", (2, 70), (250, 190), window_left=window_left, num_workers=8, logit_std=3.0)
     inputs = make_inputs(case, torch.float16)
-    run = prepare(case, torch.float16, split_tokens=24, inputs=inputs)
+    run = prepare(case, torch.float16, split_tokens=24, inputs=inputs, capability=capability)
     assert any(item["kv_begin"] % 64 for item in run.work_plan.items())
     run.launch(emulation, seed=2)
     check(run, inputs)
@@ -114,9 +158,12 @@ def strided(tensor: Tensor) -> Tensor:
     return view.copy_(tensor)
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("has_same_strides", [True, False])
-def test_mixed_attention_any_strides_give_the_same_bits(has_same_strides: bool, emulation: Emulation) -> None:
-    run = prepare(SPLIT_CASE, torch.float16)
+def test_mixed_attention_any_strides_give_the_same_bits(
+    has_same_strides: bool, capability: int, emulation: Emulation
+) -> None:
+    run = prepare(SPLIT_CASE, torch.float16, capability=capability)
     run.launch(emulation, seed=0)
     expected = run.out.clone(), run.lse.clone()
     inputs = run.inputs
@@ -145,10 +192,11 @@ def far_apart(cache: Tensor, page_stride: int) -> Tensor:
     return view.copy_(cache)
 
 
-def test_mixed_attention_page_offsets_past_2_31_do_not_wrap(emulation: Emulation) -> None:
-    case = AttentionCase("far-pages", (1, 3), (20, 40), num_q_heads=2, num_kv_heads=1)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_mixed_attention_page_offsets_past_2_31_do_not_wrap(capability: int, emulation: Emulation) -> None:
+    case = AttentionCase("far-pages", (1, 30), (20, 40), num_q_heads=2, num_kv_heads=1)
     inputs = make_inputs(case, torch.bfloat16)
-    run = prepare(case, torch.bfloat16, inputs=inputs)
+    run = prepare(case, torch.bfloat16, inputs=inputs, capability=capability)
     page_stride = 2**30
     assert inputs.k_cache.shape[0] * page_stride > 2**32
     run.inputs = AttentionInputs(
@@ -174,10 +222,11 @@ def before_guard_page(table: Tensor) -> Tensor:
     return copy.copy_(table)
 
 
-def test_mixed_attention_block_table_is_not_read_past_the_last_page(emulation: Emulation) -> None:
-    case = AttentionCase("guarded-table", (1, 5), (3, 20), num_q_heads=2, num_kv_heads=1, page_size=1)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_mixed_attention_block_table_is_not_read_past_the_last_page(capability: int, emulation: Emulation) -> None:
+    case = AttentionCase("guarded-table", (1, 15), (3, 20), num_q_heads=2, num_kv_heads=1, page_size=1)
     inputs = make_inputs(case, torch.float16)
-    run = prepare(case, torch.float16, inputs=inputs)
+    run = prepare(case, torch.float16, inputs=inputs, capability=capability)
     table = before_guard_page(inputs.block_table[:, : max(case.kv_lens)].contiguous())
     run.inputs = dataclasses.replace(run.inputs, block_table=table)
     run.launch(emulation, seed=0)

@@ -8,6 +8,8 @@
 #include <map>
 #include <string>
 
+#include "primitives_sm90.cuh"
+
 namespace py = pybind11;
 using Words = py::array_t<uint32_t, py::array::c_style>;
 
@@ -50,19 +52,34 @@ const std::map<std::string, Kernel>& kernels() {
       {"deadlock", deadlock},
       {"barrier_counts", barrier_counts},
       {"bad_access", bad_access},
+      {"wgmma_64_f16", wgmma_product<64, 0, true, f16>},
+      {"wgmma_128_bf16", wgmma_product<128, 3, false, bf16>},
+      {"wgmma_registers_96_f16", wgmma_from_registers<96, 1, f16>},
+      {"wgmma_registers_128_bf16", wgmma_from_registers<128, 7, bf16>},
+      {"mbarrier", primitives::mbarrier<true>},
+      {"mbarrier_unwaited", primitives::mbarrier<false>},
+      {"registers", registers},
+      {"wgmma_unfenced_memory", bad_wgmma<0>},
+      {"wgmma_unfenced_registers", bad_wgmma<1>},
+      {"wgmma_misaligned", bad_wgmma<2>},
+      {"wgmma_read_early", bad_wgmma<3>},
+      {"wgmma_overwritten_early", bad_wgmma<4>},
+      {"wgmma_not_waited_for", bad_wgmma<5>},
+      {"barrier_not_there", barrier_not_there},
+      {"too_many_registers", too_many_registers},
   };
   return all;
 }
 
 // Runs the kernel on in and out, both written in place; returns (wavefronts, conflicts).
 std::pair<uint64_t, uint64_t> run(const std::string& kernel, Words in, Words out, int num_blocks, int num_threads,
-                                  uint64_t seed) {
+                                  uint64_t seed, size_t shared_bytes) {
   const Kernel& body = kernels().at(kernel);
   const std::vector<emu::Region> regions = {{"in", in.data(), size_t(in.nbytes())},
                                             {"out", out.data(), size_t(out.nbytes())}};
   uint32_t* const in_words = in.mutable_data();
   uint32_t* const out_words = out.mutable_data();
-  const emu::Stats stats = emu::launch(emu::config_of_seed(seed), num_blocks, num_threads, 4096, regions,
+  const emu::Stats stats = emu::launch(emu::config_of_seed(seed), num_blocks, num_threads, shared_bytes, regions,
                                        [&] { body(in_words, out_words); });
   uint64_t num_conflicts = 0;
   for (const auto& [line, count] : stats.conflicts) num_conflicts += count;

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.emu.build import ROOT, build
+from tests.emu.build import ROOT
 
 FOLDER = Path(__file__).resolve().parent
 SEEDS = range(9)
@@ -19,16 +19,6 @@ SEEDS = range(9)
 LATE_SEEDS = [seed for seed in SEEDS if seed % 3 != 1]
 NAN_WORD = 0xFFFFFFFF
 Words = npt.NDArray[np.uint32]
-
-
-@pytest.fixture(scope="session")
-def primitives() -> ModuleType:
-    return build("emulated_primitives", [FOLDER / "primitives.cpp"], [FOLDER])
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
 
 
 def run(
@@ -40,6 +30,7 @@ def run(
     blocks: int = 1,
     threads: int = 32,
     seed: int = 0,
+    shared_bytes: int = 4096,
 ) -> tuple[Words, int, int]:
     """(out, wavefronts, conflicts) of a kernel on these words; out starts as NaN."""
     # 16-byte aligned, with room to start at a multiple
@@ -48,7 +39,7 @@ def run(
     inputs = buffer[begin : begin + np.size(words)]
     inputs[:] = np.asarray(words, np.uint32).ravel()
     out = np.full(num_out, NAN_WORD, np.uint32)
-    wavefronts, conflicts = primitives.run(kernel, inputs, out, blocks, threads, seed)
+    wavefronts, conflicts = primitives.run(kernel, inputs, out, blocks, threads, seed, shared_bytes)
     return out, wavefronts, conflicts
 
 

@@ -224,6 +224,10 @@ def plan_twin(
                 num_partial_rows += len(ranges) * tile.num_rows
 
     priced_items.sort(key=lambda priced: -priced[0].total_fs)  # stable: ties stay in generation order
+    first_small = -1
+    if hardware.separates_small:
+        priced_items.sort(key=lambda priced: priced[1][3] >> 16 == SMALL)
+        first_small = sum(item[3] >> 16 != SMALL for _, item in priced_items)
     items = [item for _, item in priced_items]
     prices = [item_price for item_price, _ in priced_items]
 
@@ -247,6 +251,6 @@ def plan_twin(
         capacity_items, capacity_merges,
         shape.num_q_heads, shape.num_kv_heads, shape.head_dim, int(shape.causal),
         -1 if shape.window_left is None else shape.window_left, hardware.num_workers,
-        hardware.invariant_split_tokens if invariant else 0, 0,
+        hardware.invariant_split_tokens if invariant else 0, first_small,
     ]  # fmt: skip
     return TwinPlan(header, items, merges, prices, max(free_at_fs))

@@ -79,6 +79,7 @@ def hardwares(draw: st.DrawFn) -> Hardware:
         heads_per_bundle=draw(st.integers(1, 16)),
         workers_per_core=workers_per_core,
         max_splits=draw(st.integers(1, 64)),
+        separates_small=draw(st.booleans()),
         invariant_split_tokens=draw(st.integers(100, 2000)),
     )
 

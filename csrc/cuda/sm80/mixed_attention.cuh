@@ -141,7 +141,8 @@ MX_DEVICE void apply_softmax(const LaunchParams& p, Item item, int32_t tile_begi
   for (int r = 0; r < TileShape::kRowTiles; ++r) {
     const int32_t first_row = warp_row<TileShape>() + r * kMmaRows + thread.lane / 4;
     const float scale = prepare_scores<kScores>(p, item, first_row, first_key, is_edge, scores[r]);
-    const Rescale rescale = weigh_scores<T>(scores[r], scale, state.row_max[r], state.row_sum[r], weights[r]);
+    const Rescale rescale = weigh_scores(scores[r], scale, state.row_max[r], state.row_sum[r]);
+    pack_weights<T>(scores[r], weights[r]);
     rescale_sums(rescale, state.accumulator[r]);
   }
 }
@@ -271,7 +272,7 @@ MX_DEVICE void attend_item(const LaunchParams& p, Item item) {
 // Makes the item what is left of it below the first num_rows rows. Also a barrier, on both sides.
 MX_DEVICE void drop_rows(Item item, int32_t num_rows) {
   sync_team();  // no thread reads the item as it was any more, or its tiles
-  if (mx::thread_idx() == 0) {
+  if (this_thread().idx == 0) {
     item.set(kRowBegin, item[kRowBegin] + num_rows);
     item.set(kNumRows, item[kNumRows] - num_rows);
     item.set(kPartialRow, item[kPartialRow] + num_rows);
@@ -304,7 +305,7 @@ struct Attend {
 // The body of a kernel; its entry points are in entry.cuh.
 template <class T, int kHeadDim, Scores kScores>
 MX_DEVICE void mixed_attention(const LaunchParams& p) {
-  run_plan<T, kHeadDim, Attend<T, kHeadDim, kScores>>(p);
+  run_queue<T, kHeadDim, Attend<T, kHeadDim, kScores>>(p, Queue::kAll);
 }
 
 }  // namespace sm80
