@@ -26,6 +26,7 @@ class PlanSpec:
         fixed_split_tokens: int,  # 0: no invariant plan
         items_per_worker: int,
         heads_per_bundle: int,
+        workers_per_core: int,  # 0: None of Hardware
         max_splits: int,
         fs_per_kiloflop: int,
         fs_per_kilobyte: int,

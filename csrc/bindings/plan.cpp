@@ -40,8 +40,8 @@ int32_t checked32(const char* name, int64_t value, int64_t low, int64_t high) {
 PlanSpec make_spec(int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t kv_element_bytes, bool causal,
                    int64_t window_left, int64_t num_workers, const std::array<int64_t, mixattn::kNumTileKinds>& rows,
                    int64_t row_granule, int64_t split_tokens, int64_t fixed_split_tokens, int64_t items_per_worker,
-                   int64_t heads_per_bundle, int64_t max_splits, int64_t fs_per_kiloflop, int64_t fs_per_kilobyte,
-                   int64_t fs_per_item) {
+                   int64_t heads_per_bundle, int64_t workers_per_core, int64_t max_splits, int64_t fs_per_kiloflop,
+                   int64_t fs_per_kilobyte, int64_t fs_per_item) {
   PlanSpec spec = {};
   spec.num_kv_heads = checked32("num_kv_heads", num_kv_heads, 1, kMostHeads);
   spec.num_q_heads = checked32("num_q_heads", num_q_heads, 1, kMostHeads);
@@ -57,6 +57,11 @@ PlanSpec make_spec(int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, 
   spec.items_per_worker = checked32("items_per_worker", items_per_worker, 1, kMostSlots / num_workers);
   const int64_t most_heads = kMostSlots / (num_workers * items_per_worker);
   spec.heads_per_bundle = std::min(checked32("heads_per_bundle", heads_per_bundle, 1, most_heads), spec.num_kv_heads);
+  spec.workers_per_core = checked32("workers_per_core", workers_per_core, 0, num_workers);
+  if (workers_per_core > 0 && num_workers % workers_per_core != 0) {
+    throw py::value_error("workers_per_core must divide num_workers (" + std::to_string(num_workers) + "), got " +
+                          std::to_string(workers_per_core));
+  }
   int64_t most_rows = kMostBlockRows;  // block_rows descend
   for (int kind = 0; kind < mixattn::kNumTileKinds; ++kind) {
     const std::string name = "block_rows[" + std::to_string(kind) + "]";
@@ -132,8 +137,8 @@ void bind_plan(py::module_& m) {
       .def(py::init(&make_spec), py::kw_only(), arg("num_q_heads"), arg("num_kv_heads"), arg("head_dim"),
            arg("kv_element_bytes"), arg("causal"), arg("window_left"), arg("num_workers"), arg("block_rows"),
            arg("row_granule"), arg("split_tokens"), arg("fixed_split_tokens"), arg("items_per_worker"),
-           arg("heads_per_bundle"), arg("max_splits"), arg("fs_per_kiloflop"), arg("fs_per_kilobyte"),
-           arg("fs_per_item"))
+           arg("heads_per_bundle"), arg("workers_per_core"), arg("max_splits"), arg("fs_per_kiloflop"),
+           arg("fs_per_kilobyte"), arg("fs_per_item"))
       .def("max_items", &mixattn::max_items, arg("total_q"), arg("num_seqs"),
            "Items that a batch of num_seqs slices with total_q rows can need, if the plan is no invariant one.")
       .def("max_merges", &mixattn::max_merges, "Merges that any batch can need, if the plan is no invariant one.");

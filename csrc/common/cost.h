@@ -32,6 +32,7 @@ struct PlanSpec {
   int32_t fixed_split_tokens;         // > 0: at every multiple of this one, and nowhere else; 0: where it balances
   int32_t items_per_worker;
   int32_t heads_per_bundle;  // kv heads whose small items a worker takes together; divides their size, not their cost
+  int32_t workers_per_core;  // workers that share what a core reaches, a divisor of num_workers; 0: each is alone
   int32_t max_splits;
   int64_t fs_per_kiloflop;
   int64_t fs_per_kilobyte;
@@ -88,11 +89,20 @@ MIXATTN_HD inline bool is_cost_bounded(const PlanSpec& spec, int64_t num_rows, i
   return flops / 1000 < room / spec.fs_per_kiloflop && bytes / 1000 < room / spec.fs_per_kilobyte;
 }
 
-// What a plan takes when its workers draw items in the plan's order, each as soon as it is free.
+MIXATTN_HD inline int32_t core_size(const PlanSpec& spec) {
+  return spec.workers_per_core > 0 ? spec.workers_per_core : 1;
+}
+
+MIXATTN_HD inline int32_t num_cores(const PlanSpec& spec) {
+  return spec.num_workers / core_size(spec);
+}
+
+// What a plan takes when its workers draw items in the plan's order, each as soon as it is free. Workers of a core are
+// priced as one that does an item after the other: together they are no faster, and one alone has all of the core.
 struct PlanCost {
   int64_t flops;
   int64_t bytes;
-  int64_t makespan_fs;       // when the last worker ends
+  int64_t makespan_fs;       // when the last core ends
   int64_t busy_fs;           // over all workers
   int64_t compute_bound_fs;  // compute time of the items that compute bounds, over all workers
   int64_t memory_bound_fs;   // memory time of the others
@@ -100,19 +110,19 @@ struct PlanCost {
 
 // int64 words of scratch that plan_cost() needs.
 MIXATTN_HD inline int64_t cost_scratch_words(const PlanSpec& spec, int64_t num_seqs) {
-  return spec.num_workers + 3 * num_seqs;
+  return num_cores(spec) + 3 * num_seqs;
 }
 
 // Prices the items that `words` holds. scratch: [cost_scratch_words(spec, num_seqs of the plan)].
 MIXATTN_HD inline PlanCost plan_cost(const PlanSpec& spec, const int32_t* words, int64_t* scratch) {
   const PlanHeader& header = *reinterpret_cast<const PlanHeader*>(words);
   const WorkItem* const items = reinterpret_cast<const WorkItem*>(words + kPlanHeaderWords);
-  const int32_t num_workers = spec.num_workers;
-  int64_t* const loads = scratch;                  // a heap: the worker that is free first is at 0
-  int64_t* const first_key = loads + num_workers;  // per slice
+  const int32_t cores = num_cores(spec);
+  int64_t* const loads = scratch;            // a heap: the core that is free first is at 0
+  int64_t* const first_key = loads + cores;  // per slice
   int64_t* const last_key = first_key + header.num_seqs;
   int64_t* const read_keys = last_key + header.num_seqs;
-  for (int32_t w = 0; w < num_workers; ++w) loads[w] = 0;
+  for (int32_t c = 0; c < cores; ++c) loads[c] = 0;
   for (int32_t s = 0; s < header.num_seqs; ++s) {
     first_key[s] = INT32_MAX;
     last_key[s] = 0;
@@ -140,12 +150,12 @@ MIXATTN_HD inline PlanCost plan_cost(const PlanSpec& spec, const int32_t* words,
     } else {
       cost.memory_bound_fs += one.memory_fs;
     }
-    // The worker that is free first takes the item and sinks to its new place.
-    const int64_t load = loads[0] + fs;
+    // The core that is free first takes the item and sinks to its new place.
+    const int64_t load = loads[0] + fs / core_size(spec);
     if (load > cost.makespan_fs) cost.makespan_fs = load;
     int32_t hole = 0;
-    for (int32_t child = 1; child < num_workers; child = 2 * hole + 1) {
-      if (child + 1 < num_workers && loads[child + 1] < loads[child]) ++child;
+    for (int32_t child = 1; child < cores; child = 2 * hole + 1) {
+      if (child + 1 < cores && loads[child + 1] < loads[child]) ++child;
       if (loads[child] >= load) break;
       loads[hole] = loads[child];
       hole = child;

@@ -6,6 +6,9 @@
 //         target = total cost / (num_workers * items_per_worker), and of that 1 / heads_per_bundle for tiles of the
 //         small kind, whose kv heads a worker takes together; a tile dearer than that is split along its keys into
 //         ceil(cost / target) pieces of equally many granules of split_tokens, at fixed token positions.
+//         Where workers share cores (workers_per_core > 0), tiles of larger kinds, whose partial results are not cheap,
+//         have a target of their own: that of a few which ends earliest by estimate (choose_large_target), the number
+//         of pieces then rounded to nearest.
 //         An invariant plan (fixed_split_tokens > 0) splits every tile into granules of fixed_split_tokens instead: the
 //         keys that are summed up together are then the same for a row whatever its batch, its chunk and the workers.
 // Method  Generation order is (slice, row tile, split, kv head): the kv heads of one KV range, which share its pages,
@@ -161,10 +164,92 @@ MIXATTN_HD inline PlanStatus price_slices(const PlanSpec& spec, const int32_t* c
 }
 
 // No piece below twice fs_per_item: there a further split adds more overhead than it takes work away.
-MIXATTN_HD inline int64_t target_fs(const PlanSpec& spec, int64_t cost, int32_t kind) {
-  const int64_t balanced = ceil_div(cost, kind == kTileSmall ? balance_slots(spec) : num_draws(spec));
+MIXATTN_HD inline int64_t target_fs(const PlanSpec& spec, int64_t cost, int64_t num_items) {
+  const int64_t balanced = ceil_div(cost, num_items);
   const int64_t least = 2 * spec.fs_per_item > 1 ? 2 * spec.fs_per_item : 1;
   return balanced > least ? balanced : least;
+}
+
+// The granules of so many tokens that the tile's keys lie in.
+struct Granules {
+  int64_t first;
+  int64_t count;
+};
+
+MIXATTN_HD inline Granules granules_of(const RowTile& tile, int32_t granule) {
+  const int64_t end = tile.kv_end > 0 ? (tile.kv_end - 1) / granule + 1 : 0;
+  return {tile.kv_begin / granule, end - tile.kv_begin / granule};
+}
+
+// The pieces of a tile that costs fs, of which it can have at most so many.
+MIXATTN_HD inline int64_t num_splits(const PlanSpec& spec, int32_t kind, int64_t fs, int64_t target, int64_t most) {
+  const bool is_nearest = spec.workers_per_core > 0 && kind != kTileSmall;
+  return clamp(is_nearest ? (fs + target / 2) / target : ceil_div(fs, target), 1, most);
+}
+
+// A target for the tiles of larger kinds, and what it would cut them into, over all kv heads.
+struct LargeCut {
+  int64_t target;
+  int64_t num_items;
+  int64_t num_partial_rows;
+  int64_t longest_fs;
+};
+constexpr int kMaxLargeCuts = 4;
+
+// The target of larger kinds: cost / (cores, or 2, 4, 8 times as many, up to num_draws), whichever ends first, the
+// fewer items if two do. The end is estimated as the latest of
+//   everything, over all workers;
+//   the dearest large item, and the large items in equal waves over the cores: an item has all that its core reaches
+//   while the neighbours are idle, and small items fill what the last wave leaves;
+// and then the partial results, written and read again.
+MIXATTN_HD inline int64_t choose_large_target(const PlanSpec& spec, const int32_t* cu_seqlens_q,
+                                              const int32_t* seq_lens, int32_t num_seqs, int64_t cost) {
+  if (spec.workers_per_core == 0) return target_fs(spec, cost, num_draws(spec));
+  const int64_t heads = spec.num_kv_heads;
+  const int64_t cores = num_cores(spec);
+  LargeCut cuts[kMaxLargeCuts] = {};
+  int num_cuts = 0;
+  for (int64_t items = cores; items <= num_draws(spec) && num_cuts < kMaxLargeCuts; items *= 2) {
+    cuts[num_cuts++].target = target_fs(spec, cost, items);
+  }
+  int64_t large_fs = 0;
+  for (int32_t s = 0; s < num_seqs; ++s) {
+    const int32_t q_len = cu_seqlens_q[s + 1] - cu_seqlens_q[s];
+    const int32_t tiles = num_row_tiles(spec, q_len);
+    if (tiles == 0 || row_tile(spec, q_len, seq_lens[s], 0).kind == kTileSmall) continue;
+    const KeyShare share = key_share(spec, q_len, seq_lens[s], tiles);
+    for (int32_t t = 0; t < tiles; ++t) {
+      const RowTile tile = row_tile(spec, q_len, seq_lens[s], t);
+      if (tile.kind == kTileSmall) continue;
+      const int64_t fs = tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share);
+      const int64_t most = clamp(granules_of(tile, spec.split_tokens).count, 1, spec.max_splits);
+      large_fs += heads * fs;
+      for (int c = 0; c < num_cuts; ++c) {
+        const int64_t splits = num_splits(spec, tile.kind, fs, cuts[c].target, most);
+        const int64_t piece_fs = ceil_div(fs, splits);
+        cuts[c].num_items += heads * splits;
+        cuts[c].num_partial_rows += splits > 1 ? heads * splits * tile.num_rows : 0;
+        if (piece_fs > cuts[c].longest_fs) cuts[c].longest_fs = piece_fs;
+      }
+    }
+  }
+  int best = 0;
+  int64_t best_fs = INT64_MAX;
+  for (int c = 0; c < num_cuts && large_fs > 0; ++c) {
+    const LargeCut& cut = cuts[c];
+    const int64_t wave_fs = ceil_div(cut.num_items, cores) * (large_fs / cut.num_items);  // at most large_fs
+    const int64_t alone_fs = (cut.longest_fs > wave_fs ? cut.longest_fs : wave_fs) / spec.workers_per_core;
+    const int64_t shared_fs = cost / spec.num_workers;
+    // Of float32, and a row's lse; bounded, for a slow worker's could pass int64.
+    const int64_t kilobytes = 2 * 4 * (int64_t{spec.head_dim} + 1) * cut.num_partial_rows / 1000;
+    const int64_t partial_fs =
+        kilobytes < kMaxCost / spec.fs_per_kilobyte ? kilobytes * spec.fs_per_kilobyte : kMaxCost;
+    const int64_t end_fs = (alone_fs > shared_fs ? alone_fs : shared_fs) + partial_fs / spec.num_workers;
+    if (end_fs >= best_fs) continue;
+    best = c;
+    best_fs = end_fs;
+  }
+  return cuts[best].target;
 }
 
 // Sorts keys[0, n) by cost, dearest first, ties as they stand: a merge sort, bottom-up, that goes back and forth
@@ -213,6 +298,10 @@ MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlen
   PlanKey* const keys = reinterpret_cast<PlanKey*>(pieces + capacity_pieces);
   WorkItem* const items = reinterpret_cast<WorkItem*>(out + kPlanHeaderWords);
   Merge* const merges = reinterpret_cast<Merge*>(items + capacity_items);
+  const bool is_fixed = spec.fixed_split_tokens > 0;
+  const int32_t granule = is_fixed ? spec.fixed_split_tokens : spec.split_tokens;
+  const int64_t small_target = target_fs(spec, cost, balance_slots(spec));
+  const int64_t large_target = is_fixed ? 0 : choose_large_target(spec, cu_seqlens_q, seq_lens, num_seqs, cost);
   int64_t num_pieces = 0;
   int32_t num_merges = 0;
   int32_t num_partial_rows = 0;
@@ -222,24 +311,21 @@ MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlen
     const KeyShare share = key_share(spec, q_len, seq_lens[s], tiles);
     for (int32_t t = 0; t < tiles; ++t) {
       const RowTile tile = row_tile(spec, q_len, seq_lens[s], t);
-      const bool is_fixed = spec.fixed_split_tokens > 0;
-      const int32_t granule = is_fixed ? spec.fixed_split_tokens : spec.split_tokens;
-      const int64_t first_granule = tile.kv_begin / granule;
-      const int64_t end_granule = tile.kv_end > 0 ? (tile.kv_end - 1) / granule + 1 : 0;
-      const int64_t num_granules = end_granule - first_granule;
-      const int64_t most_splits = clamp(num_granules, 1, is_fixed ? INT32_MAX : spec.max_splits);
-      const int64_t wanted = is_fixed ? most_splits
-                                      : ceil_div(tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share),
-                                                 target_fs(spec, cost, tile.kind));
-      const int32_t splits = static_cast<int32_t>(clamp(wanted, 1, most_splits));
+      const Granules granules = granules_of(tile, granule);
+      const int64_t most_splits = clamp(granules.count, 1, is_fixed ? INT32_MAX : spec.max_splits);
+      const int64_t wanted = is_fixed
+                                 ? most_splits
+                                 : num_splits(spec, tile.kind, tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share),
+                                              tile.kind == kTileSmall ? small_target : large_target, most_splits);
+      const int32_t splits = static_cast<int32_t>(wanted);
       const bool is_split = splits > 1;
       if (num_pieces + splits > capacity_pieces) return kPlanNoRoom;
       if (is_split && num_merges + heads > capacity_merges) return kPlanNoRoom;
       if (is_split && num_partial_rows + heads * splits * tile.num_rows > INT32_MAX) return kPlanNoRoom;
       for (int32_t i = 0; i < splits; ++i) {
         // Granule edges are token positions of the sequence: where a piece ends does not depend on the chunking.
-        const int64_t edge_begin = (first_granule + num_granules * i / splits) * granule;
-        const int64_t edge_end = (first_granule + num_granules * (i + 1) / splits) * granule;
+        const int64_t edge_begin = (granules.first + granules.count * i / splits) * granule;
+        const int64_t edge_end = (granules.first + granules.count * (i + 1) / splits) * granule;
         WorkItem piece;
         piece.seq_idx = s;
         piece.kv_head = 0;

@@ -67,8 +67,13 @@ class Hardware:
         split_tokens: splits start and end at multiples of this token position.
         invariant_split_tokens: an invariant plan splits at every multiple of this token position.
         items_per_worker: work is split until the dearest item is about 1 / items_per_worker of a worker's share.
+            Where workers share cores this is of decodes and other small tiles only.
         heads_per_bundle: kv heads whose small items, of the same rows and keys, a worker takes together: where the
             heads of a key lie side by side in memory, work is balanced by splitting keys rather than heads.
+        workers_per_core: workers that share what a core (an SM) reaches, which one of them has alone while the others
+            are idle; a divisor of num_workers. Tiles larger than the small kind are then split no further than their
+            partial results are worth: into about 1, 2, 4 or 8 items for each core, whichever is estimated to end first.
+            None: they are split as small ones are.
         max_splits: pieces that the keys of one row tile are split into at most.
     Raises:
         ValueError: naming the field and its bound.
@@ -85,6 +90,7 @@ class Hardware:
     invariant_split_tokens: int = 1024
     items_per_worker: int = 4
     heads_per_bundle: int = 1
+    workers_per_core: int | None = None
     max_splits: int = 64
 
     def __post_init__(self) -> None:
@@ -98,6 +104,8 @@ class Hardware:
             raise ValueError(f"block_rows must be (large, medium, small), got {self.block_rows}")
         if self.row_granule is not None and self.row_granule < 1:
             raise ValueError(f"row_granule must be >= 1 or None, got {self.row_granule}")
+        if self.workers_per_core is not None and self.workers_per_core < 1:
+            raise ValueError(f"workers_per_core must be >= 1 or None, got {self.workers_per_core}")
         if self.invariant_split_tokens < 1:
             raise ValueError(f"invariant_split_tokens must be >= 1, got {self.invariant_split_tokens}")
         for invariant in (False, True):
@@ -134,6 +142,9 @@ def _make_spec(
         window_left=-1 if window_left is None else window_left,
         block_rows=[integer("block_rows", rows) for rows in hardware.block_rows],
         row_granule=0 if hardware.row_granule is None else integer("row_granule", hardware.row_granule),
+        workers_per_core=0
+        if hardware.workers_per_core is None
+        else integer("workers_per_core", hardware.workers_per_core),
         fixed_split_tokens=integer("invariant_split_tokens", hardware.invariant_split_tokens) if invariant else 0,
         fs_per_kiloflop=round(1e18 / hardware.flops_per_s),
         fs_per_kilobyte=round(1e18 / hardware.bytes_per_s),
@@ -181,6 +192,12 @@ GPU_ITEM_OVERHEAD_S = 2e-6
 """Assumed until measured: two dependent reads of device memory (block table, then K) at about 0.8 us."""
 
 
+GPU_ITEMS_PER_SM = 8
+"""Items that decodes are split into for each SM. Over request traces (``bench_plan --traces``, budgets of 256 to 1,024
+tokens) the most loaded SM then has at most 1.10 times the mean load; with 4 up to 1.18. With 10 the bound goes up.
+"""
+
+
 def with_workers(hardware: Hardware, num_sms: int, programs_per_sm: int) -> Hardware:
     """The hardware with this many programs that draw items; those of an SM share what an SM of ``hardware`` reaches."""
     flops_per_s, bytes_per_s = SM_RATES[hardware.name]
@@ -189,19 +206,19 @@ def with_workers(hardware: Hardware, num_sms: int, programs_per_sm: int) -> Hard
         num_workers=num_sms * programs_per_sm,
         flops_per_s=flops_per_s / programs_per_sm,
         bytes_per_s=bytes_per_s / programs_per_sm,
+        items_per_worker=max(1, GPU_ITEMS_PER_SM // programs_per_sm),
+        workers_per_core=programs_per_sm,
     )
 
 
 SM_RATES = {"H100-SXM": (989e12 / 132, 3.35e12 / 132), "A100-SXM": (312e12 / 108, 2.039e12 / 108)}
 """flops_per_s and bytes_per_s of one SM, by ``Hardware.name``."""
-H100 = with_workers(Hardware("H100-SXM", 132, *SM_RATES["H100-SXM"], GPU_ITEM_OVERHEAD_S, items_per_worker=2), 132, 2)
+H100 = with_workers(Hardware("H100-SXM", 132, *SM_RATES["H100-SXM"], GPU_ITEM_OVERHEAD_S), 132, 2)
 """Data sheet of the H100 SXM5 80 GB: 989 TFLOP/s dense bfloat16, 3.35 TB/s, 132 SMs. Roofs, no kernel's figure.
 
-The workers are the programs that an SM holds of the kernel for 16-bit heads up to 128 (triton_kernels/tiles.py). Over
-request traces (``bench_plan --traces``) 2 items for each, 4 for an SM, have the least bound or are within 4 % of it; 6
-have up to 1.6 times that, for the partial results of chunks.
+The workers are the programs that an SM holds of the kernel for 16-bit heads up to 128 (triton_kernels/tiles.py).
 """
-A100 = Hardware("A100-SXM", 108, *SM_RATES["A100-SXM"], GPU_ITEM_OVERHEAD_S)
+A100 = with_workers(Hardware("A100-SXM", 108, *SM_RATES["A100-SXM"], GPU_ITEM_OVERHEAD_S), 108, 1)
 """Data sheet of the A100 SXM4 80 GB: 312 TFLOP/s dense bfloat16, 2,039 GB/s, 108 SMs. Roofs, no kernel's figure."""
 
 
@@ -212,7 +229,8 @@ class PlanCost:
     Args:
         flops: of all items, rows rounded up as the kernel's tiles are, masked keys inside an item's range included.
         bytes: K and V of every item, and its rows of q and out.
-        predicted_s: when the last worker ends, if each draws the next item as soon as it is free.
+        predicted_s: when the last worker, or core that workers share, ends, if each draws the next item as soon as it
+            is free.
         imbalance: the most loaded worker's time over the mean; 1 is perfect.
         headroom: (Tc + Tm) / max(Tc, Tm), with Tc the compute time of the items that compute bounds and Tm the memory
             time of the others: what perfect overlap of the two could win; 1 is nothing.

@@ -15,6 +15,7 @@ from mixattn.ops.plan import Hardware
 
 PLAN_MAGIC = 0x6D780001
 LARGE, MEDIUM, SMALL = 0, 1, 2
+MAX_COST_FS = 2**62
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,46 @@ def price(tile: Tile, num_keys: int, slice_tiles: Sequence[Tile], shape: Shape, 
     return Price(flops, num_bytes, compute_fs, memory_fs, total_fs)
 
 
+def count_splits(tile: Tile, cost_fs: int, target_fs: int, hardware: Hardware) -> int:
+    """How many pieces a tile is split into."""
+    num_granules = -(-tile.kv_end // hardware.split_tokens) - tile.kv_begin // hardware.split_tokens
+    is_nearest = hardware.workers_per_core is not None and tile.kind != SMALL
+    wanted = (cost_fs + target_fs // 2) // target_fs if is_nearest else -(-cost_fs // target_fs)
+    return max(1, min(wanted, num_granules, hardware.max_splits))
+
+
+def choose_large_target(
+    large: Sequence[tuple[Tile, int]], targets: Sequence[int], total_fs: int, shape: Shape, hardware: Hardware
+) -> int:
+    """Of these targets the one by which the larger kinds' tiles, with their costs, end first; the earlier of two."""
+    assert hardware.workers_per_core is not None
+    if not large:
+        return targets[0]
+    num_cores = hardware.num_workers // hardware.workers_per_core
+    large_fs = shape.num_kv_heads * sum(cost_fs for _, cost_fs in large)
+
+    def end_fs(target_fs: int) -> int:
+        splits = [count_splits(tile, cost_fs, target_fs, hardware) for tile, cost_fs in large]
+        num_items = shape.num_kv_heads * sum(splits)
+        num_partial_rows = shape.num_kv_heads * sum(
+            n * tile.num_rows for (tile, _), n in zip(large, splits, strict=True) if n > 1
+        )
+        wave_fs = -(-num_items // num_cores) * (large_fs // num_items)
+        longest_fs = max(-(-cost_fs // n) for (_, cost_fs), n in zip(large, splits, strict=True))
+        partial_bytes = 2 * 4 * (shape.head_dim + 1) * num_partial_rows
+        partial_fs = min(partial_bytes // 1000 * round(1e18 / hardware.bytes_per_s), MAX_COST_FS)
+        alone_fs = max(wave_fs, longest_fs) // hardware.workers_per_core
+        return max(alone_fs, total_fs // hardware.num_workers) + partial_fs // hardware.num_workers
+
+    return min(targets, key=end_fs)
+
+
 def split(tile: Tile, cost_fs: int, target_fs: int, hardware: Hardware) -> list[tuple[int, int]]:
     """The KV ranges of a tile's pieces, in order."""
     granule = hardware.split_tokens
     first = tile.kv_begin // granule
     num_granules = -(-tile.kv_end // granule) - first
-    num_splits = max(1, min(-(-cost_fs // target_fs), num_granules, hardware.max_splits))
+    num_splits = count_splits(tile, cost_fs, target_fs, hardware)
     edges = [(first + num_granules * i // num_splits) * granule for i in range(num_splits + 1)]
     edges = [min(max(edge, tile.kv_begin), tile.kv_end) for edge in edges]
     return list(pairwise(edges))
@@ -146,12 +181,27 @@ def plan_twin(
     slots = 1 if hardware.num_workers == 1 else draws * min(hardware.heads_per_bundle, shape.num_kv_heads)
     least_fs = max(2 * round(1e15 * hardware.item_overhead_s), 1)
 
+    def target_of(num_items: int) -> int:
+        return max(-(-total_fs // num_items), least_fs)
+
+    small_target_fs, large_target_fs = target_of(slots), target_of(draws)
+    if hardware.workers_per_core is not None:
+        num_cores = hardware.num_workers // hardware.workers_per_core
+        targets = [target_of(num_cores * many) for many in (1, 2, 4, 8) if num_cores * many <= draws]
+        large = [
+            (tile, cost_fs)
+            for tiles, costs in zip(slices, undivided, strict=True)
+            for tile, cost_fs in zip(tiles, costs, strict=True)
+            if tile.kind != SMALL
+        ]
+        large_target_fs = choose_large_target(large, targets, total_fs, shape, hardware)
+
     priced_items: list[tuple[Price, list[int]]] = []
     merges: list[list[int]] = []
     num_partial_rows = 0
     for tiles, costs in zip(slices, undivided, strict=True):
         for tile, cost_fs in zip(tiles, costs, strict=True):
-            target_fs = max(-(-total_fs // (slots if tile.kind == SMALL else draws)), least_fs)
+            target_fs = small_target_fs if tile.kind == SMALL else large_target_fs
             ranges = (
                 split_everywhere(tile, hardware) if invariant else split(tile, cost_fs, target_fs, hardware)
             )  # fmt: skip
@@ -177,9 +227,10 @@ def plan_twin(
     items = [item for _, item in priced_items]
     prices = [item_price for item_price, _ in priced_items]
 
-    free_at_fs = [0] * hardware.num_workers
+    core_size = hardware.workers_per_core or 1  # workers of a core are as one that does an item after the other
+    free_at_fs = [0] * (hardware.num_workers // core_size)
     for item_price in prices:
-        heapq.heapreplace(free_at_fs, free_at_fs[0] + item_price.total_fs)
+        heapq.heapreplace(free_at_fs, free_at_fs[0] + item_price.total_fs // core_size)
 
     if invariant:
         num_splits = [max(-(-kv_len // hardware.invariant_split_tokens), 1) for kv_len in seq_lens]

@@ -65,9 +65,10 @@ def shapes(draw: st.DrawFn) -> Shape:
 
 @st.composite
 def hardwares(draw: st.DrawFn) -> Hardware:
+    workers_per_core = draw(st.none() | st.integers(1, 4))
     return Hardware(
         name="drawn",
-        num_workers=draw(st.integers(1, 300)),
+        num_workers=draw(st.integers(1, 300 // (workers_per_core or 1))) * (workers_per_core or 1),
         flops_per_s=draw(st.sampled_from([1e9, 170e9, 7.5e12])),
         bytes_per_s=draw(st.sampled_from([1e9, 12.5e9, 25.4e9])),
         item_overhead_s=draw(st.sampled_from([0.0, 1e-7, 1e-6, 1e-3])),
@@ -76,6 +77,7 @@ def hardwares(draw: st.DrawFn) -> Hardware:
         split_tokens=draw(st.integers(1, 512)),
         items_per_worker=draw(st.integers(1, 8)),
         heads_per_bundle=draw(st.integers(1, 16)),
+        workers_per_core=workers_per_core,
         max_splits=draw(st.integers(1, 64)),
         invariant_split_tokens=draw(st.integers(100, 2000)),
     )
@@ -206,7 +208,9 @@ def test_plan_random_batch_keeps_its_bounds(batch: Batch) -> None:
 @settings(max_examples=100)
 @given(batch=batches(max_slices=8, is_invariant=st.just(True)), num_workers=st.integers(1, 300))
 def test_invariant_plan_splits_each_slice_as_it_would_alone_on_any_machine(batch: Batch, num_workers: int) -> None:
-    hardware = replace(batch.hardware, num_workers=num_workers, items_per_worker=1, item_overhead_s=1e-4)
+    hardware = replace(
+        batch.hardware, num_workers=num_workers, workers_per_core=None, items_per_worker=1, item_overhead_s=1e-4
+    )
     made = batch.plan()
     items = made.items()
     step = batch.hardware.invariant_split_tokens
