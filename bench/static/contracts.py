@@ -18,7 +18,7 @@ from typing import Any
 
 import triton
 
-from bench.static.compilation import compile_mixed_attention, compile_small_kernel
+from bench.static.compilation import STORED_BITS, compile_mixed_attention, compile_small_kernel
 from bench.static.measure import measure
 from mixattn.triton_kernels.tiles import shared_bytes
 
@@ -52,7 +52,8 @@ class AttentionContract:
     def measure(self) -> dict[str, Any]:
         """Compiles the kernel and measures it."""
         binary, tiles = compile_mixed_attention(self.capability, "bfloat16", self.head_dim, **self.changed)
-        bound = shared_bytes(tiles, element_bytes=2, capability=self.capability)
+        stored_bits = STORED_BITS.get(self.changed.get("kv_format", ""))
+        bound = shared_bytes(tiles, element_bytes=2, capability=self.capability, stored_bits=stored_bits)
         return {**measure(binary, tiles, self.capability), "shared_bytes_bound": bound}
 
     def violations(self, measured: Mapping[str, Any]) -> list[str]:
