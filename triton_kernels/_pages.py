@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from mixattn.triton_kernels._numeric import widen
-from mixattn.triton_kernels._quantized import read_codes
+from mixattn.triton_kernels._quantized import pin_layout, read_codes
 
 MAX_RUN = tl.constexpr(16)
 """Keys located through one page id at most. 8 warps hold the rows of a tile of 128 columns 16 apart, so that a thread
@@ -69,11 +69,12 @@ def load_keys(
     BLOCK_D: tl.constexpr,
     KV_FORMAT: tl.constexpr,
     CAPABILITY: tl.constexpr,
+    IS_PINNED: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
     """[keys, BLOCK_D] as stored, or float16 of what KV_FORMAT stores, from offsets behind head; as ``load_rows``.
 
-    What a mask leaves out of a quantised tile is finite.
+    What a mask leaves out of a quantised tile is finite. With IS_PINNED such a tile is widened as it was loaded.
     """
     if KV_FORMAT is None:
         tile = load_rows((head + offsets[:, None]) + tl.arange(0, BLOCK_D)[None, :], is_key, HEAD_DIM, IS_MASKED)
@@ -82,6 +83,8 @@ def load_keys(
         byte = tl.arange(0, BLOCK_D // PACKED)
         codes = load_rows((head + offsets[:, None]) + byte[None, :], is_key, HEAD_DIM // PACKED, IS_MASKED)
         tile = read_codes(codes, KV_FORMAT, CAPABILITY)
+        if IS_PINNED:
+            tile = pin_layout(tile, CAPABILITY)
     return tile
 
 

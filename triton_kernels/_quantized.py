@@ -156,6 +156,19 @@ def read_codes(codes, FORMAT: tl.constexpr, CAPABILITY: tl.constexpr):
 
 
 @triton.jit
+def pin_layout(x, CAPABILITY: tl.constexpr):
+    """x, float16, computed in the layout that it was loaded in.
+
+    Triton takes the change to the layout of a product's operand back through operations without side effects, up to the
+    load: mma.sync would then have single bytes read out of shared memory. Not past this one: what is widened goes back
+    to shared memory, 16 bits each, which ldmatrix reads and transposes. wgmma's operands go there anyway.
+    """
+    if CAPABILITY > 0:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.float16, is_pure=False, pack=2)
+    return x
+
+
+@triton.jit
 def element_dims(BLOCK_D: tl.constexpr, FORMAT: tl.constexpr):
     """[BLOCK_D]: which dimension of a head each column of a tile holds."""
     dim = tl.arange(0, BLOCK_D)

@@ -138,8 +138,11 @@ def attend_tile(
     v_offsets = k_offsets
     if K_STRIDES != V_STRIDES:
         v_offsets = locate_keys(block_table_row, tile_begin, kv_end, BLOCK_N, PAGE_SIZE, V_STRIDES, IS_EDGE)
-    k = convert(load_keys(k_head, k_offsets, is_key, HEAD_DIM, BLOCK_D, KV_FORMAT, CAPABILITY, IS_EDGE), query.dtype)
-    # k is (BLOCK_N, BLOCK_D)
+    # float32 products would have both halves of K and V in shared memory besides: more than there is.
+    IS_PINNED: tl.constexpr = query.dtype != tl.float32
+    IS_K_PINNED: tl.constexpr = IS_PINNED and BLOCK_D <= 128  # with more, K spills on its way to shared memory
+    k = load_keys(k_head, k_offsets, is_key, HEAD_DIM, BLOCK_D, KV_FORMAT, CAPABILITY, IS_K_PINNED, IS_EDGE)
+    k = convert(k, query.dtype)  # (BLOCK_N, BLOCK_D)
     scores = dot(query, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # (BLOCK_M, BLOCK_N)
     if k_scale_head is not None:
         key_scale = load_scales(
@@ -166,8 +169,10 @@ def attend_tile(
             is_visible = is_visible & (key[None, :] >= (row_position - WINDOW_LEFT)[:, None])
         if row_word is not None:
             is_visible = apply_tree_mask(is_visible, key, row_position, row_word, slice_begin)
-            is_key = is_key & (tl.max(is_visible.to(tl.int32), 0) == 1)  # what the tree hides from all may be NaN
         scores = tl.where(is_visible, scores, -float("inf"))
+        if row_word is not None:
+            # What the tree hides from all may be NaN. Read off the scores, so that the mask need not outlive them.
+            is_key = is_key & (tl.max((scores > -float("inf")).to(tl.int32), 0) == 1)
     weights, row_max, rescale = weigh_scores(scores, scale, row_max, IS_EDGE)
     row_sum = add_weights(row_sum, rescale, weights)
     rescale = rescale[:, None]
@@ -185,7 +190,8 @@ def attend_tile(
             weights, value_max, value_rescale = weigh_values(weights, value_scale, value_max)
             rescale = rescale * value_rescale
     # V of what is no key of the item is 0, not what memory holds there: 0 * NaN would be NaN.
-    v = convert(load_keys(v_head, v_offsets, is_key, HEAD_DIM, BLOCK_D, KV_FORMAT, CAPABILITY, IS_EDGE), query.dtype)
+    v = load_keys(v_head, v_offsets, is_key, HEAD_DIM, BLOCK_D, KV_FORMAT, CAPABILITY, IS_PINNED, IS_EDGE)
+    v = convert(v, query.dtype)
     accumulator = dot(narrow(weights, v.dtype), v, accumulator * rescale)  # v is (BLOCK_N, BLOCK_D)
     return accumulator, row_max, row_sum, value_max
 

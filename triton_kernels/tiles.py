@@ -14,6 +14,9 @@ PLAN_BLOCK_ROWS = (128, 64, 16)
 """
 MAX_FLOAT32_BLOCK_ROWS = 64
 """A float32 product is three of tf32, from operands split in two: with 128 rows it spills kilobytes."""
+MAX_WIDE_BLOCK_ROWS = (64, 32)
+"""At head_dim 256 on mma.sync, whose operands are in registers; without and with ``has_row_terms``. With 128 rows, sums
+and scores alone are 160 of a thread's 255, and what a call asks for besides spills in every tile, hundreds of bytes."""
 NUM_WARPS = 8
 """Two warpgroups: with one, the large tile's sums alone take 128 of a thread's 255 registers at head_dim 128."""
 
@@ -125,10 +128,13 @@ def choose_tiles(
     # wgmma's operands are in shared memory, which leaves registers for a second program; elsewhere it would spill, and
     # so do K and V that are converted on their way (288 bytes of float8 at head_dim 128).
     is_as_stored = stored_bits in (None, 8 * element_bytes)
+    has_shared_operands = capability[0] in (9, 10)  # wgmma, tcgen05
     is_shared = capability[0] == 9 and element_bytes == 2 and block_d <= 128 and not has_row_terms and is_as_stored
     most_keys = MAX_TILE_ELEMENTS // block_d // (element_bytes // 2)
     for block_m in (128, 64, 32, 16):
         if element_bytes == 4 and block_m > MAX_FLOAT32_BLOCK_ROWS:
+            continue
+        if not has_shared_operands and block_d > 128 and block_m > MAX_WIDE_BLOCK_ROWS[has_row_terms]:
             continue
         block_n = min(MAX_BLOCK_N[0], most_keys)
         while block_n >= MIN_BLOCK_N:

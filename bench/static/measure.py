@@ -37,6 +37,12 @@ def programs_per_sm(binary: Binary, capability: tuple[int, int]) -> tuple[int, s
     return limits[limiter], limiter
 
 
+def issued_flops(body: list[Instruction], num_warps: int) -> int | None:
+    """The flops of the matrix instructions of a loop; None where one of them does not say."""
+    issued = [matrix_flops(i.opcode, num_warps) for i in body if matrix_family(i.opcode) is not None]
+    return None if None in issued else sum(flops or 0 for flops in issued)
+
+
 def measure_loop(body: list[Instruction], block_m: int, block_n: int, tiles: TileChoice) -> dict[str, Any]:
     """What one turn of a loop over keys costs a warp; flops are those of its two products.
 
@@ -44,14 +50,13 @@ def measure_loop(body: list[Instruction], block_m: int, block_n: int, tiles: Til
     warps repeat each other's products.
     """
     flops = 4 * block_m * block_n * tiles.block_d
-    issued = [matrix_flops(i.opcode, tiles.num_warps) for i in body if matrix_family(i.opcode) is not None]
     return {
         "instructions": len(body),
         "matrix": matrix_counts(body),
         "local": count(body, LOCAL),
         "mask": count(body, MASK),
         "flops": flops,
-        "issued_flops": None if None in issued else sum(flop or 0 for flop in issued),
+        "issued_flops": issued_flops(body, tiles.num_warps),
         "warp_instructions_per_mflop": round(1e6 * len(body) * tiles.num_warps / flops),
     }
 
@@ -60,14 +65,18 @@ def measure(binary: Binary, tiles: TileChoice, capability: tuple[int, int]) -> d
     """The measures of a kernel, as ``contracts.json`` keeps them.
 
     Of a kind's loops, the one with the fewest compares and selects is its full loop (tiles that every row sees whole),
-    the others are its edge loops. A loop is a kind's by its exponentials: one for each of its scores.
+    the others are its edge loops. A loop is a kind's by the flops of its products, or, where these do not say, by its
+    exponentials: one for each of its scores.
     """
     loops: dict[str, dict[str, Any]] = {}
     found: dict[str, list[dict[str, Any]]] = {}
     shapes = dict(zip(KINDS, zip(tiles.block_m, tiles.block_n, strict=True), strict=False))  # or one kind only
     for body in matrix_loops(binary.instructions):
-        exponentials = sum(i.opcode.startswith("MUFU.EX2") for i in body) * 32 * tiles.num_warps
-        distances = {name: abs(block_m * block_n - exponentials) for name, (block_m, block_n) in shapes.items()}
+        flops = issued_flops(body, tiles.num_warps)
+        num_scores = sum(i.opcode.startswith("MUFU.EX2") for i in body) * 32 * tiles.num_warps
+        if flops is not None:
+            num_scores = flops // (4 * tiles.block_d)
+        distances = {name: abs(block_m * block_n - num_scores) for name, (block_m, block_n) in shapes.items()}
         kind = min(distances, key=distances.__getitem__)
         found.setdefault(kind, []).append(measure_loop(body, *shapes[kind], tiles))
     for kind, measured in sorted(found.items()):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from bench.static.compilation import Binary
+from bench.static.measure import measure
 from bench.static.sass import count, matrix_counts, matrix_flops, matrix_loops, parse
+from mixattn.triton_kernels.tiles import choose_tiles
 
 LISTING = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;             /* 0x00000a0000017a02 */
@@ -48,3 +51,13 @@ def test_matrix_loops_are_the_innermost_backward_branches_with_products() -> Non
 )
 def test_matrix_flops_are_those_of_all_warps(opcode: str, flops: int | None) -> None:
     assert matrix_flops(opcode, num_warps=8) == flops
+
+
+def test_measure_loop_with_two_exponentials_a_score_is_of_the_kind_of_its_products() -> None:
+    """A soft cap's loop over 16 x 64 scores: its 11 exponentials a thread are nearer to those of 64 x 64 scores."""
+    lines = ["HMMA.16816.F32.BF16 R4, R8, R12, R4"] * 32 + ["MUFU.EX2 R2, R2"] * 11 + ["@P1 BRA 0x0"]
+    listing = "\n".join(f"/*{16 * i:04x}*/ {line} ;" for i, line in enumerate(lines))
+    tiles = choose_tiles(256, 2, (8, 0))
+    assert (tiles.block_m, tiles.block_n) == ((64, 16), (64, 64))
+    binary = Binary(registers=255, stack_bytes=0, shared_bytes=0, num_warps=8, instructions=parse(listing))
+    assert list(measure(binary, tiles, (8, 0))["loops"]) == ["small"]

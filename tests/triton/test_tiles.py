@@ -44,6 +44,19 @@ def test_choose_tiles_head_dim_128_bfloat16_is_what_the_contracts_measure(
     )
 
 
+@pytest.mark.parametrize(
+    ("capability", "has_row_terms", "num_rows"),
+    [((8, 0), False, 64), ((8, 0), True, 32), ((9, 0), False, 128), ((9, 0), True, 128), ((10, 0), True, 128)],
+)
+def test_choose_tiles_wide_head_has_as_many_rows_as_registers_hold(
+    capability: tuple[int, int], has_row_terms: bool, num_rows: int
+) -> None:
+    for head_dim, stored_bits in itertools.product((192, 256), (16, 8, 4)):
+        tiles = choose_tiles(head_dim, 2, capability, stored_bits=stored_bits, has_row_terms=has_row_terms)
+        assert tiles.block_m[0] == num_rows
+    assert choose_tiles(128, 2, capability, has_row_terms=has_row_terms).block_m[0] == 128
+
+
 @pytest.mark.parametrize("hardware", [H100, A100], ids=lambda hardware: hardware.name)
 def test_choose_tiles_fit_the_plans_of_the_gpu(hardware: Hardware) -> None:
     assert hardware.block_rows == PLAN_BLOCK_ROWS
