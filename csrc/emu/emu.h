@@ -60,6 +60,7 @@ struct Region {
 // Counts over a launch. A wavefront is one pass over the 32 banks of shared memory; what an access takes beyond the
 // least for its width is a conflict, counted by the kernel's line.
 struct Stats {
+  uint64_t num_threads = 0;  // of all blocks
   uint64_t num_switches = 0;
   uint64_t num_mmas = 0;
   uint64_t num_copies = 0;

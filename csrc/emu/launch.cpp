@@ -168,6 +168,7 @@ Stats launch(const Config& config, int num_blocks, int num_threads, size_t share
   machine.random_state = (config.seed + 1) * 0x9e3779b97f4a7c15u;
   start_threads();
   size_t num_running = machine.threads.size();
+  machine.stats.num_threads = num_running;
   while (num_running > 0 && machine.error.empty()) {
     if (machine.ready_warps.empty()) {
       machine.error = "deadlock:" + describe_threads();

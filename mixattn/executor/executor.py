@@ -11,6 +11,7 @@ from mixattn.config import ModelConfig
 from mixattn.executor.inputs import InputBuilder, StepInputs
 from mixattn.executor.kv_pool import allocate
 from mixattn.executor.recorded import RecordedForward
+from mixattn.ops.attention import device_hardware
 from mixattn.ops.kv_dtypes import KvCache
 from mixattn.ops.metadata import AttentionMetadata
 from mixattn.ops.plan import WorkPlan, plan
@@ -103,6 +104,7 @@ class LocalExecutor:
             head_dim=self._config.head_dim,
             kv_element_bytes=self._kv_dtype.itemsize,
             window_left=window_left,
+            hardware=device_hardware(self._device),
         )
 
     def _sampling_row(self, part: Slice) -> SamplingRow:

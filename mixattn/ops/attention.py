@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -23,7 +24,7 @@ from mixattn.ops.attention_call import (
     check_plan,
     native_sizes,
 )
-from mixattn.ops.backends import choose_backend
+from mixattn.ops.backends import choose_backend, first_backend
 from mixattn.ops.checks import (
     check_block_ids,
     check_lengths,
@@ -193,24 +194,30 @@ def device_hardware(device: torch.device, programs_per_sm: int | None = None) ->
     """The workers that a plan for tensors on this device is to be balanced over.
 
     Args:
-        programs_per_sm: of the kernel on a GPU; None: as for 16-bit q, k and v with heads up to 128.
+        programs_per_sm: of the Triton kernel on a GPU; None: of the backend that comes first, as for 16-bit q, k and v
+            with heads up to 128.
     """
     if device.type != "cuda":
         return cpu_hardware()
     properties = torch.cuda.get_device_properties(device)
+    base = H100 if properties.major >= 9 else A100
+    if programs_per_sm is None and first_backend("cuda") == "cuda":
+        hardware = with_workers(base, properties.multi_processor_count, attention_cuda.WORKERS_PER_SM)
+        return replace(hardware, separates_small=(properties.major, properties.minor) == (9, 0))
     if programs_per_sm is None:
         from mixattn.triton_kernels.tiles import choose_tiles
 
         programs_per_sm = choose_tiles(128, 2, (properties.major, properties.minor)).programs_per_sm
-    base = H100 if properties.major >= 9 else A100
     return with_workers(base, properties.multi_processor_count, programs_per_sm)
 
 
-def _default_plan(call: AttentionCall) -> Tensor:
-    """The words of a plan for the workers of q's device; on a GPU this waits for the lengths to arrive on the host."""
+def _default_plan(call: AttentionCall, backend: str, layout: AttentionLayout, out: Tensor) -> Tensor:
+    """The words of a plan for the backend's workers; on a GPU this waits for the lengths to arrive on the host."""
     q = call.q
-    programs_per_sm = None
-    if q.is_cuda:
+    hardware = device_hardware(q.device)
+    if backend == "cuda":
+        hardware = attention_cuda.plan_hardware(call, layout, out)
+    elif q.is_cuda:
         from mixattn.triton_kernels.mixed_attention import choose_call_tiles
 
         programs_per_sm = choose_call_tiles(
@@ -220,6 +227,7 @@ def _default_plan(call: AttentionCall) -> Tensor:
             has_row_terms=call.alibi_slopes is not None or call.tree_mask is not None,
             invariant=call.invariant,
         ).programs_per_sm
+        hardware = device_hardware(q.device, programs_per_sm)
     work_plan = make_plan(
         call.cu_seqlens_q.cpu(),
         call.seq_lens.cpu(),
@@ -230,7 +238,7 @@ def _default_plan(call: AttentionCall) -> Tensor:
         causal=call.causal,
         window_left=call.window_left,
         invariant=call.invariant,
-        hardware=device_hardware(q.device, programs_per_sm),
+        hardware=hardware,
     )
     return torch.from_numpy(work_plan.buffer)
 
@@ -246,7 +254,7 @@ def _run(call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
     if call.q.device.type == "cpu" and (backend != "cpu" or call.plan is None):
         check_lengths(call.cu_seqlens_q, call.seq_lens, sizes["total_q"], sizes["max_pages"] * sizes["page_size"])
     if call.plan is None and backend != "reference":
-        call = call._replace(plan=_default_plan(call))
+        call = call._replace(plan=_default_plan(call, backend, layout, out))
     header = None if call.plan is None else check_plan(call.plan, call)
     if sizes["total_q"] == 0:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from mixattn.ops.attention_call import (
     check_block_rows,
     native_sizes,
 )
+from mixattn.ops.plan import A100, H100, Hardware, with_workers
 
 BLOCK_ROWS = (128, 64, 16)
-"""Of the kernels' tiles: csrc/cuda/sm80/tile.cuh."""
+"""Of the kernels' tiles: csrc/cuda/sm80/tile.cuh, csrc/cuda/sm90/tile.cuh."""
+WORKERS_PER_SM = 2
+"""Of every kernel: two blocks, or the two sides of one."""
 ALIGNMENT = 16
 """What any kernel asks of an address is a divisor of this."""
 
@@ -56,6 +60,15 @@ def _kernel_for(
         **dict.fromkeys(("partial_out", "partial_lse", "tickets", "plan_words", "num_partial_rows", "num_tickets"), 0),
         capability=capability,
     )
+
+
+def plan_hardware(call: AttentionCall, layout: AttentionLayout, out: Tensor) -> Hardware:
+    """The workers that a plan for this call's kernel is to be balanced over; NotImplementedError as ``kernel_for``."""
+    kernel = kernel_for(call, layout, out)
+    device = cuda_images.devices()[_device_idx(out)]
+    base = H100 if device["capability"] >= (9, 0) else A100
+    hardware = with_workers(base, device["num_sms"], kernel["workers_per_sm"])
+    return replace(hardware, separates_small=kernel["separates_small"])
 
 
 def run(

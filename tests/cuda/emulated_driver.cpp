@@ -111,6 +111,7 @@ EXPORT void mixattn_emulation_configure(int driver_version, int capability, int 
 EXPORT const char* mixattn_emulation_counts() {
   static std::string text;
   text = "{\"num_switches\": " + std::to_string(counts.num_switches) +
+         ", \"num_threads\": " + std::to_string(counts.num_threads) +
          ", \"num_mmas\": " + std::to_string(counts.num_mmas) +
          ", \"num_copies\": " + std::to_string(counts.num_copies) +
          ", \"num_wavefronts\": " + std::to_string(counts.num_wavefronts) + ", \"conflicts\": {";

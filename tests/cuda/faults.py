@@ -42,6 +42,7 @@ SOFTMAX = "softmax.cuh"
 CHUNK = "q65-kv200-page16-gqa3"
 DECODE = "q1-kv4096-page16-gqa8"
 SPLITS = "splits-chunk-beside-decodes"
+MANY_ITEMS = "all-kinds-head-dim-128"
 LONG_CHUNK = "long-chunk-beside-decode-head-dim-128"
 WIDE = "all-kinds-head-dim-256"
 """Of test_mixed_attention.py; the others are of tests/cases.py."""
@@ -188,12 +189,6 @@ FAULTS = [
                 "result|deadlock|fence|ld.shared|cp.async",
             ),
             (
-                "queries-overwritten-while-they-are-read",
-                "mx::mbarrier_wait(mx::shared_base() + Shared::kQueryEmpty, (count & 1) ^ 1);",
-                "",
-                "result|fence|deadlock",
-            ),
-            (
                 "item-never-drawn",
                 "mx::mbarrier_wait(item_empty<Shared>(count), (count / kNumItems & 1) ^ 1);",
                 "mx::mbarrier_wait(item_empty<Shared>(count), count / kNumItems & 1);",
@@ -216,6 +211,15 @@ FAULTS = [
             ("turn-kept-at-the-end", "if (has_turns) pass_turn(consumer);\n  release", "", "deadlock"),
             ("tile-never-released", "release(ring.empty());\n    ring.advance();\n    tile_begin", "", "deadlock"),
         )
+    ),
+    Fault(
+        "sm90-queries-overwritten-while-they-are-read",
+        SM90,
+        "mx::mbarrier_wait(mx::shared_base() + Shared::kQueryEmpty, (count & 1) ^ 1);",
+        "",
+        MANY_ITEMS,
+        caught_by="result|fence|deadlock",
+        capability=90,
     ),
     Fault(
         "sm90-tiles-overwritten-while-they-are-read",

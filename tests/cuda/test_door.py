@@ -11,6 +11,7 @@ import torch
 
 import mixattn
 from mixattn import _C, env
+from mixattn.ops import attention as attention_module
 from mixattn.ops import attention_cuda, backends, cuda_images
 from mixattn.ops.attention import attention
 from mixattn.ops.plan import cpu_hardware
@@ -65,6 +66,33 @@ def test_attention_on_an_emulated_driver_is_within_twice_eager(
 
 def test_attention_without_a_plan_makes_one(driver: Emulation) -> None:
     run(CASE, make_inputs(CASE, torch.bfloat16))
+
+
+HOPPER_CASE = dataclasses.replace(CASE, id="door-sm_90", head_dim=128, num_workers=None)
+
+
+def test_attention_on_hopper_takes_its_kernel_and_a_plan_with_small_items_apart(
+    driver: Emulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver.configure(capability=90)
+    forget()
+    plans = []
+    make_plan = attention_module.make_plan
+    monkeypatch.setattr(attention_module, "make_plan", lambda *a, **k: plans.append(make_plan(*a, **k)) or plans[-1])
+    run(HOPPER_CASE, make_inputs(HOPPER_CASE, torch.bfloat16))
+    (made,) = plans
+    assert made.hardware.separates_small and made.hardware.num_workers == 2 * NUM_SMS
+    kinds = made.items()["kind"]
+    first_small = int(made.buffer[15])
+    assert set(kinds[:first_small]) == {0, 1} and set(kinds[first_small:]) == {2}
+    threads_of_sm90, threads_of_sm80 = 512 * NUM_SMS, 128 * NUM_SMS
+    with_one_queue = mixattn.plan(
+        make_inputs(HOPPER_CASE, torch.bfloat16).cu_seqlens_q, [300, 90, 200], **HOPPER_CASE.plan_options,
+        kv_element_bytes=2, hardware=dataclasses.replace(made.hardware, separates_small=False),
+    )  # fmt: skip
+    assert driver.counts()["num_threads"] == threads_of_sm90
+    run(HOPPER_CASE, make_inputs(HOPPER_CASE, torch.bfloat16), plan=with_one_queue)
+    assert driver.counts()["num_threads"] == threads_of_sm80
 
 
 def test_attention_fills_the_device_once(driver: Emulation) -> None:
