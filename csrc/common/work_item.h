@@ -38,7 +38,7 @@ struct PlanHeader {
   int32_t window_left;  // -1: no window
   int32_t num_workers;
   int32_t fixed_split_tokens;  // > 0: an invariant plan (plan.h); 0: split where that balances the workers
-  int32_t reserved;
+  int32_t status;              // PlanStatus (plan.h); else than 0 there are no items. Only a device's plan can be so
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderWords * sizeof(int32_t), "header is 16 words");
 

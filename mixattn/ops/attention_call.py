@@ -112,7 +112,7 @@ class PlanHeader(NamedTuple):
     window_left: int
     num_workers: int
     fixed_split_tokens: int
-    reserved: int
+    status: int
 
 
 def attention_layout(call: AttentionCall, out: Tensor | None, lse: Tensor | None) -> AttentionLayout:
@@ -291,6 +291,8 @@ def check_plan(plan: Tensor, call: AttentionCall) -> PlanHeader:
     total_q, num_q_heads, head_dim = call.q.shape
     shape = (num_seqs, total_q, num_q_heads, num_kv_heads, head_dim)
     called_with = (*shape, call.causal, call.window_left, call.invariant)
+    if header.status != 0:
+        raise ValueError(f"plan has no items: the device found none for this batch (status {header.status} of plan.h)")
     if made_for != called_with:
         names = ("num_seqs", "total_q", "num_q_heads", "num_kv_heads", "head_dim", "causal", "window_left", "invariant")
         differing = [
