@@ -284,4 +284,20 @@ def cuda_instances() -> list[CudaInstance]: ...
 
 # call: what ``attention`` takes, less num_threads and isa. NotImplementedError names the nearest call with a kernel.
 def cuda_instance(*, capability: tuple[int, int], **call: Any) -> CudaInstance: ...  # addresses: only whether 0
+def cuda_plan_kernel() -> CudaInstance: ...
+def cuda_plan_scratch_words(spec: PlanSpec, num_seqs: int, capacity_items: int) -> int: ...
+def cuda_plan(
+    *,
+    spec: PlanSpec,
+    image: CudaImage,
+    cu_seqlens_q: int,
+    seq_lens: int,
+    num_seqs: int,
+    out: int,
+    scratch: int,
+    capacity_items: int,
+    capacity_merges: int,
+    num_threads: int,
+    stream: int,
+) -> None: ...  # every address is of device memory
 def cuda_attention(*, image: CudaImage, device_plan: int, stream: int, **call: Any) -> None: ...  # plan: on the host

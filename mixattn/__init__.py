@@ -17,6 +17,7 @@ _LAZY = {
     "tree_mask": "mixattn.ops.tree_mask",
     "plan": "mixattn.ops.plan",
     "WorkPlan": "mixattn.ops.plan",
+    "DevicePlan": "mixattn.ops.plan_cuda",
     "Hardware": "mixattn.ops.plan",
     "backends": "mixattn.ops.backends",
     "LLM": "mixattn.engine.llm",
@@ -25,6 +26,7 @@ _LAZY = {
 
 __all__ = [
     "LLM",
+    "DevicePlan",
     "Hardware",
     "SamplingParams",
     "WorkPlan",
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from mixattn.ops.kv_cache import append_kv
     from mixattn.ops.merge import merge_states
     from mixattn.ops.plan import Hardware, WorkPlan, plan
+    from mixattn.ops.plan_cuda import DevicePlan
     from mixattn.ops.tree_mask import tree_mask
     from mixattn.types import SamplingParams
 

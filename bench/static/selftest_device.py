@@ -115,6 +115,7 @@ PRIMITIVES = [
     Primitive("functions", arguments, 96, tolerance=FUNCTION_TOLERANCE),
     Primitive("pack_f16", floats(64), 32),
     Primitive("pack_bf16", floats(64), 32),
+    Primitive("block_size", words(1), 96, num_threads=96),
 ]
 
 

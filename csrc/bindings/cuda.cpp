@@ -7,8 +7,10 @@
 #include <vector>
 
 #include "bindings/attention_call.h"
+#include "common/checks.h"
 #include "cuda/image.h"
 #include "cuda/instances.h"
+#include "cuda/plan.cuh"
 
 namespace py = pybind11;
 
@@ -17,20 +19,27 @@ namespace {
 using mixattn::at;
 using mixattn::AttentionParams;
 using mixattn::PlanHeader;
+using mixattn::PlanSpec;
 using mixattn::cuda::DeviceDescription;
 using mixattn::cuda::Driver;
 using mixattn::cuda::Image;
 using mixattn::cuda::Instance;
+using mixattn::cuda::Kernel;
 using mixattn::cuda::Launch;
 using mixattn::cuda::LaunchParams;
 using mixattn::cuda::StreamHandle;
 
-py::dict describe(const Instance& instance) {
+py::dict describe(const Kernel& kernel) {
   py::dict result;
-  result["name"] = instance.name;
-  result["image"] = instance.image;
-  result["num_threads"] = instance.num_threads;
-  result["shared_bytes"] = instance.shared_bytes;
+  result["name"] = kernel.name;
+  result["image"] = kernel.image;
+  result["num_threads"] = kernel.num_threads;
+  result["shared_bytes"] = kernel.shared_bytes;
+  return result;
+}
+
+py::dict describe(const Instance& instance) {
+  py::dict result = describe(Kernel{instance.name, instance.image, instance.num_threads, instance.shared_bytes});
   result["workers_per_sm"] = instance.workers_per_sm;
   result["separates_small"] = instance.separates_small;
   return result;
@@ -39,6 +48,7 @@ py::dict describe(const Instance& instance) {
 py::list cuda_instances() {
   py::list all;
   for (const Instance& instance : mixattn::cuda::instances()) all.append(describe(instance));
+  for (const Kernel& kernel : mixattn::cuda::other_kernels()) all.append(describe(kernel));
   return all;
 }
 
@@ -73,6 +83,30 @@ void cuda_attention(AttentionParams p, Image& image, uintptr_t device_plan, uint
   const Launch& prepared = image.prepare(instance.name, instance.num_threads, instance.shared_bytes);
   p.plan = at<const int32_t>(device_plan);
   LaunchParams params = mixattn::cuda::make_launch_params(p);
+  void* arguments[] = {&params};
+  launch(image, prepared, stream, arguments);
+}
+
+// Of one block, whatever the batch. Addresses are of device memory.
+void cuda_plan(const PlanSpec& spec, Image& image, uintptr_t cu_seqlens_q, uintptr_t seq_lens, int64_t num_seqs,
+               uintptr_t out, uintptr_t scratch, int64_t capacity_items, int64_t capacity_merges, int num_threads,
+               uintptr_t stream) {
+  const Kernel& kernel = mixattn::cuda::plan_kernel();
+  mixattn::check_range("num_seqs", num_seqs, 0, INT32_MAX - 1);
+  mixattn::check_range("capacity_items", capacity_items, 0, INT32_MAX / mixattn::kWorkItemWords);
+  mixattn::check_range("capacity_merges", capacity_merges, 0, INT32_MAX / mixattn::kMergeWords);
+  mixattn::check_range("num_threads", num_threads, mx::kWarpSize, kernel.num_threads);
+  mixattn::cuda::PlanLaunch params = {spec,
+                                      at<const int32_t>(cu_seqlens_q),
+                                      at<const int32_t>(seq_lens),
+                                      at<int32_t>(out),
+                                      at<int64_t>(scratch),
+                                      static_cast<int32_t>(num_seqs),
+                                      static_cast<int32_t>(capacity_items),
+                                      static_cast<int32_t>(capacity_merges)};
+  Launch prepared = image.prepare(kernel.name, kernel.num_threads, kernel.shared_bytes);
+  prepared.num_blocks = 1;
+  prepared.num_threads = num_threads;
   void* arguments[] = {&params};
   launch(image, prepared, stream, arguments);
 }
@@ -118,6 +152,15 @@ void bind_cuda(py::module_& m) {
       .def("launch_pointers", &launch_pointers, py::kw_only(), arg("kernel"), arg("num_blocks"), arg("num_threads"),
            arg("shared_bytes"), arg("pointers"), arg("stream"));
   m.def("cuda_instances", &cuda_instances, "Every kernel that is compiled for GPUs.");
+  m.def("cuda_plan_kernel", [] { return describe(mixattn::cuda::plan_kernel()); });
+  m.def("cuda_plan_scratch_words", &mixattn::cuda::plan_scratch_words, arg("spec"), arg("num_seqs"),
+        arg("capacity_items"), "int64 words of scratch that cuda_plan needs.");
+  m.def("cuda_plan", &cuda_plan, py::kw_only(), arg("spec"), arg("image"), arg("cu_seqlens_q"), arg("seq_lens"),
+        arg("num_seqs"), arg("out"), arg("scratch"), arg("capacity_items"), arg("capacity_merges"), arg("num_threads"),
+        arg("stream"),
+        "Puts the planner on a stream, to write the plan of a batch to out, on the device. Why a batch has no plan is "
+        "in\n"
+        "the header.");
   mixattn::def_attention<std::pair<int, int>>(
       m, "cuda_instance", &cuda_instance, arg("capability"),
       "The kernel of a call. NotImplementedError names the nearest call that has one. Addresses are not read.");

@@ -1,16 +1,15 @@
 // plan.h: from the slices of a step to work items of near-equal cost; once per step, on host or device.
 // Math    Slice s has R = q_len * group_size packed rows per kv head, cut into row tiles of block_rows[0]; a tile's
-// kind
-//         is the smallest that holds its rows. Tile rows belong to tokens t0..t1 at positions p(t) = kv_len - q_len + t
-//         and see, all together, the keys [max(0, p(t0) - window_left), min(kv_len, p(t1) + 1)).
-//         target = total cost / (num_workers * items_per_worker), and of that 1 / heads_per_bundle for tiles of the
-//         small kind, whose kv heads a worker takes together; a tile dearer than that is split along its keys into
-//         ceil(cost / target) pieces of equally many granules of split_tokens, at fixed token positions.
-//         Where workers share cores (workers_per_core > 0), tiles of larger kinds, whose partial results are not cheap,
-//         have a target of their own: that of a few which ends earliest by estimate (choose_large_target), the number
-//         of pieces then rounded to nearest.
-//         An invariant plan (fixed_split_tokens > 0) splits every tile into granules of fixed_split_tokens instead: the
-//         keys that are summed up together are then the same for a row whatever its batch, its chunk and the workers.
+//         kind is the smallest that holds its rows. Tile rows belong to tokens t0..t1 at positions p(t) = kv_len -
+//         q_len + t and see, all together, the keys [max(0, p(t0) - window_left), min(kv_len, p(t1) + 1)). target =
+//         total cost / (num_workers * items_per_worker), and of that 1 / heads_per_bundle for tiles of the small kind,
+//         whose kv heads a worker takes together; a tile dearer than that is split along its keys into ceil(cost /
+//         target) pieces of equally many granules of split_tokens, at fixed token positions. Where workers share cores
+//         (workers_per_core > 0), tiles of larger kinds, whose partial results are not cheap, have a target of their
+//         own: that of a few which ends earliest by estimate (choose_large_target), the number of pieces then rounded
+//         to nearest. An invariant plan (fixed_split_tokens > 0) splits every tile into granules of fixed_split_tokens
+//         instead: the keys that are summed up together are then the same for a row whatever its batch, its chunk and
+//         the workers.
 // Method  Generation order is (slice, row tile, split, kv head): the kv heads of one KV range, which share its pages,
 //         stay neighbours. Items are sorted by cost, dearest first, ties in generation order (longest processing time
 //         first), or first those of larger kinds and then the small ones, where each have workers of their own
@@ -18,8 +17,8 @@
 //         end.
 // Shapes  cu_seqlens_q [num_seqs + 1], seq_lens [num_seqs] int32; out: the words of work_item.h
 // Memory  reads 4 (2 num_seqs + 1) bytes twice, writes 4 (16 + 8 items + 8 merges) bytes; scratch_words() of scratch
-// Limits  one thread; O(n log n) in row tiles and pieces; no allocation
-// Twins   tests/ops/plan_twin.py (bit-equal)
+// Limits  plan() is for one thread; O(n log n) in row tiles and pieces; no allocation
+// Twins   tests/ops/plan_twin.py, cuda/plan.cuh, which calls the functions here from a block of threads (bit-equal)
 // Source  longest processing time first, Graham 1969 (doi 10.1137/0117039); split-KV, arXiv:2311.01282
 #pragma once
 
@@ -27,7 +26,7 @@
 
 namespace mixattn {
 
-enum PlanStatus : int {
+enum PlanStatus : int32_t {
   kPlanOk = 0,
   kPlanBadSlice = 1,      // a negative q_len or kv_len, or more than 2^31 - 1 packed rows
   kPlanNoRoom = 2,        // more items or merges than the capacity
@@ -136,14 +135,19 @@ MIXATTN_HD inline int64_t tile_fs(const PlanSpec& spec, const RowTile& tile, int
   return total_fs(spec, item_cost(spec, tile.num_rows, tile.kind, num_keys, share));
 }
 
+// Whether rows [row_begin, row_end) and so many keys are a slice that can be planned.
+MIXATTN_HD inline bool is_slice(int64_t group_size, int32_t row_begin, int32_t row_end, int32_t kv_len) {
+  const int64_t q_len = int64_t{row_end} - row_begin;
+  return q_len >= 0 && q_len * group_size <= INT32_MAX && kv_len >= 0;
+}
+
 // Cost of all row tiles, unsplit, over all kv heads, in *cost; their number, for one kv head, in *num_tiles.
 MIXATTN_HD inline PlanStatus price_slices(const PlanSpec& spec, const int32_t* cu_seqlens_q, const int32_t* seq_lens,
                                           int32_t num_seqs, int64_t* cost, int64_t* num_tiles) {
   const int64_t group_size = spec.num_q_heads / spec.num_kv_heads;
   int32_t longest_kv = 0;
   for (int32_t s = 0; s < num_seqs; ++s) {
-    const int64_t q_len = int64_t{cu_seqlens_q[s + 1]} - cu_seqlens_q[s];
-    if (q_len < 0 || q_len * group_size > INT32_MAX || seq_lens[s] < 0) return kPlanBadSlice;
+    if (!is_slice(group_size, cu_seqlens_q[s], cu_seqlens_q[s + 1], seq_lens[s])) return kPlanBadSlice;
     if (seq_lens[s] > longest_kv) longest_kv = seq_lens[s];
   }
   if (!is_cost_bounded(spec, spec.block_rows[kTileLarge], longest_kv)) return kPlanCostTooLarge;
@@ -157,7 +161,7 @@ MIXATTN_HD inline PlanStatus price_slices(const PlanSpec& spec, const int32_t* c
     for (int32_t t = 0; t < tiles; ++t) {
       const RowTile tile = row_tile(spec, q_len, seq_lens[s], t);
       cost_per_head += tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share);
-      if (cost_per_head > most_per_head) return kPlanCostTooLarge;
+      if (cost_per_head >= most_per_head) return kPlanCostTooLarge;
     }
     *num_tiles += tiles;
   }
@@ -198,46 +202,41 @@ struct LargeCut {
 };
 constexpr int kMaxLargeCuts = 4;
 
-// The target of larger kinds: cost / (cores, or 2, 4, 8 times as many, up to num_draws), whichever ends first, the
-// fewer items if two do. The end is estimated as the latest of
-//   everything, over all workers;
-//   the dearest large item, and the large items in equal waves over the cores: an item has all that its core reaches
-//   while the neighbours are idle, and small items fill what the last wave leaves;
-// and then the partial results, written and read again.
-MIXATTN_HD inline int64_t choose_large_target(const PlanSpec& spec, const int32_t* cu_seqlens_q,
-                                              const int32_t* seq_lens, int32_t num_seqs, int64_t cost) {
-  if (spec.workers_per_core == 0) return target_fs(spec, cost, num_draws(spec));
-  const int64_t heads = spec.num_kv_heads;
-  const int64_t cores = num_cores(spec);
-  LargeCut cuts[kMaxLargeCuts] = {};
+// Gives each cut its target, cost / (cores, or 2, 4, 8 times as many, up to num_draws); returns how many cuts there
+// are.
+MIXATTN_HD inline int start_cuts(const PlanSpec& spec, int64_t cost, LargeCut (&cuts)[kMaxLargeCuts]) {
   int num_cuts = 0;
-  for (int64_t items = cores; items <= num_draws(spec) && num_cuts < kMaxLargeCuts; items *= 2) {
-    cuts[num_cuts++].target = target_fs(spec, cost, items);
+  int64_t items = num_cores(spec);
+  for (int c = 0; c < kMaxLargeCuts && items <= num_draws(spec); ++c, items *= 2) {
+    cuts[c] = {target_fs(spec, cost, items), 0, 0, 0};
+    ++num_cuts;
   }
-  int64_t large_fs = 0;
-  for (int32_t s = 0; s < num_seqs; ++s) {
-    const int32_t q_len = cu_seqlens_q[s + 1] - cu_seqlens_q[s];
-    const int32_t tiles = num_row_tiles(spec, q_len);
-    if (tiles == 0 || row_tile(spec, q_len, seq_lens[s], 0).kind == kTileSmall) continue;
-    const KeyShare share = key_share(spec, q_len, seq_lens[s], tiles);
-    for (int32_t t = 0; t < tiles; ++t) {
-      const RowTile tile = row_tile(spec, q_len, seq_lens[s], t);
-      if (tile.kind == kTileSmall) continue;
-      const int64_t fs = tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share);
-      const int64_t most = clamp(granules_of(tile, spec.split_tokens).count, 1, spec.max_splits);
-      large_fs += heads * fs;
-      for (int c = 0; c < num_cuts; ++c) {
-        const int64_t splits = num_splits(spec, tile.kind, fs, cuts[c].target, most);
-        const int64_t piece_fs = ceil_div(fs, splits);
-        cuts[c].num_items += heads * splits;
-        cuts[c].num_partial_rows += splits > 1 ? heads * splits * tile.num_rows : 0;
-        if (piece_fs > cuts[c].longest_fs) cuts[c].longest_fs = piece_fs;
-      }
-    }
-  }
-  int best = 0;
+  return num_cuts;
+}
+
+// Adds what the cut makes of a tile that costs fs.
+MIXATTN_HD inline void add_tile(const PlanSpec& spec, const RowTile& tile, int64_t fs, LargeCut* cut) {
+  const int64_t heads = spec.num_kv_heads;
+  const int64_t most = clamp(granules_of(tile, spec.split_tokens).count, 1, spec.max_splits);
+  const int64_t splits = num_splits(spec, tile.kind, fs, cut->target, most);
+  const int64_t piece_fs = ceil_div(fs, splits);
+  cut->num_items += heads * splits;
+  cut->num_partial_rows += splits > 1 ? heads * splits * tile.num_rows : 0;
+  if (piece_fs > cut->longest_fs) cut->longest_fs = piece_fs;
+}
+
+// The target of the cut that ends first, of the one with fewer items if two do. The end is estimated as the latest of
+//   everything, over all workers;
+//   the dearest large item, and the large items, large_fs in all, in equal waves over the cores: an item has all that
+//   its core reaches while the neighbours are idle, and small items fill what the last wave leaves;
+// and then the partial results, written and read again.
+MIXATTN_HD inline int64_t choose_cut(const PlanSpec& spec, const LargeCut (&cuts)[kMaxLargeCuts], int num_cuts,
+                                     int64_t large_fs, int64_t cost) {
+  const int64_t cores = num_cores(spec);
+  int64_t best_target = cuts[0].target;
   int64_t best_fs = INT64_MAX;
-  for (int c = 0; c < num_cuts && large_fs > 0; ++c) {
+  for (int c = 0; c < kMaxLargeCuts; ++c) {
+    if (c >= num_cuts || large_fs == 0) continue;
     const LargeCut& cut = cuts[c];
     const int64_t wave_fs = ceil_div(cut.num_items, cores) * (large_fs / cut.num_items);  // at most large_fs
     const int64_t alone_fs = (cut.longest_fs > wave_fs ? cut.longest_fs : wave_fs) / spec.workers_per_core;
@@ -248,10 +247,92 @@ MIXATTN_HD inline int64_t choose_large_target(const PlanSpec& spec, const int32_
         kilobytes < kMaxCost / spec.fs_per_kilobyte ? kilobytes * spec.fs_per_kilobyte : kMaxCost;
     const int64_t end_fs = (alone_fs > shared_fs ? alone_fs : shared_fs) + partial_fs / spec.num_workers;
     if (end_fs >= best_fs) continue;
-    best = c;
+    best_target = cut.target;
     best_fs = end_fs;
   }
-  return cuts[best].target;
+  return best_target;
+}
+
+// The target of larger kinds.
+MIXATTN_HD inline int64_t choose_large_target(const PlanSpec& spec, const int32_t* cu_seqlens_q,
+                                              const int32_t* seq_lens, int32_t num_seqs, int64_t cost) {
+  if (spec.workers_per_core == 0) return target_fs(spec, cost, num_draws(spec));
+  LargeCut cuts[kMaxLargeCuts] = {};
+  const int num_cuts = start_cuts(spec, cost, cuts);
+  int64_t large_fs = 0;
+  for (int32_t s = 0; s < num_seqs; ++s) {
+    const int32_t q_len = cu_seqlens_q[s + 1] - cu_seqlens_q[s];
+    const int32_t tiles = num_row_tiles(spec, q_len);
+    if (tiles == 0 || row_tile(spec, q_len, seq_lens[s], 0).kind == kTileSmall) continue;
+    const KeyShare share = key_share(spec, q_len, seq_lens[s], tiles);
+    for (int32_t t = 0; t < tiles; ++t) {
+      const RowTile tile = row_tile(spec, q_len, seq_lens[s], t);
+      if (tile.kind == kTileSmall) continue;
+      const int64_t fs = tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share);
+      large_fs += spec.num_kv_heads * fs;
+      for (int c = 0; c < num_cuts; ++c) add_tile(spec, tile, fs, &cuts[c]);
+    }
+  }
+  return choose_cut(spec, cuts, num_cuts, large_fs, cost);
+}
+
+// Where tiles are split.
+struct SplitRule {
+  bool is_fixed;  // an invariant plan: at every granule
+  int32_t granule;
+  int64_t small_target;  // without is_fixed: what a piece of a tile of the small kind, or of another, is to cost
+  int64_t large_target;
+};
+
+MIXATTN_HD inline SplitRule split_rule(const PlanSpec& spec, int64_t cost, int64_t large_target) {
+  const bool is_fixed = spec.fixed_split_tokens > 0;
+  return {is_fixed, is_fixed ? spec.fixed_split_tokens : spec.split_tokens, target_fs(spec, cost, balance_slots(spec)),
+          large_target};
+}
+
+// The pieces of a tile that costs fs, which is not read if is_fixed.
+MIXATTN_HD inline int32_t tile_splits(const PlanSpec& spec, const SplitRule& rule, const RowTile& tile,
+                                      const Granules& granules, int64_t fs) {
+  const int64_t most = clamp(granules.count, 1, rule.is_fixed ? INT32_MAX : spec.max_splits);
+  if (rule.is_fixed) return static_cast<int32_t>(most);
+  const int64_t target = tile.kind == kTileSmall ? rule.small_target : rule.large_target;
+  return static_cast<int32_t>(num_splits(spec, tile.kind, fs, target, most));
+}
+
+// Piece i of a tile, as of kv head 0. merge_idx and partial_row: where the tile's begin, if it is split.
+MIXATTN_HD inline void write_piece(const RowTile& tile, const Granules& granules, int32_t granule, int32_t seq_idx,
+                                   int32_t i, int32_t splits, int32_t merge_idx, int32_t partial_row, WorkItem* piece) {
+  // Granule edges are token positions of the sequence: where a piece ends does not depend on the chunking.
+  const int64_t edge_begin = (granules.first + granules.count * i / splits) * granule;
+  const int64_t edge_end = (granules.first + granules.count * (i + 1) / splits) * granule;
+  const bool is_split = splits > 1;
+  *piece = {seq_idx,
+            0,
+            tile.row_begin,
+            tile.num_rows | tile.kind << 16,
+            static_cast<int32_t>(clamp(edge_begin, tile.kv_begin, tile.kv_end)),
+            static_cast<int32_t>(clamp(edge_end, tile.kv_begin, tile.kv_end)),
+            is_split ? merge_idx : -1,
+            is_split ? partial_row + i * tile.num_rows : 0};
+}
+
+// What the items of a piece differ by, from one kv head to the next.
+struct HeadStep {
+  int32_t merges;
+  int32_t partial_rows;
+};
+
+MIXATTN_HD inline HeadStep head_step(const WorkItem& piece, const Merge* merges) {
+  if (piece.merge_idx < 0) return {0, 0};
+  return {1, merges[piece.merge_idx].num_splits * merges[piece.merge_idx].num_rows};
+}
+
+// The item of a kv head, in place: made aside and copied, items take the host half again as long.
+MIXATTN_HD inline void write_item(const WorkItem& piece, const HeadStep& step, int32_t kv_head, WorkItem* item) {
+  *item = piece;
+  item->kv_head = kv_head;
+  item->merge_idx += kv_head * step.merges;
+  item->partial_row += kv_head * step.partial_rows;
 }
 
 // Sorts keys[0, n) by cost, dearest first, ties as they stand: a merge sort, bottom-up, that goes back and forth
@@ -281,6 +362,51 @@ MIXATTN_HD inline PlanKey* merge_sort(PlanKey* keys, PlanKey* spare, int64_t n) 
   return keys;
 }
 
+// What a piece is sorted by: its cost, which is below kMaxCost, and where the kinds are separate first its kind.
+MIXATTN_HD inline int64_t sort_cost(const PlanSpec& spec, int32_t kind, int64_t fs) {
+  return spec.separates_small && kind != kTileSmall ? kMaxCost + fs : fs;
+}
+
+// PlanHeader::first_small of sorted keys [0, n).
+MIXATTN_HD inline int32_t first_small_item(const PlanSpec& spec, const PlanKey* sorted, int64_t n) {
+  if (!spec.separates_small) return -1;
+  int64_t low = 0;
+  int64_t high = n;
+  while (low < high) {
+    const int64_t probe = low + (high - low) / 2;
+    if (sorted[probe].cost >= kMaxCost) {
+      low = probe + 1;
+    } else {
+      high = probe;
+    }
+  }
+  return static_cast<int32_t>(low * spec.num_kv_heads);
+}
+
+MIXATTN_HD inline PlanHeader plan_header(const PlanSpec& spec, const int32_t* cu_seqlens_q, int32_t num_seqs,
+                                         int32_t num_items, int32_t num_merges, int32_t num_partial_rows,
+                                         int32_t capacity_items, int32_t capacity_merges, int32_t first_small,
+                                         PlanStatus status) {
+  return {
+      status == kPlanOk ? kPlanMagic : status,
+      num_items,
+      num_merges,
+      num_partial_rows,
+      num_seqs,
+      num_seqs > 0 ? cu_seqlens_q[num_seqs] - cu_seqlens_q[0] : 0,
+      capacity_items,
+      capacity_merges,
+      spec.num_q_heads,
+      spec.num_kv_heads,
+      spec.head_dim,
+      spec.causal,
+      spec.window_left,
+      spec.num_workers,
+      spec.fixed_split_tokens,
+      first_small,
+  };
+}
+
 // Writes the plan of a batch.
 //   out      [kPlanHeaderWords + kWorkItemWords * capacity_items + kMergeWords * capacity_merges] words, written
 //   scratch  [scratch_words(spec, capacity_items)], aligned to 8 bytes
@@ -301,9 +427,8 @@ MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlen
   WorkItem* const items = reinterpret_cast<WorkItem*>(out + kPlanHeaderWords);
   Merge* const merges = reinterpret_cast<Merge*>(items + capacity_items);
   const bool is_fixed = spec.fixed_split_tokens > 0;
-  const int32_t granule = is_fixed ? spec.fixed_split_tokens : spec.split_tokens;
-  const int64_t small_target = target_fs(spec, cost, balance_slots(spec));
-  const int64_t large_target = is_fixed ? 0 : choose_large_target(spec, cu_seqlens_q, seq_lens, num_seqs, cost);
+  const SplitRule rule =
+      split_rule(spec, cost, is_fixed ? 0 : choose_large_target(spec, cu_seqlens_q, seq_lens, num_seqs, cost));
   int64_t num_pieces = 0;
   int32_t num_merges = 0;
   int32_t num_partial_rows = 0;
@@ -313,32 +438,18 @@ MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlen
     const KeyShare share = key_share(spec, q_len, seq_lens[s], tiles);
     for (int32_t t = 0; t < tiles; ++t) {
       const RowTile tile = row_tile(spec, q_len, seq_lens[s], t);
-      const Granules granules = granules_of(tile, granule);
-      const int64_t most_splits = clamp(granules.count, 1, is_fixed ? INT32_MAX : spec.max_splits);
-      const int64_t wanted = is_fixed
-                                 ? most_splits
-                                 : num_splits(spec, tile.kind, tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share),
-                                              tile.kind == kTileSmall ? small_target : large_target, most_splits);
-      const int32_t splits = static_cast<int32_t>(wanted);
+      const Granules granules = granules_of(tile, rule.granule);
+      const int64_t fs = is_fixed ? 0 : tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share);
+      const int32_t splits = tile_splits(spec, rule, tile, granules, fs);
       const bool is_split = splits > 1;
       if (num_pieces + splits > capacity_pieces) return kPlanNoRoom;
       if (is_split && num_merges + heads > capacity_merges) return kPlanNoRoom;
       if (is_split && num_partial_rows + heads * splits * tile.num_rows > INT32_MAX) return kPlanNoRoom;
       for (int32_t i = 0; i < splits; ++i) {
-        // Granule edges are token positions of the sequence: where a piece ends does not depend on the chunking.
-        const int64_t edge_begin = (granules.first + granules.count * i / splits) * granule;
-        const int64_t edge_end = (granules.first + granules.count * (i + 1) / splits) * granule;
-        WorkItem piece;
-        piece.seq_idx = s;
-        piece.kv_head = 0;
-        piece.row_begin = tile.row_begin;
-        piece.rows_and_kind = tile.num_rows | tile.kind << 16;
-        piece.kv_begin = static_cast<int32_t>(clamp(edge_begin, tile.kv_begin, tile.kv_end));
-        piece.kv_end = static_cast<int32_t>(clamp(edge_end, tile.kv_begin, tile.kv_end));
-        piece.merge_idx = is_split ? num_merges : -1;
-        piece.partial_row = is_split ? num_partial_rows + i * tile.num_rows : 0;
-        pieces[num_pieces] = piece;
-        keys[num_pieces] = {tile_fs(spec, tile, piece.kv_end - piece.kv_begin, share), num_pieces};
+        WorkItem& piece = pieces[num_pieces];
+        write_piece(tile, granules, rule.granule, s, i, splits, num_merges, num_partial_rows, &piece);
+        const int64_t piece_fs = tile_fs(spec, tile, piece.kv_end - piece.kv_begin, share);
+        keys[num_pieces] = {sort_cost(spec, tile.kind, piece_fs), num_pieces};
         ++num_pieces;
       }
       for (int32_t h = 0; is_split && h < heads; ++h) {
@@ -350,42 +461,14 @@ MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlen
 
   const PlanKey* const sorted = merge_sort(keys, keys + capacity_pieces, num_pieces);
   WorkItem* next = items;
-  int32_t first_small = -1;
-  for (int32_t pass = 0; pass <= spec.separates_small; ++pass) {
-    if (pass == 1) first_small = static_cast<int32_t>(next - items);
-    for (int64_t p = 0; p < num_pieces; ++p) {
-      const WorkItem& piece = pieces[sorted[p].piece_idx];
-      if (spec.separates_small && (tile_kind(piece) == kTileSmall) != (pass == 1)) continue;
-      const bool is_split = piece.merge_idx >= 0;
-      const int32_t rows_per_head =
-          is_split ? merges[piece.merge_idx].num_splits * merges[piece.merge_idx].num_rows : 0;
-      for (int32_t h = 0; h < heads; ++h) {
-        *next = piece;
-        next->kv_head = h;
-        next->merge_idx += is_split ? h : 0;
-        next->partial_row += h * rows_per_head;
-        ++next;
-      }
-    }
+  for (int64_t p = 0; p < num_pieces; ++p) {
+    const WorkItem& piece = pieces[sorted[p].piece_idx];
+    const HeadStep step = head_step(piece, merges);
+    for (int32_t h = 0; h < heads; ++h) write_item(piece, step, h, next++);
   }
-  *reinterpret_cast<PlanHeader*>(out) = {
-      kPlanMagic,
-      static_cast<int32_t>(next - items),
-      num_merges,
-      num_partial_rows,
-      num_seqs,
-      num_seqs > 0 ? cu_seqlens_q[num_seqs] - cu_seqlens_q[0] : 0,
-      capacity_items,
-      capacity_merges,
-      spec.num_q_heads,
-      spec.num_kv_heads,
-      spec.head_dim,
-      spec.causal,
-      spec.window_left,
-      spec.num_workers,
-      spec.fixed_split_tokens,
-      first_small,
-  };
+  *reinterpret_cast<PlanHeader*>(out) =
+      plan_header(spec, cu_seqlens_q, num_seqs, static_cast<int32_t>(next - items), num_merges, num_partial_rows,
+                  capacity_items, capacity_merges, first_small_item(spec, sorted, num_pieces), kPlanOk);
   return kPlanOk;
 }
 

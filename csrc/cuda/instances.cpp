@@ -2,6 +2,7 @@
 
 #include "cuda/instances.h"
 
+#include "cuda/plan.cuh"
 #include "cuda/sm90/mixed_attention.cuh"
 
 namespace mixattn {
@@ -67,6 +68,15 @@ const Instance& instance_for(const AttentionParams& p, int capability) {
   throw std::domain_error("a GPU of compute capability " + std::to_string(capability / 10) + "." +
                           std::to_string(capability % 10) +
                           " has no CUDA kernel for this call; the nearest that has is 8.0");
+}
+
+const Kernel& plan_kernel() {
+  static const Kernel kernel = {"mixattn_sm80_plan", "sm80_plan", kPlanMostThreads, static_cast<int>(kBlockOpsBytes)};
+  return kernel;
+}
+
+std::vector<Kernel> other_kernels() {
+  return {plan_kernel()};
 }
 
 }  // namespace cuda

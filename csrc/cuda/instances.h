@@ -1,7 +1,8 @@
 // instances.h: every kernel that is compiled for GPUs, and which of them a call gets. Host code.
 // Method  a list per architecture, MIXATTN_<ARCHITECTURE>_INSTANCES(X), names the compile-time parameters of each
 //         kernel once. csrc/cuda/<architecture>/*.cu make the entry points from it for nvcc, instances.cpp the table
-//         below, and tests/cuda/emulated_attention.cpp the same entry points for the emulation.
+//         below, and tests/cuda/emulated_attention.cpp the same entry points for the emulation. The kernels beside
+//         attention are one each for all architectures; the emulation includes their .cu files.
 #pragma once
 
 #include <string>
@@ -76,6 +77,19 @@ const std::vector<Instance>& instances();
 // The kernel for a call that check_call has passed, on a GPU of this capability: for its plan, or without one for a
 // plan that suits the kernel. Throws std::domain_error when there is none.
 const Instance& instance_for(const AttentionParams& p, int capability);
+
+// A kernel beside attention; its fields as in Instance.
+struct Kernel {
+  std::string name;
+  std::string image;
+  int num_threads;
+  int shared_bytes;
+};
+
+const Kernel& plan_kernel();
+
+// All of them.
+std::vector<Kernel> other_kernels();
 
 }  // namespace cuda
 }  // namespace mixattn

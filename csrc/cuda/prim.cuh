@@ -88,6 +88,11 @@ MX_DEVICE void bar_arrive(int id, int num_threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
+// Of the block.
+MX_DEVICE int num_threads() {
+  return blockDim.x;
+}
+
 // ---- warp collectives -----------------------------------------------------------------------------------------------
 
 MX_DEVICE float shfl_xor(float value, int lane_mask) {
@@ -366,6 +371,10 @@ MX_DEVICE uint32_t pack2(float low, float high, f16) {
 }
 MX_DEVICE uint32_t pack2(float low, float high, bf16) {
   return emu::bfloat16_bits(low) | uint32_t{emu::bfloat16_bits(high)} << 16;
+}
+
+MX_DEVICE int num_threads() {
+  return emu::num_threads();
 }
 
 #endif

@@ -274,7 +274,10 @@ def check_plan(plan: Tensor, call: AttentionCall) -> PlanHeader:
         raise ValueError(f"plan must have at least {_C.PLAN_HEADER_WORDS} words, got {num_words} words")
     header = PlanHeader._make(plan[: _C.PLAN_HEADER_WORDS].tolist())
     if header.magic != _C.PLAN_MAGIC:
-        raise ValueError(f"plan was not written by mixattn.plan of this version: its first word is {header.magic:#x}")
+        raise ValueError(
+            "plan was not written by mixattn.plan of this version, or a device found no items for its batch: its first "
+            f"word is {header.magic:#x}"
+        )
     expected_words = (
         _C.PLAN_HEADER_WORDS + header.capacity_items * _C.WORK_ITEM_WORDS + header.capacity_merges * _C.MERGE_WORDS
     )

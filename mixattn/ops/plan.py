@@ -161,6 +161,27 @@ _cached_spec = functools.lru_cache(maxsize=256, typed=True)(_make_spec)
 """Typed, because 2.0 equals 2 and must be refused even if 2 came before it."""
 
 
+def make_spec(
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    kv_element_bytes: int | None,
+    causal: bool,
+    window_left: int | None,
+    invariant: bool,
+    hardware: Hardware,
+) -> _C.PlanSpec:
+    """What ``plan`` hands to the planner, from its own arguments. ValueError names what is out of bounds."""
+    if kv_element_bytes is None:
+        if dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
+        kv_element_bytes = DTYPE_BYTES[dtype]
+    return _cached_spec(
+        num_q_heads, num_kv_heads, head_dim, kv_element_bytes, bool(causal), window_left, bool(invariant), hardware
+    )
+
+
 CPU_FLOPS_PER_S = 170e9
 CPU_BYTES_PER_S = 12.5e9
 """One thread of the reference machine: float32 FMA with AVX-512, and streaming reads from DRAM (2 cores; two threads
@@ -344,14 +365,10 @@ def plan(
     if num_seqs and lens.min() < 0:
         at = int((lens < 0).argmax())
         raise ValueError(f"seq_lens[{at}] must be >= 0, got {lens[at]}")
-    if kv_element_bytes is None:
-        if dtype not in DTYPE_BYTES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
-        kv_element_bytes = DTYPE_BYTES[dtype]
     if hardware is None:
         hardware = cpu_hardware()
-    spec = _cached_spec(
-        num_q_heads, num_kv_heads, head_dim, kv_element_bytes, bool(causal), window_left, bool(invariant), hardware
+    spec = make_spec(
+        num_q_heads, num_kv_heads, head_dim, dtype, kv_element_bytes, causal, window_left, invariant, hardware
     )
     total_q = int(starts[-1])
     group_size = num_q_heads // num_kv_heads
@@ -410,7 +427,9 @@ def _int32_vector(name: str, values: npt.ArrayLike) -> Words:
     try:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be a vector of integers on the CPU: {error}") from error
+        raise ValueError(
+            f"{name} must be a vector of integers on the CPU (mixattn.DevicePlan plans on a GPU): {error}"
+        ) from error
     if array.ndim != 1:
         raise ValueError(f"{name} must have 1 dimension, got shape {list(array.shape)}")
     if array.dtype == np.int32:

@@ -58,5 +58,5 @@ class Emulation:
 
 def build_emulation(name: str = "emulated_driver", includes: Sequence[Path] = ()) -> Emulation:
     """The library, with the kernels of csrc/cuda or those that ``includes`` have in their place."""
-    sources = [FOLDER / "emulated_driver.cpp", FOLDER / "emulated_attention.cpp"]
+    sources = [FOLDER / f"emulated_{part}.cpp" for part in ("driver", "attention", "plan")]
     return Emulation(build_library(name, sources, [*includes, FOLDER]))

@@ -243,6 +243,40 @@ FAULTS = [
 ]
 
 
+PLANNER = "plan.cuh"
+BLOCK_OPS = "block_ops.cuh"
+PLAN_FAULTS = [
+    Fault("no-barrier-before-sums-are-overwritten", BLOCK_OPS, "mx::sync_threads();  // who still reads", "", "many"),
+    Fault("no-barrier-before-sums-are-read", BLOCK_OPS, "mx::sync_threads();  // the sums of the warps", "", "many"),
+    Fault("no-barrier-before-maxima-are-read", BLOCK_OPS, "mx::sync_threads();  // the warps' results", "", "many"),
+    Fault("sums-of-the-own-warp-counted-twice", BLOCK_OPS, "b.warp > 0 ? b.warp - 1 : 0", "b.warp", "many"),
+    Fault("no-barrier-before-first-tiles-are-read", PLANNER, "mx::sync_threads();  // first_tile", "", "ties"),
+    Fault(
+        "no-barrier-before-keys-are-sorted", PLANNER, "mx::sync_threads();  // the keys of the last pass", "", "many"
+    ),
+    Fault("no-barrier-before-items-are-written", PLANNER, "mx::sync_threads();  // the sorted keys", "", "many"),
+    Fault(
+        "ties-turned-around",
+        PLANNER,
+        "is_right ? cost >= key.cost : cost > key.cost",
+        "is_right ? cost > key.cost : cost >= key.cost",
+        "ties",
+    ),
+    Fault("piece-off-by-one", PLANNER, "q - tile.first_piece", "q - tile.first_piece + 1", "many"),
+    Fault("partial-rows-of-one-head", PLANNER, "heads * before[2]", "before[2]", "many"),
+    Fault(
+        "bad-slice-not-found",
+        PLANNER,
+        "kv_len > longest_kv[0] ? kv_len : longest_kv[0]",
+        "kv_len < longest_kv[0] ? kv_len : longest_kv[0]",
+        "bad",
+    ),
+    Fault("merges-past-their-room", PLANNER, "heads * counts.split_tiles > p.capacity_merges", "false", "no-room"),
+]
+"""Of the planner; cases of test_faults.py."""
+ALL_FAULTS = [*FAULTS, *PLAN_FAULTS]
+
+
 def write_sources(folder: Path) -> None:
     """A copy of csrc/cuda in folder/cuda with every fault in it, switched by emu::active_fault = its number from 1 on.
 
@@ -251,7 +285,7 @@ def write_sources(folder: Path) -> None:
     for source in (ROOT / "csrc" / "cuda").rglob("*.*h"):
         name = str(source.relative_to(ROOT / "csrc" / "cuda"))
         text = source.read_text()
-        for number, fault in enumerate(FAULTS, 1):
+        for number, fault in enumerate(ALL_FAULTS, 1):
             if fault.file == name:
                 for right, wrong in ((fault.right, fault.wrong), *fault.also):
                     text = with_choice(text, number, right, wrong)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,31 +11,16 @@ import torch
 import mixattn
 from mixattn import _C, env
 from mixattn.ops import attention as attention_module
-from mixattn.ops import attention_cuda, backends, cuda_images
+from mixattn.ops import backends, cuda_images
 from mixattn.ops.attention import attention
 from mixattn.ops.plan import cpu_hardware
 from tests.cases import AttentionCase, AttentionInputs, KvFormat, assert_attention_close, make_inputs
 from tests.cuda.attention_run import hardware, prepare
+from tests.cuda.conftest import forget
 from tests.cuda.emulation import NUM_SMS, Emulation
 from tests.cuda.test_mixed_attention import DTYPES, SUPPORTED_CASES
 
 CASE = AttentionCase("door", (1, 40, 9), (300, 90, 200), num_q_heads=6, num_workers=8)
-
-
-def forget() -> None:
-    cuda_images.forget()
-    for cached in (backends._default_backends, backends._check_requested, attention_cuda._kernel_for):
-        cached.cache_clear()
-
-
-@pytest.fixture
-def driver(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
-    """The emulated driver in the place of NVIDIA's, as MIXATTN_LIBCUDA puts it there."""
-    monkeypatch.setenv("MIXATTN_LIBCUDA", str(emulation.path))
-    emulation.configure()
-    forget()
-    yield emulation
-    forget()
 
 
 def run(case: AttentionCase, inputs: AttentionInputs, **options: object) -> torch.Tensor:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from mixattn.ops.plan import H100, cpu_hardware
 from tests.cases import CASES, SCORE_CASES, assert_attention_close, make_inputs
 from tests.cuda.attention_run import prepare
 from tests.cuda.emulation import Emulation, build_emulation
-from tests.cuda.faults import FAULTS, Fault, write_sources
+from tests.cuda.faults import ALL_FAULTS, FAULTS, PLAN_FAULTS, Fault, write_sources
 from tests.cuda.test_mixed_attention import ALL_KINDS_CASES, LONG_CHUNK_CASE
+from tests.cuda.test_plan import BAD_SLICE, NO_ROOM, SHAPES, SPLIT, STATUS_WORD, assert_equal, plan_on_device
 from tests.emu.build import BUILD
+from tests.ops.test_plan_invariants import Batch
 
 SEEDS = range(3)
 """Those of test_mixed_attention.py: what they miss here, the tests of the kernel miss."""
@@ -53,3 +59,53 @@ def test_fault_shows(number: int, faulty: Emulation) -> None:
 @pytest.mark.parametrize(("case_id", "capability"), sorted({(fault.case, fault.capability) for fault in FAULTS}))
 def test_no_fault_shows_where_none_is_on(case_id: str, capability: int, faulty: Emulation) -> None:
     assert [outcome(faulty, case_id, 0, seed, capability) for seed in SEEDS] == ["right"] * len(SEEDS)
+
+
+# ---- the planner ----------------------------------------------------------------------------------------------------
+
+
+MANY = Batch([(300, 2000), *[(1, 200 + 97 * i) for i in range(90)], (0, 9), (5, 70)], SHAPES[0], H100)
+TIES = Batch([(1, 300)] * 37, SHAPES[0], cpu_hardware(1))
+
+
+def is_planned_right(emulation: Emulation, case: str, fault: int, seed: int) -> bool:
+    """Whether the words are the host's, or the status that of a batch without a plan."""
+    image = emulation.image(seed=seed, fault=fault)
+    if case == "bad":
+        words = plan_on_device(image, SPLIT.plan(), SPLIT.cu_seqlens_q, [5, -1, 5], 64)
+        return words[STATUS_WORD] == BAD_SLICE
+    if case == "no-room":
+        host = SPLIT.plan()
+        room = host.num_items, host.num_merges - 1
+        words = plan_on_device(image, host, SPLIT.cu_seqlens_q, SPLIT.seq_lens, 64, room)
+        return words[STATUS_WORD] == NO_ROOM
+    batch = {"many": MANY, "ties": TIES}[case]
+    host = batch.plan()
+    assert_equal(plan_on_device(image, host, batch.cu_seqlens_q, batch.seq_lens, 64), host)
+    return True
+
+
+def is_right_in_a_child(check: Callable[[], bool]) -> bool:
+    """What ``check`` returns; False, too, where it raises, or dies of an index that a fault has led astray."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        try:
+            os._exit(0 if check() else 1)
+        except BaseException:  # whatever it is, the parent is told
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("fault", PLAN_FAULTS, ids=lambda fault: fault.name)
+def test_fault_of_the_planner_shows(fault: Fault, faulty: Emulation) -> None:
+    number = 1 + ALL_FAULTS.index(fault)
+    rights = [
+        is_right_in_a_child(lambda seed=seed: is_planned_right(faulty, fault.case, number, seed)) for seed in SEEDS
+    ]
+    assert not all(rights), "no schedule shows it"
+
+
+@pytest.mark.parametrize("case", ["many", "ties", "bad", "no-room"])
+def test_planner_is_right_where_no_fault_is_on(case: str, faulty: Emulation) -> None:
+    assert all(is_planned_right(faulty, case, 0, seed) for seed in SEEDS)

@@ -29,7 +29,8 @@
   X(store_widths, store_widths)           \
   X(functions, functions)                 \
   X(pack_f16, pack<mx::f16>)              \
-  X(pack_bf16, pack<mx::bf16>)
+  X(pack_bf16, pack<mx::bf16>)            \
+  X(block_size, block_size)
 
 #define PRIMITIVE_ENTRY(name, ...)                                     \
   extern "C" MX_KERNEL primitive_##name(uint32_t* in, uint32_t* out) { \

@@ -48,6 +48,7 @@ const std::map<std::string, Kernel>& kernels() {
       {"banks_8", banks<8>},
       {"banks_16", banks<16>},
       {"banks_ldmatrix", banks<32>},
+      {"block_size", block_size},
       {"divergent", divergent},
       {"deadlock", deadlock},
       {"barrier_counts", barrier_counts},

@@ -188,6 +188,11 @@ MX_KERNEL banks(const uint32_t* in, uint32_t*) {
   }
 }
 
+// Of the block. out: a word per thread.
+MX_KERNEL block_size(const uint32_t*, uint32_t* out) {
+  out[thread_idx()] = num_threads();
+}
+
 // ---- kernels that are wrong -----------------------------------------------------------------------------------------
 
 MX_KERNEL divergent(const uint32_t*, uint32_t*) {

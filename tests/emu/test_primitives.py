@@ -198,6 +198,12 @@ def test_any_tells_every_lane_of_one(primitives: ModuleType, lanes: list[int]) -
     assert (out == bool(lanes)).all()
 
 
+@pytest.mark.parametrize("threads", [32, 96])
+def test_num_threads_are_the_blocks(threads: int, primitives: ModuleType) -> None:
+    out, _, _ = run(primitives, "block_size", [0], 2 * threads, blocks=2, threads=threads)
+    assert out.tolist() == [threads] * threads + [NAN_WORD] * threads
+
+
 # ---- asynchronous copies --------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,154 @@
+"""Plans made on a GPU, from lengths that are there, without a copy to the host; ``mixattn.DevicePlan``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixattn import _C
+from mixattn.ops import cuda_images
+from mixattn.ops.backends import choose_backend
+from mixattn.ops.checks import check_index_layout, check_tensor, layout_of
+from mixattn.ops.plan import Hardware, WorkPlan, make_spec
+
+_INT32_MAX = 2**31 - 1
+_WHY_NO_PLAN = {
+    1: "cu_seqlens_q must not decrease, seq_lens must be >= 0, a slice must have at most 2^31 - 1 rows x group_size",
+    2: "the batch needs more items or merges than max_num_seqs and max_total_q leave room for",
+    3: "seq_lens: the predicted cost of the batch must be at most 2^62 fs (77 minutes of one worker)",
+}
+"""By PlanStatus of csrc/common/plan.h, which is then the header's first word."""
+
+
+class DevicePlan:
+    """The plan of one step after the other, in the same buffer, written on the GPU by one block.
+
+    Its words are those of ``mixattn.plan`` for the same lengths and room, bit by bit. ``update`` only launches: a CUDA
+    graph can capture it, and be replayed with other lengths in the same tensors. A replay with fewer slices has empty
+    ones behind them: equal cu_seqlens_q, seq_lens 0.
+
+    Args:
+        max_num_seqs, max_total_q: slices and rows of the largest step. With more than there is room for a plan has no
+            items, and its header says so; nothing is written past the buffer.
+        num_q_heads, num_kv_heads, head_dim, dtype, kv_element_bytes, causal, window_left, invariant: as for
+            ``mixattn.plan``.
+        hardware: whose workers to balance over (``H100``, ``A100``, or ``with_workers`` of them).
+        max_kv_len: keys of the longest sequence; an invariant plan has items for all of them, others need none.
+        device: where the lengths are, and the plan.
+    Attributes:
+        buffer: [num_words] int32 on the device: header, items, merges (work_item.h). Words that a plan has no items or
+            merges for hold anything.
+    Raises:
+        ValueError: naming the argument, its value and the bound.
+        NotImplementedError: the device has no CUDA kernels; ``mixattn.plan`` plans on the host.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_total_q: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: str = "bfloat16",
+        kv_element_bytes: int | None = None,
+        causal: bool = True,
+        window_left: int | None = None,
+        invariant: bool = False,
+        hardware: Hardware,
+        max_kv_len: int | None = None,
+        device: torch.device | str = "cuda",
+    ) -> None:
+        for name, value in (("max_num_seqs", max_num_seqs), ("max_total_q", max_total_q)):
+            if not 1 <= value <= _INT32_MAX:
+                raise ValueError(f"{name} must be in [1, {_INT32_MAX}], got {value}")
+        self.device = torch.device(device)
+        choose_backend(self.device.type, "cuda")
+        self._spec = make_spec(
+            num_q_heads, num_kv_heads, head_dim, dtype, kv_element_bytes, causal, window_left, invariant, hardware
+        )
+        self._hardware, self._max_num_seqs = hardware, max_num_seqs
+        items, merges = self._spec.max_items(max_total_q, max_num_seqs), self._spec.max_merges()
+        if invariant:
+            if max_kv_len is None or max_kv_len < 1:
+                raise ValueError(f"max_kv_len must be >= 1 for an invariant plan, got {max_kv_len}")
+            group_size = num_q_heads // num_kv_heads
+            merges = num_kv_heads * (max_num_seqs + max_total_q * group_size // hardware.block_rows[0])
+            items = merges * -(-max_kv_len // hardware.invariant_split_tokens)
+        self._capacity_items, self._capacity_merges = items, merges
+        num_words = _C.PLAN_HEADER_WORDS + items * _C.WORK_ITEM_WORDS + merges * _C.MERGE_WORDS
+        if num_words > _INT32_MAX:
+            raise ValueError(
+                f"max_num_seqs {max_num_seqs} and max_total_q {max_total_q} can need {items} items, too many"
+            )
+        self._scratch = torch.empty(
+            _C.cuda_plan_scratch_words(self._spec, max_num_seqs, items), dtype=torch.int64, device=self.device
+        )
+        self.buffer = torch.empty(num_words, dtype=torch.int32, device=self.device)
+        self.device = self.buffer.device
+        self._kernel = _C.cuda_plan_kernel()
+        self._image = cuda_images.image(self.device.index or 0, self._kernel["image"])
+        # Makes the kernel ready, which must not happen while a graph is captured.
+        self._image.num_blocks(
+            kernel=self._kernel["name"],
+            num_threads=self._kernel["num_threads"],
+            shared_bytes=self._kernel["shared_bytes"],
+        )
+
+    def update(self, cu_seqlens_q: Tensor, seq_lens: Tensor) -> None:
+        """Puts the planner on torch's current stream; nothing is waited for, allocated or copied to the host.
+
+        Args:
+            cu_seqlens_q: [num_seqs + 1] int32 on the device, from 0, not decreasing. Read when the stream comes to it.
+            seq_lens: [num_seqs] int32 on the device: the keys of each sequence, this step's included.
+        Raises:
+            ValueError: shape, dtype or device is out of bounds. What the tensors hold is not looked at here: a batch
+                that has no plan gets one without items, for which ``read`` gives the reason.
+        """
+        buffer = layout_of(self.buffer)
+        for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("seq_lens", seq_lens)):
+            check_tensor(name, tensor)
+            if tensor.dim() != 1:
+                raise ValueError(f"{name} must have 1 dimension, got shape {list(tensor.shape)}")
+            check_index_layout(name, layout_of(tensor), torch.int32, "the plan", buffer)
+        num_seqs = seq_lens.shape[0]
+        if num_seqs > self._max_num_seqs:
+            raise ValueError(f"seq_lens must have at most max_num_seqs = {self._max_num_seqs} elements, got {num_seqs}")
+        if cu_seqlens_q.shape[0] != num_seqs + 1:
+            raise ValueError(
+                f"cu_seqlens_q must be [num_seqs + 1] = [{num_seqs + 1}] as seq_lens is [{num_seqs}], got "
+                f"[{cu_seqlens_q.shape[0]}]"
+            )
+        _C.cuda_plan(
+            spec=self._spec,
+            image=self._image,
+            cu_seqlens_q=cu_seqlens_q.data_ptr(),
+            seq_lens=seq_lens.data_ptr(),
+            num_seqs=num_seqs,
+            out=self.buffer.data_ptr(),
+            scratch=self._scratch.data_ptr(),
+            capacity_items=self._capacity_items,
+            capacity_merges=self._capacity_merges,
+            num_threads=self._kernel["num_threads"],
+            stream=torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0,
+        )
+
+    def read(self) -> WorkPlan:
+        """The plan as of the last ``update``, on the host; waits for the device.
+
+        Raises:
+            ValueError: the lengths had no plan; the message says why.
+        """
+        words = self.buffer.cpu().numpy().copy()
+        if words[0] in _WHY_NO_PLAN:
+            raise ValueError(_WHY_NO_PLAN[int(words[0])])
+        return WorkPlan(
+            buffer=words,
+            num_items=int(words[1]),
+            num_merges=int(words[2]),
+            num_partial_rows=int(words[3]),
+            hardware=self._hardware,
+            spec=self._spec,
+            capacity_items=self._capacity_items,
+        )
