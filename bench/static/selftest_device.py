@@ -1,10 +1,11 @@
-"""The primitives of csrc/cuda/prim.cuh on a GPU, against their emulation on random data.
+"""The primitives of csrc/cuda/prim.cuh and prim_sm90.cuh on a GPU, against their emulation on random data.
 
     python -m bench.static.selftest_device               on the first GPU
     python -m bench.static.selftest_device --device 1
 
-The kernels are those of tests/emu/primitives.cuh, compiled by nvcc and launched by mixattn's own loader. The tests run
-them by the emulation only; here both sides of a primitive, its PTX and its emulation, must say the same. Takes seconds.
+The kernels are those of tests/emu/primitives.cuh and, on sm_90, primitives_sm90.cuh, compiled by nvcc and launched by
+mixattn's own loader. The tests run them by the emulation only; here both sides of a primitive, its PTX and its emulation,
+must say the same. Takes seconds.
 
 Exit status: 0 all agree, 1 some do not, 77 nothing to test with (no driver, no GPU of sm_80 or later, no nvcc).
 """
@@ -30,7 +31,6 @@ from tools.nvcc import find_nvcc
 
 SKIPPED = 77
 """As automake's tests exit when they cannot run."""
-SHARED_BYTES = 4096
 FOLDER = ROOT / "tests" / "emu"
 Words = npt.NDArray[np.uint32]
 
@@ -42,6 +42,7 @@ class Primitive:
     Args:
         make_input: random words that mean something to it.
         num_out: words that it writes.
+        shared_bytes: of a block.
         tolerance: relative to max(1, |value|), of words that are float32; None: every bit must agree.
     """
 
@@ -50,6 +51,7 @@ class Primitive:
     num_out: int
     num_blocks: int = 1
     num_threads: int = 32
+    shared_bytes: int = 4096
     tolerance: float | None = None
 
 
@@ -119,6 +121,48 @@ PRIMITIVES = [
 ]
 
 
+MATRIX_BYTES = 48 << 10
+
+
+def halves(dtype: torch.dtype, num_words: int) -> Callable[[np.random.Generator], Words]:
+    """A maker of words of two standard normal elements each."""
+
+    def make(rng: np.random.Generator) -> Words:
+        elements = torch.from_numpy(rng.standard_normal(2 * num_words)).to(dtype).view(torch.int16).numpy()
+        return np.ascontiguousarray(elements).view(np.uint32)
+
+    return make
+
+
+def product(name: str, num_columns: int, num_words: int) -> Primitive:
+    """A product of a warpgroup of this element, from matrices as they lie in shared memory, fragments before them."""
+    dtype = torch.bfloat16 if name.endswith("bf16") else torch.float16
+    return Primitive(
+        name,
+        halves(dtype, num_words),
+        64 * num_columns,
+        num_threads=128,
+        shared_bytes=MATRIX_BYTES,
+        tolerance=MMA_TOLERANCE,
+    )
+
+
+SM90_PRIMITIVES = [
+    product("wgmma_64_f16", 64, (64 + 64) * 32),
+    product("wgmma_128_bf16", 128, (64 + 128) * 32),
+    product("wgmma_registers_96_f16", 96, 128 * 4 + 2 * 128 * 32),
+    product("wgmma_registers_128_bf16", 128, 128 * 4 + 2 * 128 * 32),
+    Primitive("mbarrier", words(64), 64, num_threads=64),
+]
+"""Those that Hopper adds: on a GPU of compute capability 9.0."""
+HOPPER = (9, 0)
+
+
+def primitives_of(capability: tuple[int, int]) -> list[Primitive]:
+    """Those that a GPU of this capability has."""
+    return PRIMITIVES + (SM90_PRIMITIVES if capability == HOPPER else [])
+
+
 def difference(primitive: Primitive, device: Words, emulated: Words) -> str | None:
     """Where and how the device's words differ from the emulation's; None where they agree."""
     if primitive.tolerance is None:
@@ -146,7 +190,7 @@ def run_on_device(image: _C.CudaImage, device: torch.device, primitive: Primitiv
         kernel=f"primitive_{primitive.name}",
         num_blocks=primitive.num_blocks,
         num_threads=primitive.num_threads,
-        shared_bytes=SHARED_BYTES,
+        shared_bytes=primitive.shared_bytes,
         pointers=[on_device.data_ptr(), out.data_ptr()],
         stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
     )
@@ -158,7 +202,9 @@ def run_emulated(primitive: Primitive, inputs: Words, seed: int) -> Words:
     out = np.full(primitive.num_out, 2**32 - 1, np.uint32)
     module = build("emulated_primitives", [FOLDER / "primitives.cpp"], [FOLDER])
     copy = aligned(inputs)
-    module.run(primitive.name, copy, out, primitive.num_blocks, primitive.num_threads, seed)
+    module.run(
+        primitive.name, copy, out, primitive.num_blocks, primitive.num_threads, seed, primitive.shared_bytes
+    )  # fmt: skip
     return out
 
 
@@ -177,13 +223,12 @@ def compile_primitives(nvcc: Path, capability: tuple[int, int]) -> bytes:
     Raises:
         RuntimeError: nvcc does not compile them; the message is its own.
     """
+    source = "primitives_sm90.cu" if capability == HOPPER else "primitives.cu"
     architecture = f"sm_{capability[0]}{capability[1]}" + "a" * (capability >= (9, 0))
     with tempfile.TemporaryDirectory() as folder:
         fatbin = Path(folder) / "primitives.fatbin"
         command = [nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-fatbin", f"-I{ROOT / 'csrc'}", f"-I{FOLDER}"]
-        result = subprocess.run(
-            [*command, "-o", fatbin, FOLDER / "primitives.cu"], capture_output=True, text=True, check=False
-        )
+        result = subprocess.run([*command, "-o", fatbin, FOLDER / source], capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise RuntimeError(result.stderr)
         return fatbin.read_bytes()
@@ -224,7 +269,8 @@ def main() -> int:
     image, device = loaded
     print(f"{cuda_images.devices()[options.device]['name']}: {options.rounds} random inputs of each primitive")
     num_wrong = 0
-    for primitive in PRIMITIVES:
+    primitives = primitives_of(cuda_images.devices()[options.device]["capability"])
+    for primitive in primitives:
         rng = np.random.default_rng(0)
         found = None
         for seed in range(options.rounds):
@@ -233,7 +279,7 @@ def main() -> int:
             found = found or difference(primitive, on_device, run_emulated(primitive, inputs, seed))
         num_wrong += found is not None
         print(f"  {primitive.name:24} {found or 'agrees'}")
-    print("all agree" if num_wrong == 0 else f"{num_wrong} of {len(PRIMITIVES)} differ")
+    print("all agree" if num_wrong == 0 else f"{num_wrong} of {len(primitives)} differ")
     return 1 if num_wrong else 0
 
 

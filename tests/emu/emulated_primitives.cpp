@@ -1,7 +1,7 @@
 // emulated_primitives.cpp: the same entry points for the emulated driver of tests/cuda.
 
 #include "../cuda/emulated_driver.h"
-#include "primitive_entries.h"
+#include "primitive_entries_sm90.h"
 
 namespace {
 
@@ -14,6 +14,6 @@ bool add(const char* name, void (*kernel)(uint32_t*, uint32_t*)) {
 }
 
 #define ADD(name, ...) add("primitive_" #name, primitive_##name),
-[[maybe_unused]] const bool kAdded[] = {PRIMITIVE_ENTRIES(ADD)};
+[[maybe_unused]] const bool kAdded[] = {PRIMITIVE_ENTRIES(ADD) PRIMITIVE_ENTRIES_SM90(ADD)};
 
 }  // namespace

@@ -1,0 +1,21 @@
+// primitive_entries_sm90.h: entry points of the kernels in primitives_sm90.cuh that are right, as primitive_entries.h.
+#pragma once
+
+#include "cuda/prim_sm90.cuh"
+#include "primitive_entries.h"
+
+#pragma push_macro("MX_KERNEL")
+#undef MX_KERNEL
+#define MX_KERNEL MX_DEVICE void
+#include "primitives_sm90.cuh"
+#pragma pop_macro("MX_KERNEL")
+
+// X(name, kernel)
+#define PRIMITIVE_ENTRIES_SM90(X)                                     \
+  X(wgmma_64_f16, wgmma_product<64, 0, true, mx::f16>)                \
+  X(wgmma_128_bf16, wgmma_product<128, 3, false, mx::bf16>)           \
+  X(wgmma_registers_96_f16, wgmma_from_registers<96, 1, mx::f16>)     \
+  X(wgmma_registers_128_bf16, wgmma_from_registers<128, 7, mx::bf16>) \
+  X(mbarrier, mbarrier<true>)
+
+PRIMITIVE_ENTRIES_SM90(PRIMITIVE_ENTRY)
