@@ -107,6 +107,7 @@ void load_global(const void* address, void* value, uint32_t num_bytes, Site site
 int32_t atomic_add(int32_t* address, int32_t value, Site site);
 void fence_gpu();
 
+float float16_value(uint16_t bits);
 uint16_t float16_bits(float value);
 uint16_t bfloat16_bits(float value);
 float flush_subnormal(float value);

@@ -73,7 +73,7 @@ struct Barrier {
 struct PendingStore {
   char* address;
   uint32_t num_bytes;
-  char value[8];
+  char value[16];
   const Thread* owner;
   bool is_past_barrier;
 };
