@@ -8,7 +8,8 @@
 # Memory  reads and writes each element once; no shared memory; cos and sin of a token once per block of heads
 # Limits  any head_dim, page_size and strides, the last dimension contiguous; bf16, fp16, fp32, and caches of int8,
 #         float8 and int4, too
-# Twins   csrc/cpu/kv_cache.cpp; truth ops/reference.py (append_kv_reference, rope_reference, quantize_reference)
+# Twins   csrc/cpu/kv_cache-inl.h, csrc/cuda/append_kv.cuh
+#         truth ops/reference.py (append_kv_reference, rope_reference, quantize_reference)
 # Source  arXiv:2104.09864, equation 34
 """Storing keys and values in their pages with RoPE on the way; ``append_kv`` on GPUs."""
 

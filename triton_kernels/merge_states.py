@@ -5,7 +5,7 @@
 # Shapes  outs [num_states, total_q, num_heads, head_dim] bf16, fp16 or fp32, lses [num_states, total_q, num_heads] fp32
 # Memory  reads every state once, skipping the empty ones, and writes the result once; no shared memory
 # Limits  any head_dim and strides, the last dimension contiguous
-# Twins   csrc/cpu (merge_states); truth ops/reference.py (merge_states_reference)
+# Twins   csrc/cpu/merge-inl.h, csrc/cuda/merge_states.cuh; truth ops/reference.py (merge_states_reference)
 # Source  merge of online-softmax states, arXiv:1805.02867
 """Merging attention over disjoint key sets; ``merge_states`` on GPUs."""
 

@@ -4,8 +4,8 @@
     python -m bench.static.selftest_device --device 1
 
 The kernels are those of tests/emu/primitives.cuh and, on sm_90, primitives_sm90.cuh, compiled by nvcc and launched by
-mixattn's own loader. The tests run them by the emulation only; here both sides of a primitive, its PTX and its emulation,
-must say the same. Takes seconds.
+mixattn's own loader. The tests run them by the emulation only; here both sides of a primitive, its PTX and its
+emulation, must say the same. Takes seconds.
 
 Exit status: 0 all agree, 1 some do not, 77 nothing to test with (no driver, no GPU of sm_80 or later, no nvcc).
 """
@@ -95,6 +95,12 @@ def arguments(rng: np.random.Generator) -> Words:
     return x.view(np.uint32)
 
 
+def pack_pairs(rng: np.random.Generator, dtype: torch.dtype) -> Words:
+    """[lane], two standard normal elements of this dtype each: no NaN, whose bits the ISA leaves open."""
+    halves = torch.from_numpy(rng.standard_normal(64)).to(dtype).view(torch.int16).numpy()
+    return np.ascontiguousarray(halves).view(np.uint32)
+
+
 MMA_TOLERANCE = 2.0**-14
 """16 products of standard normal factors, added in an order and with a rounding that the ISA leaves open."""
 FUNCTION_TOLERANCE = 2.0**-21
@@ -118,6 +124,10 @@ PRIMITIVES = [
     Primitive("pack_f16", floats(64), 32),
     Primitive("pack_bf16", floats(64), 32),
     Primitive("block_size", words(1), 96, num_threads=96),
+    Primitive("move_vectors", words(32, 4), 256),
+    Primitive("unpack_f16", lambda rng: pack_pairs(rng, torch.float16), 64),
+    Primitive("unpack_bf16", lambda rng: pack_pairs(rng, torch.bfloat16), 64),
+    Primitive("rounded", floats(32, 4), 96),
 ]
 
 

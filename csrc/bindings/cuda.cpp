@@ -6,10 +6,14 @@
 #include <string>
 #include <vector>
 
+#include "bindings/append_kv_call.h"
 #include "bindings/attention_call.h"
+#include "bindings/merge_states_call.h"
 #include "common/checks.h"
+#include "cuda/append_kv.cuh"
 #include "cuda/image.h"
 #include "cuda/instances.h"
+#include "cuda/merge_states.cuh"
 #include "cuda/plan.cuh"
 
 namespace py = pybind11;
@@ -111,6 +115,27 @@ void cuda_plan(const PlanSpec& spec, Image& image, uintptr_t cu_seqlens_q, uintp
   launch(image, prepared, stream, arguments);
 }
 
+// One launch over num_rows rows of head_dim, each of some lanes.
+template <class Params>
+void launch_rows(Params p, const Kernel& kernel, int64_t num_rows, Image& image, uintptr_t stream) {
+  const int64_t rows_per_block = kernel.num_threads / mixattn::cuda::lanes_per_row(p.head_dim);
+  const int64_t num_blocks = (num_rows + rows_per_block - 1) / rows_per_block;
+  mixattn::check_range("blocks of this call", num_blocks, 1, INT32_MAX);
+  Launch prepared = image.prepare(kernel.name, kernel.num_threads, kernel.shared_bytes);
+  prepared.num_blocks = static_cast<int>(num_blocks);
+  void* arguments[] = {&p};
+  launch(image, prepared, stream, arguments);
+}
+
+void cuda_append_kv(const mixattn::AppendKvParams& p, Image& image, uintptr_t stream) {
+  launch_rows(p, mixattn::cuda::append_kv_kernel(p), p.num_tokens * (2 * p.num_kv_heads + p.num_q_heads), image,
+              stream);
+}
+
+void cuda_merge_states(const mixattn::MergeStatesParams& p, Image& image, uintptr_t stream) {
+  launch_rows(p, mixattn::cuda::merge_states_kernel(p), p.num_tokens * p.num_heads, image, stream);
+}
+
 // A kernel of pointers, with a grid of its own: for bench/static/selftest_device.py.
 void launch_pointers(Image& image, const std::string& kernel, int num_blocks, int num_threads, int shared_bytes,
                      std::vector<uintptr_t> pointers, uintptr_t stream) {
@@ -161,6 +186,22 @@ void bind_cuda(py::module_& m) {
         "Puts the planner on a stream, to write the plan of a batch to out, on the device. Why a batch has no plan is "
         "in\n"
         "the header.");
+  mixattn::def_append_kv<>(
+      m, "cuda_append_kv_kernel",
+      [](const mixattn::AppendKvParams& p) { return describe(mixattn::cuda::append_kv_kernel(p)); },
+      "The kernel of a call. NotImplementedError names the nearest call that has one. What addresses hold is not "
+      "read.");
+  mixattn::def_append_kv<Image&, uintptr_t>(m, "cuda_append_kv", &cuda_append_kv, arg("image"), arg("stream"),
+                                            "Stores rows of K (rotated) and V in their slots and rotates q, put on a "
+                                            "stream. Slots and positions are not looked at.");
+  mixattn::def_merge_states<>(
+      m, "cuda_merge_states_kernel",
+      [](const mixattn::MergeStatesParams& p) { return describe(mixattn::cuda::merge_states_kernel(p)); },
+      "The kernel of a call. NotImplementedError names the nearest call that has one. What addresses hold is not "
+      "read.");
+  mixattn::def_merge_states<Image&, uintptr_t>(
+      m, "cuda_merge_states", &cuda_merge_states, arg("image"), arg("stream"),
+      "Attention over a union of disjoint key sets, from the result over each, put on a stream.");
   mixattn::def_attention<std::pair<int, int>>(
       m, "cuda_instance", &cuda_instance, arg("capability"),
       "The kernel of a call. NotImplementedError names the nearest call that has one. Addresses are not read.");

@@ -294,9 +294,8 @@ MIXATTN_HD inline SplitRule split_rule(const PlanSpec& spec, int64_t cost, int64
 MIXATTN_HD inline int32_t tile_splits(const PlanSpec& spec, const SplitRule& rule, const RowTile& tile,
                                       const Granules& granules, int64_t fs) {
   const int64_t most = clamp(granules.count, 1, rule.is_fixed ? INT32_MAX : spec.max_splits);
-  if (rule.is_fixed) return static_cast<int32_t>(most);
   const int64_t target = tile.kind == kTileSmall ? rule.small_target : rule.large_target;
-  return static_cast<int32_t>(num_splits(spec, tile.kind, fs, target, most));
+  return static_cast<int32_t>(rule.is_fixed ? most : num_splits(spec, tile.kind, fs, target, most));
 }
 
 // Piece i of a tile, as of kv head 0. merge_idx and partial_row: where the tile's begin, if it is split.
@@ -439,8 +438,8 @@ MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlen
     for (int32_t t = 0; t < tiles; ++t) {
       const RowTile tile = row_tile(spec, q_len, seq_lens[s], t);
       const Granules granules = granules_of(tile, rule.granule);
-      const int64_t fs = is_fixed ? 0 : tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share);
-      const int32_t splits = tile_splits(spec, rule, tile, granules, fs);
+      const int32_t splits =
+          tile_splits(spec, rule, tile, granules, tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share));
       const bool is_split = splits > 1;
       if (num_pieces + splits > capacity_pieces) return kPlanNoRoom;
       if (is_split && num_merges + heads > capacity_merges) return kPlanNoRoom;

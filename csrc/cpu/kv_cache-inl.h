@@ -11,8 +11,8 @@
 // Shapes  as AppendKvParams
 // Memory  reads and writes (num_q_heads + 2 num_kv_heads) head_dim elements per row, writes 2 num_kv_heads scales
 // Limits  head_dim a multiple of 8, at most 256; rotary_dim even, at most head_dim
-// Twins   truth ops/reference.py append_kv_reference, quantize_reference
-// Source  arXiv:2104.09864, equation 34
+// Twins   cuda/append_kv.cuh, triton_kernels/kv_cache.py; truth ops/reference.py append_kv_reference,
+// quantize_reference Source  arXiv:2104.09864, equation 34
 #pragma once
 
 #include <string.h>

@@ -4,7 +4,8 @@
 // Method  states in ascending order, float32, relative to the largest lse_i; a state with lse_i -inf is not read
 // Shapes  merge_splits: partial_out [rows, head_dim] float32 to out's dtype; merge_states: as MergeStatesParams
 // Memory  reads every state once, writes once
-// Twins   triton_kernels/mixed_attention.py; truth ops/reference.py merge_states_reference
+// Twins   triton_kernels/mixed_attention.py and merge_states.py, cuda/merge_states.cuh; truth ops/reference.py
+//         merge_states_reference
 // Source  merge of online-softmax states, arXiv:1805.02867
 #pragma once
 

@@ -52,6 +52,23 @@
 #define MIXATTN_SCORES_capped kCapped
 #define MIXATTN_SCORES_any kAny
 
+// X(element, stored, kStored): element of k, v and q; what K and V are stored as, in words and as KvDType.
+#define MIXATTN_APPEND_KV_INSTANCES_OF(X, element) \
+  X(element, int8, kInt8)                          \
+  X(element, e4m3, kFloat8E4M3)                    \
+  X(element, e5m2, kFloat8E5M2)                    \
+  X(element, int4, kInt4)
+#define MIXATTN_APPEND_KV_INSTANCES(X)    \
+  X(bf16, bf16, kBFloat16)                \
+  X(f16, f16, kFloat16)                   \
+  MIXATTN_APPEND_KV_INSTANCES_OF(X, bf16) \
+  MIXATTN_APPEND_KV_INSTANCES_OF(X, f16)
+#define MIXATTN_APPEND_KV_NAME(element, stored) mixattn_sm80_append_kv_##element##_##stored
+
+// X(element): of outs and out.
+#define MIXATTN_MERGE_STATES_INSTANCES(X) X(bf16) X(f16)
+#define MIXATTN_MERGE_STATES_NAME(element) mixattn_sm80_merge_states_##element
+
 namespace mixattn {
 namespace cuda {
 
@@ -87,6 +104,11 @@ struct Kernel {
 };
 
 const Kernel& plan_kernel();
+
+// The kernel of append_kv for a call. Throws std::domain_error, naming the nearest call that has one, when there is
+// none. What addresses hold is not read.
+const Kernel& append_kv_kernel(const AppendKvParams& p);
+const Kernel& merge_states_kernel(const MergeStatesParams& p);  // the same of merge_states
 
 // All of them.
 std::vector<Kernel> other_kernels();

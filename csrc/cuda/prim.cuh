@@ -54,6 +54,11 @@ struct float2 {
   float x, y;
 };
 
+// 16 bytes: what one thread moves at most.
+struct Words4 {
+  uint32_t word[4];
+};
+
 #ifdef __CUDACC__
 
 // ---- threads, barriers ----------------------------------------------------------------------------------------------
@@ -204,6 +209,23 @@ MX_DEVICE void st_global_v2(float* address, float2 value) {
   asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(value.x), "f"(value.y) : "memory");
 }
 
+MX_DEVICE Words4 ld_global_v4(const void* address) {
+  Words4 value;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])
+               : "l"(address)
+               : "memory");
+  return value;
+}
+MX_DEVICE void st_global_v4(void* address, const Words4& value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.word[0]), "r"(value.word[1]),
+               "r"(value.word[2]), "r"(value.word[3])
+               : "memory");
+}
+MX_DEVICE void st_global_v2(void* address, uint32_t first, uint32_t second) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(first), "r"(second) : "memory");
+}
+
 // What was at address before; the addition is atomic on the device and orders nothing.
 MX_DEVICE int32_t atomic_add_relaxed(int32_t* address, int32_t value) {
   int32_t before;
@@ -254,6 +276,41 @@ MX_DEVICE uint32_t pack2(float low, float high, bf16) {
   uint32_t r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
+}
+
+MX_DEVICE uint32_t bits_of(float value) {
+  return __float_as_uint(value);
+}
+MX_DEVICE float float_of(uint32_t bits) {
+  return __uint_as_float(bits);
+}
+// The lower and the upper half.
+MX_DEVICE float2 unpack2(uint32_t pair, f16) {
+  float2 value;
+  asm("{.reg .b16 low, high;\n mov.b32 {low, high}, %2;\n cvt.f32.f16 %0, low;\n cvt.f32.f16 %1, high;}"
+      : "=f"(value.x), "=f"(value.y)
+      : "r"(pair));
+  return value;
+}
+MX_DEVICE float2 unpack2(uint32_t pair, bf16) {
+  return {float_of(pair << 16), float_of(pair & 0xffff0000u)};
+}
+
+// Each rounded to nearest even by itself: products and sums are not fused, so that the bits are those of the host.
+MX_DEVICE float mul_rn(float a, float b) {
+  return __fmul_rn(a, b);
+}
+MX_DEVICE float add_rn(float a, float b) {
+  return __fadd_rn(a, b);
+}
+MX_DEVICE float div_rn(float a, float b) {
+  return __fdiv_rn(a, b);
+}
+// Of |x| < 2^31, to nearest even.
+MX_DEVICE int32_t round_to_int(float x) {
+  int32_t y;
+  asm("cvt.rni.s32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
 }
 
 #else  // the same names, emulated
@@ -375,6 +432,42 @@ MX_DEVICE uint32_t pack2(float low, float high, bf16) {
 
 MX_DEVICE int num_threads() {
   return emu::num_threads();
+}
+MX_DEVICE Words4 ld_global_v4(const void* address MX_SITE) {
+  Words4 value;
+  emu::load_global(address, &value, sizeof value, site);
+  return value;
+}
+MX_DEVICE void st_global_v4(void* address, const Words4& value MX_SITE) {
+  emu::store_global(address, &value, sizeof value, site);
+}
+MX_DEVICE void st_global_v2(void* address, uint32_t first, uint32_t second MX_SITE) {
+  const uint32_t value[2] = {first, second};
+  emu::store_global(address, value, sizeof value, site);
+}
+MX_DEVICE uint32_t bits_of(float value) {
+  return static_cast<uint32_t>(emu::to_bits(value));
+}
+MX_DEVICE float float_of(uint32_t bits) {
+  return emu::from_bits<float>(bits);
+}
+MX_DEVICE float2 unpack2(uint32_t pair, f16) {
+  return {emu::float16_value(static_cast<uint16_t>(pair)), emu::float16_value(static_cast<uint16_t>(pair >> 16))};
+}
+MX_DEVICE float2 unpack2(uint32_t pair, bf16) {
+  return {float_of(pair << 16), float_of(pair & 0xffff0000u)};
+}
+MX_DEVICE float mul_rn(float a, float b) {
+  return a * b;
+}
+MX_DEVICE float add_rn(float a, float b) {
+  return a + b;
+}
+MX_DEVICE float div_rn(float a, float b) {
+  return a / b;
+}
+MX_DEVICE int32_t round_to_int(float x) {
+  return static_cast<int32_t>(rintf(x));
 }
 
 #endif

@@ -125,6 +125,7 @@ struct LeftOperand {
 };
 void wgmma(float* d, int num_column_tiles, LeftOperand a, uint64_t b, bool adds, Element element, Site site);
 
+float float16_value(uint16_t bits);
 uint16_t float16_bits(float value);
 uint16_t bfloat16_bits(float value);
 float flush_subnormal(float value);

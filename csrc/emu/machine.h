@@ -113,7 +113,7 @@ struct MemoryBarrier {
 struct PendingStore {
   char* address;
   uint32_t num_bytes;
-  char value[8];
+  char value[16];
   const Thread* owner;
   uint32_t seen_by;  // warps that a barrier has shown it to, by bit
 };

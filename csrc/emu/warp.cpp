@@ -5,10 +5,6 @@
 namespace emu {
 namespace {
 
-float float16_value(uint16_t bits) {
-  return float(from_bits<_Float16>(bits));
-}
-
 float bfloat16_value(uint16_t bits) {
   return from_bits<float>(uint64_t{bits} << 16);
 }
@@ -142,6 +138,10 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     }
     ++machine.stats.num_mmas;
   });
+}
+
+float float16_value(uint16_t bits) {
+  return float(from_bits<_Float16>(bits));
 }
 
 uint16_t float16_bits(float value) {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixattn import _C, env
+from mixattn.ops import kv_cache_cuda
 from mixattn.ops.backends import choose_backend
 from mixattn.ops.checks import (
     Dims,
@@ -33,7 +34,6 @@ from mixattn.ops.kv_dtypes import (
     Scale,
     ScaleLayout,
     check_caches,
-    check_kv_dtype_backend,
     check_scales,
     kv_dtype_name,
     kv_format,
@@ -43,7 +43,7 @@ from mixattn.ops.kv_dtypes import (
 from mixattn.ops.library import DTYPE_NAMES, is_plain, register_op
 from mixattn.ops.reference import append_kv_reference
 
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "triton", "cuda", "reference")
 """The backends that have ``append_kv``."""
 
 
@@ -276,10 +276,9 @@ def _append_kv(*arguments: Any) -> None:
     call = _Call(*arguments)
     sizes = _native_sizes(_layout(call))
     check_no_grad(call.k, call.v, call.k_cache, call.v_cache, call.q)
-    backend = choose_backend(call.k.device.type, call.backend, _why_not)
-    if (reason := _why_not(backend)) is not None:
+    backend = choose_backend(call.k.device.type, call.backend, lambda name: _why_not(name, call, sizes))
+    if (reason := _why_not(backend, call, sizes)) is not None:
         raise NotImplementedError(reason)
-    check_kv_dtype_backend(call.k_cache.dtype, "k", call.k.dtype, backend)
     if sizes["num_tokens"] == 0:
         return
     if backend == "cpu":
@@ -291,6 +290,9 @@ def _append_kv(*arguments: Any) -> None:
         )
         if call.positions is not None:
             check_indices("positions", call.positions, "max_positions", sizes["max_positions"])
+    if backend == "cuda":
+        kv_cache_cuda.run(_tensors(call), sizes, call.interleaved)
+        return
     inputs = (call.k, call.v, call.k_cache, call.v_cache, call.slot_mapping)
     options: dict[str, Any] = {
         "q": call.q,
@@ -310,11 +312,21 @@ def _append_kv(*arguments: Any) -> None:
         call.q_out.copy_(rotated)
 
 
-def _why_not(backend: str) -> str | None:
-    """The reason why this backend cannot append; None if it can."""
-    if backend in BACKENDS:
-        return None
-    return f"append_kv has no {backend!r} kernel; backends that have it: {', '.join(BACKENDS)}"
+def _why_not(backend: str, call: _Call, sizes: Mapping[str, Any]) -> str | None:
+    """The reason why this backend does not take the call; None if it does."""
+    if backend not in BACKENDS:
+        return f"append_kv has no {backend!r} kernel; backends that have it: {', '.join(BACKENDS)}"
+    if backend == "cuda":
+        try:
+            kv_cache_cuda.kernel_for(_tensors(call), sizes, call.interleaved)
+        except NotImplementedError as error:
+            return str(error)
+    return None
+
+
+def _tensors(call: _Call) -> dict[str, Tensor | None]:
+    """The call's tensors, by name."""
+    return {name: value for name, value in call._asdict().items() if value is None or isinstance(value, Tensor)}
 
 
 def _append_kv_cpu(call: _Call, sizes: Mapping[str, Any]) -> None:

@@ -58,5 +58,5 @@ class Emulation:
 
 def build_emulation(name: str = "emulated_driver", includes: Sequence[Path] = ()) -> Emulation:
     """The library, with the kernels of csrc/cuda or those that ``includes`` have in their place."""
-    sources = [FOLDER / f"emulated_{part}.cpp" for part in ("driver", "attention", "plan")]
+    sources = [FOLDER / f"emulated_{part}.cpp" for part in ("driver", "attention", "plan", "append_kv", "merge_states")]
     return Emulation(build_library(name, sources, [*includes, FOLDER]))

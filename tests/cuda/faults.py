@@ -274,7 +274,35 @@ PLAN_FAULTS = [
     Fault("merges-past-their-room", PLANNER, "heads * counts.split_tiles > p.capacity_merges", "false", "no-room"),
 ]
 """Of the planner; cases of test_faults.py."""
-ALL_FAULTS = [*FAULTS, *PLAN_FAULTS]
+APPEND = "append_kv.cuh"
+APPEND_FAULTS = [
+    Fault("row-written-while-it-is-read", APPEND, "mx::sync_warp();  // q_out may be q", "", "in-place"),
+    Fault("sine-of-the-second-of-a-pair-negative", APPEND, "d < half ? -turned : turned", "-turned", "neox"),
+    Fault("sine-of-the-pair-off-by-one", APPEND, "half + (dim + i) / 2", "half + (dim + i) / 2 + 1", "interleaved"),
+    Fault("partner-of-the-wrong-half", APPEND, "dim < half ? dim + half : dim - half", "dim", "neox"),
+    Fault("page-and-offset-swapped", APPEND, "slot % p.page_size", "slot / p.page_size", "neox"),
+    Fault(
+        "head-of-v-counted-from-k",
+        APPEND,
+        "is_q ? head - 2 * num_kv_heads : is_v ? head - num_kv_heads : head",
+        "is_q ? head - 2 * num_kv_heads : head",
+        "neox",
+    ),
+    Fault("largest-of-half-a-row", APPEND, "mask /= 2", "mask /= 4", "token"),
+    Fault("nan-is-no-code", APPEND, "magnitude > 0x7f800000u", "false", "token"),
+    Fault("ties-rounded-up", APPEND, "(1u << (kDropped - 1)) - 1", "(1u << (kDropped - 1))", "unit"),
+]
+"""Of append_kv; cases of test_faults.py."""
+MERGE = "merge_states.cuh"
+MERGE_FAULTS = [
+    Fault("empty-state-read", MERGE, "lse == -INFINITY", "false", "empty"),
+    Fault("weights-not-relative-to-the-largest", MERGE, "lse - largest", "lse", "far"),
+    Fault("lse-in-base-2", MERGE, "mx::lg2(total) * kLnOf2", "mx::lg2(total)", "empty"),
+    Fault("sum-not-divided", MERGE, "1.0f / total", "1.0f", "empty"),
+    Fault("token-and-head-swapped", MERGE, "row % p.num_heads", "row / p.num_heads % p.num_heads", "empty"),
+]
+"""Of merge_states; cases of test_faults.py."""
+ALL_FAULTS = [*FAULTS, *PLAN_FAULTS, *APPEND_FAULTS, *MERGE_FAULTS]
 
 
 def write_sources(folder: Path) -> None:

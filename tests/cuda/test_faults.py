@@ -5,20 +5,28 @@ from __future__ import annotations
 import faulthandler
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+import mixattn
 from mixattn.ops.plan import H100, cpu_hardware
 from tests.cases import CASES, SCORE_CASES, assert_attention_close, make_inputs
 from tests.cuda.attention_run import prepare
+from tests.cuda.conftest import forget
 from tests.cuda.emulation import Emulation, build_emulation
-from tests.cuda.faults import ALL_FAULTS, FAULTS, PLAN_FAULTS, Fault, write_sources
+from tests.cuda.faults import ALL_FAULTS, APPEND_FAULTS, FAULTS, MERGE_FAULTS, PLAN_FAULTS, Fault, write_sources
+from tests.cuda.test_append_kv import append_both, assert_same
+from tests.cuda.test_merge_states import assert_close as assert_states_close
+from tests.cuda.test_merge_states import make_states
 from tests.cuda.test_mixed_attention import ALL_KINDS_CASES, LONG_CHUNK_CASE
 from tests.cuda.test_plan import BAD_SLICE, NO_ROOM, SHAPES, SPLIT, STATUS_WORD, assert_equal, plan_on_device
 from tests.emu.build import BUILD
+from tests.ops.test_append_kv import clone
+from tests.ops.test_append_kv import make_inputs as make_append_inputs
 from tests.ops.test_plan_invariants import Batch
+from tests.ops.test_quantized_kv import make_rows
 
 SEEDS = range(3)
 """Those of test_mixed_attention.py: what they miss here, the tests of the kernel miss."""
@@ -109,3 +117,73 @@ def test_fault_of_the_planner_shows(fault: Fault, faulty: Emulation) -> None:
 @pytest.mark.parametrize("case", ["many", "ties", "bad", "no-room"])
 def test_planner_is_right_where_no_fault_is_on(case: str, faulty: Emulation) -> None:
     assert all(is_planned_right(faulty, case, 0, seed) for seed in SEEDS)
+
+
+# ---- append_kv and merge_states -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def faulty_driver(faulty: Emulation, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
+    """The library with the faults in the place of NVIDIA's driver."""
+    monkeypatch.setenv("MIXATTN_LIBCUDA", str(faulty.path))
+    faulty.configure()
+    forget()
+    yield faulty
+    forget()
+
+
+def is_appended_right(case: str) -> bool:
+    """Whether append_kv leaves the bits of the reference."""
+    inputs = make_append_inputs(torch.bfloat16, head_dim=128)
+    if case == "in-place":
+        expected = mixattn.append_kv(**clone(inputs), backend="cpu")
+        names = ("k", "v", "k_cache", "v_cache", "slot_mapping", "q", "positions", "rope_cos_sin")
+        tensors = [inputs[name] for name in names]
+        torch.ops.mixattn.append_kv(*tensors, None, None, None, None, False, "cuda", inputs["q"])
+        return expected is not None and torch.equal(inputs["q"], expected)
+    if case in ("token", "unit"):
+        rows = make_rows(torch.bfloat16, 128)
+        inputs = {
+            "k": rows,
+            "v": rows.flip(0),
+            **{f"{x}_cache": torch.zeros(5, 16, 2, 128, dtype=torch.float8_e4m3fn) for x in "kv"},
+            "slot_mapping": torch.arange(len(rows)),
+            **{f"{x}_scale": torch.zeros(5, 16, 2) if case == "token" else 1.0 for x in "kv"},
+        }
+    assert_same(*append_both(inputs, interleaved=case == "interleaved"))
+    return True
+
+
+def is_merged_right(case: str) -> bool:
+    """Whether merge_states is within one rounding of the truth."""
+    outs, lses = make_states(torch.bfloat16, 3, 64)
+    if case == "far":
+        lses += 300.0
+    assert_states_close(outs, lses, *mixattn.merge_states(outs, lses, backend="cuda"))
+    return True
+
+
+def shows(check: Callable[[], bool]) -> bool:
+    """Whether ``check`` fails by an exception or by its answer."""
+    try:
+        return not check()
+    except (AssertionError, RuntimeError):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [*((fault, is_appended_right) for fault in APPEND_FAULTS), *((fault, is_merged_right) for fault in MERGE_FAULTS)],
+    ids=lambda value: value.name if isinstance(value, Fault) else None,
+)
+def test_fault_of_append_kv_or_merge_states_shows(
+    fault: Fault, check: Callable[[str], bool], faulty_driver: Emulation
+) -> None:
+    number = 1 + ALL_FAULTS.index(fault)
+    shown = []
+    for seed in SEEDS:
+        faulty_driver.configure(seed=seed, fault=number)
+        shown.append(shows(lambda: check(fault.case)))
+    assert any(shown), "no schedule shows it"
+    faulty_driver.configure()
+    assert check(fault.case), "it shows where it is not on"

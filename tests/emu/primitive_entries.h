@@ -30,7 +30,11 @@
   X(functions, functions)                 \
   X(pack_f16, pack<mx::f16>)              \
   X(pack_bf16, pack<mx::bf16>)            \
-  X(block_size, block_size)
+  X(block_size, block_size)               \
+  X(move_vectors, move_vectors)           \
+  X(unpack_f16, unpack<mx::f16>)          \
+  X(unpack_bf16, unpack<mx::bf16>)        \
+  X(rounded, rounded)
 
 #define PRIMITIVE_ENTRY(name, ...)                                     \
   extern "C" MX_KERNEL primitive_##name(uint32_t* in, uint32_t* out) { \

@@ -193,6 +193,31 @@ MX_KERNEL block_size(const uint32_t*, uint32_t* out) {
   out[thread_idx()] = num_threads();
 }
 
+// in: [lane][4 words]. out: [lane][the 4 words; the last two again, by a store of 8 bytes; 2 unwritten].
+MX_KERNEL move_vectors(const uint32_t* in, uint32_t* out) {
+  const Words4 words = ld_global_v4(in + 4 * thread_idx());
+  st_global_v4(out + 8 * thread_idx(), words);
+  st_global_v2(out + 8 * thread_idx() + 4, words.word[2], words.word[3]);
+}
+
+// in: a pair of elements per lane. out: [lane][lower, upper] as float32.
+template <class T>
+MX_KERNEL unpack(const uint32_t* in, uint32_t* out) {
+  const mx::float2 pair = unpack2(in[thread_idx()], T{});
+  out[2 * thread_idx()] = bits_of(pair.x);
+  out[2 * thread_idx() + 1] = bits_of(pair.y);
+}
+
+// in: [lane][a, b, c, x]. out: [lane][a b + c, each rounded; a / b; x as an integer].
+MX_KERNEL rounded(const uint32_t* in, uint32_t* out) {
+  const uint32_t* const lane = in + 4 * thread_idx();
+  const float a = float_of(lane[0]);
+  const float b = float_of(lane[1]);
+  out[3 * thread_idx()] = bits_of(add_rn(mul_rn(a, b), float_of(lane[2])));
+  out[3 * thread_idx() + 1] = bits_of(div_rn(a, b));
+  out[3 * thread_idx() + 2] = static_cast<uint32_t>(round_to_int(float_of(lane[3])));
+}
+
 // ---- kernels that are wrong -----------------------------------------------------------------------------------------
 
 MX_KERNEL divergent(const uint32_t*, uint32_t*) {

@@ -424,3 +424,39 @@ def test_launch_of_one_seed_repeats_itself(primitives: ModuleType, rng: np.rando
     words, _ = copy_input(rng)
     outs = [run(primitives, "copy_unwaited", words, 32 * 4, seed=seed)[0] for _ in range(2)]
     assert np.array_equal(outs[0], outs[1])
+
+
+# ---- vectors, elements and roundings that are not fused -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_vectors_of_16_and_8_bytes_move_as_they_are(
+    seed: int, primitives: ModuleType, rng: np.random.Generator
+) -> None:
+    words = rng.integers(0, 2**32, (32, 4), np.uint32)
+    out, _, _ = run(primitives, "move_vectors", words, 256, seed=seed)
+    expected = np.concatenate([words, words[:, 2:], np.full((32, 2), NAN_WORD, np.uint32)], 1)
+    assert (out.reshape(32, 8) == expected).all()
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_unpack_gives_every_element_exactly(dtype: str, primitives: ModuleType) -> None:
+    pairs = np.arange(2**16, dtype=np.uint32) | (np.arange(2**16, dtype=np.uint32) ^ 0xFFFF) << 16
+    for words in pairs.reshape(-1, 32)[::37]:
+        out, _, _ = run(primitives, f"unpack_{dtype}", words, 64)
+        halves = words.view(np.uint16)
+        expected = halves.view(np.float16).astype(np.float32) if dtype == "f16" else (halves.astype(np.uint32) << 16)
+        np.testing.assert_array_equal(out.view(np.float32), expected.view(np.float32))
+
+
+def test_products_and_sums_are_rounded_one_by_one_and_integers_to_nearest_even(primitives: ModuleType) -> None:
+    rng = np.random.default_rng(3)
+    inputs = rng.standard_normal((32, 4)).astype(np.float32)
+    inputs[0, :3] = 1 + 2**-12, 1 + 2**-12, -(1 + 2**-11)  # fused, the sum would be 2^-24
+    inputs[:6, 3] = 0.5, 1.5, 2.5, -0.5, -1.5, 100.75
+    out, _, _ = run(primitives, "rounded", inputs.view(np.uint32), 96)
+    results = out.reshape(32, 3)
+    a, b, c = inputs[:, 0], inputs[:, 1], inputs[:, 2]
+    assert (results[:, 0].view(np.float32) == a * b + c).all() and results[0, 0].view(np.float32) == 0.0
+    assert (np.ascontiguousarray(results[:, 1]).view(np.float32) == a / b).all()
+    assert np.ascontiguousarray(results[:6, 2]).view(np.int32).tolist() == [0, 2, 2, 0, -2, 101]

@@ -104,7 +104,9 @@ def test_ops_with_quantized_caches_pass_opcheck(inputs: AttentionInputs, scales:
 
 
 def test_merge_states_op_passes_opcheck() -> None:
-    torch.library.opcheck(torch.ops.mixattn.merge_states.default, (torch.randn(3, 5, 4, 64), torch.randn(3, 5, 4)))
+    torch.library.opcheck(
+        torch.ops.mixattn.merge_states.default, (torch.randn(3, 5, 4, 64), torch.randn(3, 5, 4), None)
+    )
 
 
 def layer(
