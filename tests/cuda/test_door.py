@@ -288,7 +288,7 @@ def test_kernel_that_fails_shows_the_emulators_report(emulation: Emulation) -> N
 
 
 def test_every_kernel_of_the_list_is_emulated_and_fills_the_device(driver: Emulation) -> None:
-    image = driver.image(num_sms=5)
+    image = driver.image(num_sms=5, capability=90)
     for kernel in _C.cuda_instances():
         sizes = {"num_threads": kernel["num_threads"], "shared_bytes": kernel["shared_bytes"]}
         assert image.num_blocks(kernel=kernel["name"], **sizes) == 5

@@ -167,7 +167,7 @@ def test_plan_without_room_says_so_and_writes_only_its_header(
     room = max(0, host.num_items - items_left_out), max(0, host.num_merges - merges_left_out)
     words = plan_on_device(emulation.image(), host, SPLIT.cu_seqlens_q, SPLIT.seq_lens, 64, room)
     assert words[STATUS_WORD] == NO_ROOM
-    assert words[0] == _C.PLAN_MAGIC and not words[1:4].any()
+    assert not words[1:4].any()
     assert (words[_C.PLAN_HEADER_WORDS :] == GARBAGE).all()
 
 
@@ -266,7 +266,7 @@ def test_device_plan_reads_why_there_is_none(driver: Emulation) -> None:
     made.update(as_tensor([0, 2000]), as_tensor([2000]))
     with pytest.raises(ValueError, match="needs more items or merges than max_num_seqs and max_total_q leave room"):
         made.read()
-    with pytest.raises(ValueError, match="plan has no items: the device found none for this batch"):
+    with pytest.raises(ValueError, match="a device found no items for its batch"):
         mixattn.attention(
             torch.zeros(2000, 32, 128, dtype=torch.bfloat16), *torch.zeros(2, 125, 16, 8, 128, dtype=torch.bfloat16),
             cu_seqlens_q=as_tensor([0, 2000]), seq_lens=as_tensor([2000]),

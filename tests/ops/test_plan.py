@@ -219,7 +219,7 @@ def test_plan_header_says_what_the_plan_was_made_for() -> None:
     capacity_items, capacity_merges = made.buffer[6:8].tolist()
     assert made.buffer[: _C.PLAN_HEADER_WORDS].tolist() == [
         PLAN_MAGIC, made.num_items, made.num_merges, made.num_partial_rows, 2, 6, capacity_items, capacity_merges,
-        8, 2, 64, 0, 4000, 4, 0, 0,
+        8, 2, 64, 0, 4000, 4, 0, -1,
     ]  # fmt: skip
     assert _C.PLAN_MAGIC == PLAN_MAGIC
     assert len(made.buffer) == 16 + 8 * (capacity_items + capacity_merges)

@@ -135,11 +135,15 @@ MX_DEVICE void copy_queries(const LaunchParams& p, Item item, uint32_t tile) {
   const Thread thread = this_thread();
   constexpr int kRowsAtOnce = kNumThreads / kRowLanes<kHeadDim>;
   const int chunk = thread.idx % kRowLanes<kHeadDim>;
+  const int32_t num_rows = item[kNumRows];
+  const int32_t first_token = item[kFirstToken];
+  const int32_t kv_head = item[kKvHead];
+  const int32_t row_begin = item[kRowBegin];
   if (chunk >= kRowChunks<kHeadDim>) return;
   MX_NO_UNROLL
   for (int row = thread.idx / kRowLanes<kHeadDim>; row < Tile::kRows; row += kRowsAtOnce) {
-    const bool is_row = row < item[kNumRows];
-    const RowPlace place = place_row(p, item[kFirstToken], item[kKvHead], item[kRowBegin] + (is_row ? row : 0));
+    const bool is_row = row < num_rows;
+    const RowPlace place = place_row(p, first_token, kv_head, row_begin + (is_row ? row : 0));
     const T* const source =
         static_cast<const T*>(p.call.q) + place.token * p.call.q_token_stride + place.head * p.call.q_head_stride;
     mx::cp_async16(chunk_address<Layout<kHeadDim>>(tile, row, chunk), source + chunk * kVectorElements, is_row);
