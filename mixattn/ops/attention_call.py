@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -300,6 +300,44 @@ def check_plan(plan: Tensor, call: AttentionCall) -> PlanHeader:
         ]
         raise ValueError(f"plan was made for {differing[0]}")
     return header
+
+
+def plan_on_device(plan: Tensor, header: PlanHeader, device: torch.device) -> Tensor:
+    """The plan's words where the call's kernel reads them; on a GPU, those that the header counts, copied.
+
+    Raises:
+        NotImplementedError: a graph is being captured. It would keep the address of a host buffer that later steps
+            write to.
+    """
+    if device.type == "cpu":
+        return plan
+    if torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError(
+            "plan is copied to the GPU by the call, which a captured graph cannot repeat; the nearest is to capture "
+            "mixattn.triton_kernels.mixed_attention.mixed_attention, whose plan_words are on the GPU already"
+        )
+    return upload_plan(plan, header, device, Tensor.pin_memory)
+
+
+def upload_plan(plan: Tensor, header: PlanHeader, device: torch.device, pin: Callable[[Tensor], Tensor]) -> Tensor:
+    """The header, items and merges of the plan in a new tensor on the device; the rest of it is left as it was.
+
+    Nothing here waits for the device: from memory that is not pinned, a copy of more than 64 KiB would. The caller may
+    change ``plan`` at once, for ``pin`` has copied it.
+
+    Args:
+        pin: a copy in pinned memory. torch's own takes blocks from a cache, and gives out none that a copy in flight
+            still reads (its allocator records an event behind each non-blocking copy).
+    """
+    words = torch.empty(plan.shape, dtype=plan.dtype, device=device)
+    merges = _C.PLAN_HEADER_WORDS + header.capacity_items * _C.WORK_ITEM_WORDS
+    for part in (
+        slice(0, _C.PLAN_HEADER_WORDS + header.num_items * _C.WORK_ITEM_WORDS),
+        slice(merges, merges + header.num_merges * _C.MERGE_WORDS),
+    ):
+        if len(plan[part]):
+            words[part].copy_(pin(plan[part]), non_blocking=True)
+    return words
 
 
 def check_fixed_splits(plan: Tensor, header: PlanHeader, tile_keys: int) -> None:
