@@ -348,7 +348,7 @@ def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, o
         call.cu_seqlens_q,
         call.seq_lens,
         call.block_table,
-        plan_on_device(call.plan, header, device),
+        plan_on_device(call.plan, device),
         out,
         lse,
         torch.empty((num_rows, header.head_dim), dtype=torch.float32, device=device),

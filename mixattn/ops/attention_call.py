@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -302,12 +302,16 @@ def check_plan(plan: Tensor, call: AttentionCall) -> PlanHeader:
     return header
 
 
-def plan_on_device(plan: Tensor, header: PlanHeader, device: torch.device) -> Tensor:
-    """The plan's words where the call's kernel reads them; on a GPU, those that the header counts, copied.
+def plan_on_device(plan: Tensor, device: torch.device) -> Tensor:
+    """The plan's words where the call's kernel reads them: on a GPU a copy, for which nobody waits.
+
+    It goes through pinned memory, because the driver lets the host wait for a copy of more than 64 KiB from any other;
+    a plan of 32 decodes beside a chunk of 512 has 80 KB. torch keeps the pinned blocks, and gives out none that a copy
+    still reads: it records an event behind each non-blocking copy. The caller may change ``plan`` at once.
 
     Raises:
-        NotImplementedError: a graph is being captured. It would keep the address of a host buffer that later steps
-            write to.
+        NotImplementedError: a graph is being captured. It would read the pinned block again at each replay, when
+            another plan is in it.
     """
     if device.type == "cpu":
         return plan
@@ -316,28 +320,7 @@ def plan_on_device(plan: Tensor, header: PlanHeader, device: torch.device) -> Te
             "plan is copied to the GPU by the call, which a captured graph cannot repeat; the nearest is to capture "
             "mixattn.triton_kernels.mixed_attention.mixed_attention, whose plan_words are on the GPU already"
         )
-    return upload_plan(plan, header, device, Tensor.pin_memory)
-
-
-def upload_plan(plan: Tensor, header: PlanHeader, device: torch.device, pin: Callable[[Tensor], Tensor]) -> Tensor:
-    """The header, items and merges of the plan in a new tensor on the device; the rest of it is left as it was.
-
-    Nothing here waits for the device: from memory that is not pinned, a copy of more than 64 KiB would. The caller may
-    change ``plan`` at once, for ``pin`` has copied it.
-
-    Args:
-        pin: a copy in pinned memory. torch's own takes blocks from a cache, and gives out none that a copy in flight
-            still reads (its allocator records an event behind each non-blocking copy).
-    """
-    words = torch.empty(plan.shape, dtype=plan.dtype, device=device)
-    merges = _C.PLAN_HEADER_WORDS + header.capacity_items * _C.WORK_ITEM_WORDS
-    for part in (
-        slice(0, _C.PLAN_HEADER_WORDS + header.num_items * _C.WORK_ITEM_WORDS),
-        slice(merges, merges + header.num_merges * _C.MERGE_WORDS),
-    ):
-        if len(plan[part]):
-            words[part].copy_(pin(plan[part]), non_blocking=True)
-    return words
+    return plan.pin_memory().to(device, non_blocking=True)
 
 
 def check_fixed_splits(plan: Tensor, header: PlanHeader, tile_keys: int) -> None:

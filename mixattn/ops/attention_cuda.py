@@ -80,7 +80,7 @@ def run(
     kernel = kernel_for(call, layout, out)
     check_block_rows(call.plan, header, BLOCK_ROWS)
     num_rows, device = header.num_partial_rows, out.device
-    device_plan = plan_on_device(call.plan, header, device)
+    device_plan = plan_on_device(call.plan, device)
     partial_out = torch.empty(num_rows * header.head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(num_rows, dtype=torch.float32, device=device)
     tickets = torch.zeros(header.num_merges + 1, dtype=torch.int32, device=device)
