@@ -112,14 +112,14 @@ def sweep_case(
 
 
 def sweep(is_full: bool) -> list[Case]:
-    """The mixed batches of a GPU's sweep: each axis alone through ``CENTRE``, or the product of all axes."""
+    """The mixed batches of a GPU's sweep: each axis alone through ``CENTRE``, which is first, or all combinations."""
     axes = (
         SWEEP_CHUNKS, SWEEP_DECODES, SWEEP_CONTEXTS, SWEEP_HEAD_DIMS, SWEEP_GROUP_SIZES, SWEEP_KV_DTYPES,
     )  # fmt: skip
     if is_full:
         points = list(itertools.product(*axes))
     else:
-        points = [(*CENTRE[:i], value, *CENTRE[i + 1 :]) for i, axis in enumerate(axes) for value in axis]
+        points = [CENTRE, *((*CENTRE[:i], value, *CENTRE[i + 1 :]) for i, axis in enumerate(axes) for value in axis)]
     made = (sweep_case(*point) for point in dict.fromkeys(points))
     return [case for case in made if case is not None]
 

@@ -5,6 +5,8 @@ by launch, the L2 filled with other data before each. The roof's time of a batch
 rate of a bfloat16 matrix product and all its bytes at the rate of a copy: compute and memory perfectly overlapped.
 Reading alone is a little faster than copying, so that decodes can come to more than 1.0. ``overlap`` is the time of the
 batch over that of its longer half alone, its decodes or its chunk, by the same kernel: 1.0 hides the shorter one.
+A call is timed as a layer of a model makes it: work plans were made before, as others' ``plan`` is, while the copy of
+ours to the device and the zeros that its kernel counts in are part of it.
 """
 
 from __future__ import annotations
@@ -149,6 +151,11 @@ def our_call(batch: Batch, device: Device, backend: str) -> Call:
     )  # fmt: skip
 
 
+def in_words(error: Exception) -> str:
+    """Its type and the first line of its message."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
 def prepare(batch: Batch, device: Device, options: Options, result: CaseResult) -> dict[str, Call]:
     """Every candidate's call that runs, and its output verified; the others go to ``result``."""
     calls: dict[str, Call] = {}
@@ -160,6 +167,8 @@ def prepare(batch: Batch, device: Device, options: Options, result: CaseResult) 
             outputs[name] = calls[name]().clone()
         except NotImplementedError as error:
             result.left_out[name] = str(error)
+        except Exception as error:  # a kernel that does not compile, say: it fails the run, after the other cases
+            result.wrong[name] = in_words(error)
     for name in options.peers:
         try:
             calls[name] = PEERS[name](batch)
@@ -167,7 +176,7 @@ def prepare(batch: Batch, device: Device, options: Options, result: CaseResult) 
         except ImportError as error:
             result.left_out[name] = f"not installed ({error})"
         except Exception as error:  # whatever another library raises must not end a sweep of ours
-            result.left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            result.left_out[name] = in_words(error)
     if not outputs:
         return {}
     judge = JUDGE if JUDGE in outputs else next(iter(outputs))
@@ -184,7 +193,14 @@ def time_case(case: Case, device: Device, options: Options, clock: Clock) -> Cas
     """Verifies and times every candidate over one case."""
     result = CaseResult()
     calls = prepare(make_batch(case, DTYPE, device.torch_device), device, options, result)
-    result.timings = time_launches(calls, options.launches, clock)
+    try:
+        result.timings = time_launches(calls, options.launches, clock)
+    except torch.OutOfMemoryError as error:
+        # Each has run alone, but the copies of K and V that the others keep leave no room for all.
+        for name in set(calls).intersection(options.peers):
+            result.left_out[name] = in_words(error)
+            del calls[name]
+        result.timings = time_launches(calls, options.launches, clock)
     del calls
     if device.torch_device.type == "cuda":
         torch.cuda.empty_cache()
@@ -280,7 +296,7 @@ class Sweep:
     def _note(self, case: Case, result: CaseResult) -> None:
         for name, reason in result.wrong.items():
             self.has_wrong = True
-            print(f"{case.name:46} {name:20} WRONG, not timed: {reason}")
+            print(f"{case.name:46} {name:20} WRONG or failing, not timed: {reason}")
         for name, reason in result.left_out.items():
             if f"{name}: {reason}" not in self._said:  # "not installed" once, not for each case
                 self._said.add(f"{name}: {reason}")

@@ -28,7 +28,7 @@ from bench.kernels.attention_cases import (
     sweep,
     sweep_case,
 )
-from bench.lib.device_clock import Roofs, measure_roofs, time_launches
+from bench.lib.device_clock import CudaClock, Roofs, measure_roofs, time_launches
 from mixattn.compat import flashinfer as our_flashinfer
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def tiny_batch() -> Batch:
 def test_sweep_has_every_axis_through_the_centre_and_full_their_product() -> None:
     short, full = sweep(False), sweep(True)
     centre = sweep_case(*CENTRE)
-    assert short.count(centre) == 1  # type: ignore[arg-type]
+    assert short[0] == centre and centre not in short[1:]
     assert len({case.name for case in full}) == len(full)
     assert set(short) < set(full)
     for field, values in (
@@ -336,14 +336,17 @@ def test_wrong_output_is_named_not_timed_and_fails_the_run(
 
     monkeypatch.setitem(gpu_attention.PEERS, "wrong", wrong)
     monkeypatch.setitem(gpu_attention.PEERS, "broken", broken)
-    options = gpu_attention.Options((), ("torch-sdpa", "wrong", "broken"), 1, tmp_path / "records.jsonl")
+    monkeypatch.setattr(gpu_attention, "our_call", lambda batch, device, backend: broken(batch))
+    file = tmp_path / "records.jsonl"
+    options = gpu_attention.Options(("triton",), ("torch-sdpa", "wrong", "broken"), 1, file)
     decodes, _ = TINY.parts
     monkeypatch.setattr(gpu_attention, "kind_cases", lambda case: {})
     assert gpu_attention.run_on(DEVICE, options, [decodes], wall_clock, Roofs(1.0, 1.0)) == 1
     out = capsys.readouterr().out
-    assert "WRONG, not timed: differs from torch-sdpa by" in out
-    assert "left out: RuntimeError: no kernel image\n" in out
-    assert [json.loads(line)["backend"] for line in options.json.read_text().splitlines()] == ["torch-sdpa"]  # type: ignore[union-attr]
+    assert "WRONG or failing, not timed: differs from torch-sdpa by" in out
+    assert "broken               left out: RuntimeError: no kernel image\n" in out
+    assert "mixattn-triton       WRONG or failing, not timed: RuntimeError: no kernel image\n" in out
+    assert [json.loads(line)["backend"] for line in file.read_text().splitlines()] == ["torch-sdpa"]
 
 
 def test_profile_launches_each_candidate_once_in_a_range_of_its_name() -> None:
@@ -359,3 +362,68 @@ def test_profile_launches_each_candidate_once_in_a_range_of_its_name() -> None:
     options = gpu_attention.Options(("triton",), ("torch-sdpa",), 1)
     gpu_attention.profile(decodes, DEVICE, options, lambda: events.append("flush"), range_of)
     assert events == ["flush", "push mixattn-triton", "pop", "flush", "push torch-sdpa", "pop"]
+
+
+def test_cuda_clock_times_the_run_alone_behind_a_cold_cache_and_a_head_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            events.append("record")
+
+        def elapsed_time(self, end: Event) -> float:
+            assert events[-1] == "synchronize", "the events have not happened yet"
+            return 0.25
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: events.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("synchronize"))
+    clock = CudaClock(CPU, l2_bytes=1 << 20)
+    flush = clock.flush
+    monkeypatch.setattr(clock, "flush", lambda: events.append("flush") or flush())  # type: ignore[func-returns-value]
+    assert clock(lambda: events.append("run")) == 250.0
+    assert events == ["flush", "sleep", "record", "run", "record", "synchronize"]
+
+
+def test_main_on_a_gpu_measures_its_roofs_then_the_cases(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    properties = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, L2_cache_size=1 << 20)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
+    found = gpu_attention.find_device()
+    assert found is not None
+    assert (found.name, found.capability, found.num_sms, found.free_bytes) == ("H100", (9, 0), 132, 80 << 30)
+    assert found.hardware(TINY).num_workers == 264  # two programs share an SM, as in the predictions
+    monkeypatch.setattr(gpu_attention, "find_device", lambda: replace(found, torch_device=CPU))
+    monkeypatch.setattr(gpu_attention, "CudaClock", lambda device, l2_bytes: wall_clock)
+    monkeypatch.setattr(gpu_attention, "measure_roofs", lambda device, clock: Roofs(3000.0, 700.0))
+    monkeypatch.setattr(gpu_attention, "kind_cases", lambda case: {})
+    decodes, _ = TINY.parts
+    assert gpu_attention.main(gpu_attention.Options((), ("torch-sdpa",), 1), [decodes], None) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("H100, driver ") and "copy 3000 GB/s, bfloat16 product 700 TFLOP/s" in lines[1]
+    assert lines[3].split()[:2] == ["tiny/decodes", "torch-sdpa"]
+
+
+def test_candidates_that_do_not_fit_together_leave_ours_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausting_clock(run: Callable[[], object]) -> float:
+        run()
+        return 1.0
+
+    def exhausted() -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    def prepared(batch: Batch, *_: object) -> dict[str, Callable[[], Tensor]]:
+        return {"mixattn-triton": lambda: batch.q, "torch-sdpa": exhausted}
+
+    monkeypatch.setattr(gpu_attention, "prepare", prepared)
+    options = gpu_attention.Options(("triton",), ("torch-sdpa",), 1)
+    result = gpu_attention.time_case(TINY, DEVICE, options, exhausting_clock)
+    assert list(result.timings) == ["mixattn-triton"]
+    assert result.left_out == {"torch-sdpa": "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB."}
