@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mixattn
-from bench.kernels.bench_mixed_attention import Case, flops_and_bytes
+from bench.kernels.attention_cases import Case, flops_and_bytes
 from bench.lib.measure import Record, append_json, parser, time_interleaved
 from mixattn.env import num_threads
 
@@ -25,7 +25,7 @@ def cases() -> list[Case]:
     """Decodes, verifications of a draft tree (each a slice of 8 rows), a chunk, and decodes beside a chunk."""
     return [
         Case("decode-16x4k-hd128-gqa4", 16, 4096, 0, 0),
-        Case("verify-16x2k-hd128-gqa4", 16, 2048, 0, 0),
+        Case("verify-16x2k-hd128-gqa4", 16, 2048, 0, 0, decode_q=TREE_ROWS),
         Case("chunk-512-at-4k-hd128-gqa4", 0, 0, 512, 4096),
         Case("mixed-31x1k-chunk-256-at-1k-hd64-gqa3", 31, 1024, 256, 1024, 9, 3, 64),
     ]
@@ -33,7 +33,7 @@ def cases() -> list[Case]:
 
 def candidates(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
     """The call of each option, by name; "plain" first."""
-    q_lens = [TREE_ROWS if case.name.startswith("verify") else q_len for q_len in case.q_lens]
+    q_lens = case.q_lens
     generator = torch.Generator().manual_seed(0)
     pages_each = [-(-kv_len // case.page_size) for kv_len in case.kv_lens]
     shape = (2, sum(pages_each), case.page_size, case.num_kv_heads, case.head_dim)
@@ -78,7 +78,8 @@ def main() -> None:
             plain_us = timings["plain"].median_us
             ratios = ", ".join(f"{name} {timing.median_us / plain_us:.2f}" for name, timing in timings.items())
             print(f"{case.name:40} {dtype_name:9} {plain_us / 1e3:8.2f} ms: {ratios}", flush=True)
-            per_slice = flops_and_bytes(case, 4 if dtype_name == "float32" else 2)
+            element_bytes = getattr(torch, dtype_name).itemsize
+            per_slice = flops_and_bytes(case, element_bytes, case.head_dim * element_bytes)
             records += [
                 Record(
                     case.name, name, dtype_name, timing, bytes=sum(b for _, b in per_slice),

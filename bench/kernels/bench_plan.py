@@ -96,7 +96,7 @@ def compare_schedules(path: Path, num_steps: int) -> dict[str, dict[str, float]]
             head_dim=shape.head_dim, dtype="bfloat16", hardware=H100,
         )  # fmt: skip
         cuts = {
-            "mixattn": schedules.ours(made, shape),
+            "mixattn": schedules.ours(made),
             "FA3": schedules.flash_attention_3(slices, shape),
             "FlashInfer": schedules.flashinfer_prefill(slices, shape),
             "vLLM": schedules.vllm_unified(slices, shape),

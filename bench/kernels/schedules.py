@@ -1,7 +1,8 @@
-"""How other kernels cut a batch of attention on an H100 into CTAs, as pure functions, and what such a cut is bound by.
+"""How other kernels cut a batch of attention on a GPU into CTAs, as pure functions, and what such a cut is bound by.
 
-Each follows the published schedule of its source, as of 2026-08, for bfloat16 and head_dim 128. The bound is a roofline
-of the units that a CTA is given, not a time of theirs: all are priced alike, by the peak rates of the data sheet.
+Each follows the published schedule of its source, as of 2026-08, for bfloat16 and head_dim 128, on an H100 unless it
+takes a GPU. The bound is a roofline of the units that a CTA is given, not a time of theirs: all are priced alike, by
+the peak rates of the data sheet.
 """
 
 from __future__ import annotations
@@ -11,12 +12,29 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mixattn.ops.plan import GPU_ITEM_OVERHEAD_S, H100, WorkPlan
+from mixattn.ops.plan import A100, GPU_ITEM_OVERHEAD_S, H100, Hardware, WorkPlan
 
-NUM_SMS = 132
-FLOPS_PER_S = H100.flops_per_s * H100.num_workers
-BYTES_PER_S = H100.bytes_per_s * H100.num_workers
-KV_BYTES = 2
+
+@dataclass(frozen=True)
+class Gpu:
+    """Its SMs, and what all of them reach together by the data sheet."""
+
+    num_sms: int
+    flops_per_s: float
+    bytes_per_s: float
+
+
+def gpu_of(hardware: Hardware) -> Gpu:
+    """The GPU whose SMs run the workers of ``hardware``."""
+    num_workers = hardware.num_workers
+    return Gpu(
+        num_workers // (hardware.workers_per_core or 1),
+        hardware.flops_per_s * num_workers,
+        hardware.bytes_per_s * num_workers,
+    )
+
+
+H100_GPU, A100_GPU = gpu_of(H100), gpu_of(A100)
 
 Slices = Sequence[tuple[int, int]]
 """(q_len, kv_len) of each."""
@@ -29,6 +47,7 @@ class Shape:
     num_q_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
+    kv_element_bytes: int = 2
 
     @property
     def group_size(self) -> int:
@@ -65,17 +84,24 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Bound:
-    """Args: bound_us: when the last SM ends; imbalance: the most loaded SM's cost over the mean."""
+    """What bounds a schedule.
+
+    Args:
+        bound_us: when the last SM ends.
+        imbalance: the most loaded SM's cost over the mean.
+        headroom: as ``PlanCost.headroom``, over the schedule's units.
+    """
 
     bound_us: float
     imbalance: float
+    headroom: float
 
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def bound_of(schedule: Schedule, slices: Slices, shape: Shape) -> Bound:
+def bound_of(schedule: Schedule, slices: Slices, shape: Shape, gpu: Gpu = H100_GPU) -> Bound:
     """The roofline of a schedule over SMs at peak rates; keys that tiles share are read once.
 
     A unit takes GPU_ITEM_OVERHEAD_S besides, under which the SM's other CTAs go on; a partial row is written and read
@@ -84,18 +110,26 @@ def bound_of(schedule: Schedule, slices: Slices, shape: Shape) -> Bound:
     read: dict[int, int] = defaultdict(int)
     for unit in schedule.units:
         read[unit.seq_idx] += unit.num_keys
-    sms = [0.0] * NUM_SMS
+    sms = [0.0] * gpu.num_sms
+    compute_bound_s = memory_bound_s = 0.0
     for unit in schedule.units:
         distinct = slices[unit.seq_idx][1] * shape.num_kv_heads
         fetched = unit.num_keys * min(1.0, distinct / read[unit.seq_idx]) if unit.num_keys else 0.0
-        flops = 4 * shape.head_dim * unit.tile_rows * unit.num_keys
-        num_bytes = 2 * shape.head_dim * KV_BYTES * fetched
-        cost = GPU_ITEM_OVERHEAD_S / schedule.ctas_per_sm
-        cost += max(flops / FLOPS_PER_S, num_bytes / BYTES_PER_S) * NUM_SMS
+        compute_s = 4 * shape.head_dim * unit.tile_rows * unit.num_keys / gpu.flops_per_s * gpu.num_sms
+        memory_s = 2 * shape.head_dim * shape.kv_element_bytes * fetched / gpu.bytes_per_s * gpu.num_sms
+        if compute_s > memory_s:
+            compute_bound_s += compute_s
+        else:
+            memory_bound_s += memory_s
+        cost = GPU_ITEM_OVERHEAD_S / schedule.ctas_per_sm + max(compute_s, memory_s)
         heapq.heapreplace(sms, sms[0] + cost)
-    partial_s = schedule.num_partial_rows * partial_row_bytes(shape) * 2 / BYTES_PER_S
-    mean = sum(sms) / len(sms)
-    return Bound((max(sms) + partial_s) * 1e6, max(sms) / mean if mean else 1.0)
+    partial_s = schedule.num_partial_rows * partial_row_bytes(shape) * 2 / gpu.bytes_per_s
+    mean, longer_s = sum(sms) / len(sms), max(compute_bound_s, memory_bound_s)
+    return Bound(
+        bound_us=(max(sms) + partial_s) * 1e6,
+        imbalance=max(sms) / mean if mean else 1.0,
+        headroom=(compute_bound_s + memory_bound_s) / longer_s if longer_s else 1.0,
+    )
 
 
 def partial_row_bytes(shape: Shape) -> int:
@@ -113,16 +147,15 @@ def row_tiles(q_len: int, kv_len: int, tile: int, group_size: int) -> list[int]:
     return [visible_end(q_len, kv_len, min(begin + tile, num_rows), group_size) for begin in range(0, num_rows, tile)]
 
 
-def ours(plan: WorkPlan, shape: Shape) -> Schedule:
+def ours(plan: WorkPlan) -> Schedule:
     """The work plan of mixattn."""
     items, merges = plan.items(), plan.merges()
     units = [
         Unit(int(item["seq_idx"]), plan.hardware.block_rows[item["kind"]], int(item["kv_end"] - item["kv_begin"]))
         for item in items
     ]
-    return Schedule(
-        units, plan.hardware.num_workers // NUM_SMS, 0, plan.num_partial_rows, int(merges["num_rows"].sum())
-    )
+    ctas_per_sm = plan.hardware.workers_per_core or 1
+    return Schedule(units, ctas_per_sm, 0, plan.num_partial_rows, int(merges["num_rows"].sum()))
 
 
 FA3_BLOCK_M, FA3_BLOCK_N, FA3_MAX_SPLITS = 128, 128, 128
@@ -130,10 +163,10 @@ FA3_BLOCK_M, FA3_BLOCK_N, FA3_MAX_SPLITS = 128, 128, 128
 
 def fa3_num_splits(num_blocks_mh: int, num_n_blocks: int) -> int:
     """Source: hopper/heuristics.h num_splits_heuristic, for K and V that fit the L2 cache."""
-    if num_blocks_mh >= 0.8 * NUM_SMS or num_n_blocks <= 4:
+    if num_blocks_mh >= 0.8 * H100_GPU.num_sms or num_n_blocks <= 4:
         return 1
-    most = min(FA3_MAX_SPLITS, NUM_SMS, num_n_blocks)
-    waves = [num_blocks_mh * splits / NUM_SMS for splits in range(1, most + 1)]
+    most = min(FA3_MAX_SPLITS, H100_GPU.num_sms, num_n_blocks)
+    waves = [num_blocks_mh * splits / H100_GPU.num_sms for splits in range(1, most + 1)]
     efficiencies = [wave / ceil_div(int(wave * 1e6), 10**6) for wave in waves]
     best = max(efficiencies)
     return next(i + 1 for i, efficiency in enumerate(efficiencies) if efficiency >= 0.85 * best)
@@ -153,7 +186,7 @@ def flash_attention_3(slices: Slices, shape: Shape) -> Schedule:
     most_n_blocks = max(ceil_div(kv_len, FA3_BLOCK_N) for _, _, kv_len in live)
     most_splits = fa3_num_splits(heads * most_m_blocks, most_n_blocks)
     blocks = sum(ceil_div(q * group, FA3_BLOCK_M) * ceil_div(kv, FA3_BLOCK_N) for _, q, kv in live)
-    blocks_per_sm = ceil_div(ceil_div(11 * blocks * heads, 10), NUM_SMS)
+    blocks_per_sm = ceil_div(ceil_div(11 * blocks * heads, 10), H100_GPU.num_sms)
     units: list[Unit] = []
     num_partial_rows = num_merge_rows = 0
     for i, q_len, kv_len in sorted(live, key=lambda s: -s[2]):
@@ -166,7 +199,7 @@ def flash_attention_3(slices: Slices, shape: Shape) -> Schedule:
     return Schedule(units, 1, 0, num_partial_rows, num_merge_rows)
 
 
-def flashinfer_prefill(slices: Slices, shape: Shape) -> Schedule:
+def flashinfer_prefill(slices: Slices, shape: Shape, gpu: Gpu = H100_GPU) -> Schedule:
     """FlashInfer's BatchPrefill (FA2 template): one row tile and one KV chunk for the whole batch, two CTAs per SM.
 
     Source: include/flashinfer/attention/scheduler.cuh PrefillSplitQOKVIndptr and utils.cuh FA2DetermineCtaTileQ of
@@ -185,7 +218,7 @@ def flashinfer_prefill(slices: Slices, shape: Shape) -> Schedule:
     low, high = 128, max(128, *(kv_len for _, _, kv_len in live))
     while low < high:
         middle = (low + high) // 2
-        if num_ctas(middle) > 2 * NUM_SMS // heads:
+        if num_ctas(middle) > 2 * gpu.num_sms // heads:
             low = middle + 1
         else:
             high = middle

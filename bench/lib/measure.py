@@ -107,11 +107,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def append_json(path: Path | None, records: list[Record]) -> None:
-    """Append the records, each with the machine's description, to ``path``; nothing when it is None."""
+def append_json(path: Path | None, records: list[Record], where: Mapping[str, str] | None = None) -> None:
+    """Append the records, each with the machine's description, to ``path``; nothing when it is None.
+
+    Args:
+        where: what to say of the machine otherwise, or besides: of a GPU ``device`` and ``driver``.
+    """
     if path is None:
         return
-    where = machine()
+    where = {**machine(), **(where or {})}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         for record in records:

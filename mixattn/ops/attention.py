@@ -23,6 +23,7 @@ from mixattn.ops.attention_call import (
     check_fixed_splits,
     check_plan,
     native_sizes,
+    plan_on_device,
 )
 from mixattn.ops.backends import choose_backend, first_backend
 from mixattn.ops.checks import (
@@ -355,7 +356,7 @@ def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, o
         call.cu_seqlens_q,
         call.seq_lens,
         call.block_table,
-        call.plan.to(device, non_blocking=True),
+        plan_on_device(call.plan, device),
         out,
         lse,
         torch.empty((num_rows, header.head_dim), dtype=torch.float32, device=device),

@@ -305,6 +305,27 @@ def check_plan(plan: Tensor, call: AttentionCall) -> PlanHeader:
     return header
 
 
+def plan_on_device(plan: Tensor, device: torch.device) -> Tensor:
+    """The plan's words where the call's kernel reads them: on a GPU a copy, for which nobody waits.
+
+    It goes through pinned memory, because the driver lets the host wait for a copy of more than 64 KiB from any other;
+    a plan of 32 decodes beside a chunk of 512 has 80 KB. torch keeps the pinned blocks, and gives out none that a copy
+    still reads: it records an event behind each non-blocking copy. The caller may change ``plan`` at once.
+
+    Raises:
+        NotImplementedError: a graph is being captured. It would read the pinned block again at each replay, when
+            another plan is in it.
+    """
+    if device.type == "cpu":
+        return plan
+    if torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError(
+            "plan is copied to the GPU by the call, which a captured graph cannot repeat; the nearest is to capture "
+            "mixattn.triton_kernels.mixed_attention.mixed_attention, whose plan_words are on the GPU already"
+        )
+    return plan.pin_memory().to(device, non_blocking=True)
+
+
 def check_fixed_splits(plan: Tensor, header: PlanHeader, tile_keys: int) -> None:
     """Raises ValueError if an invariant plan, on the CPU, has splits inside of tiles or items across splits."""
     granule = header.fixed_split_tokens

@@ -19,6 +19,7 @@ from mixattn.ops.attention_call import (
     address,
     check_block_rows,
     native_sizes,
+    plan_on_device,
 )
 from mixattn.ops.plan import A100, H100, Hardware, with_workers
 
@@ -92,7 +93,7 @@ def run(
     kernel = kernel_for(call, layout, out)
     check_block_rows(call.plan, header, BLOCK_ROWS)
     num_rows, device = header.num_partial_rows, out.device
-    device_plan = call.plan.to(device, non_blocking=True)
+    device_plan = plan_on_device(call.plan, device)
     partial_out = torch.empty(num_rows * header.head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(num_rows, dtype=torch.float32, device=device)
     tickets = torch.zeros(header.num_merges + 2, dtype=torch.int32, device=device)

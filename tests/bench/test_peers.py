@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench.compare import read_records
-from bench.kernels.bench_mixed_attention import cases as kernel_cases
+from bench.kernels.attention_cases import cases as kernel_cases
 from bench.lib.measure import append_json
 from bench.peers import drive, table, workloads
 from bench.peers.contenders import contenders

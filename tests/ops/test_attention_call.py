@@ -1,0 +1,58 @@
+"""How a plan gets to the device of its call; a GPU is stood in for by torch's meta device and a pin that is watched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixattn.ops.attention_call import plan_on_device
+
+META = torch.device("meta")
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, dict[str, Any]]]:
+    """The source and the options of each copy to a device; ``pin_memory`` gives a copy, as torch's does."""
+    made: list[tuple[Tensor, dict[str, Any]]] = []
+    to = Tensor.to
+
+    def watched(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        made.append((tensor, options))
+        return to(tensor, *args, **options)
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned = tensor.clone()
+        pinned.is_from_pinned_memory = True  # type: ignore[attr-defined]
+        return pinned
+
+    monkeypatch.setattr(Tensor, "to", watched)
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # a CPU's torch has no such thing
+    return made
+
+
+def test_plan_goes_to_a_gpu_from_pinned_memory_and_nobody_waits(copies: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    words = torch.arange(20, dtype=torch.int32)
+    on_device = plan_on_device(words, META)
+    ((source, options),) = copies
+    words.fill_(-1)  # the next step's plan, into the same buffer
+    assert hasattr(source, "is_from_pinned_memory") and options["non_blocking"] is True
+    assert source.tolist() == list(range(20))
+    assert (on_device.device, on_device.shape, on_device.dtype) == (META, words.shape, torch.int32)
+
+
+def test_plan_of_a_call_on_the_cpu_is_not_copied(copies: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    words = torch.zeros(20, dtype=torch.int32)
+    assert plan_on_device(words, torch.device("cpu")) is words and not copies
+
+
+def test_plan_in_a_captured_graph_is_refused_before_the_copy(
+    copies: list[tuple[Tensor, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(NotImplementedError, match="a captured graph cannot repeat; the nearest is to capture mixattn"):
+        plan_on_device(torch.zeros(20, dtype=torch.int32), META)
+    assert not copies
