@@ -19,21 +19,33 @@ constexpr int kPaddedKeys = kLanes > kBlockKeys ? kLanes : kBlockKeys;
 // Scores of a block of kRows rows lie key by key, scores[key * kRows + row], so that softmax needs no sums across a
 // vector: lane i belongs to row i % kRows.
 
-constexpr int64_t kAheadBytes = 8192;  // what is prefetched is read after so much else
+// What is prefetched into L1, and into L2, is read after so much else.
+constexpr int64_t kNearBytes = 8192;
+constexpr int64_t kFarBytes = 16384;
 
-// Rows that will be read soon, as many as a block has, each `offset` elements further.
+// As many rows as a block has, each `offset` elements further.
 template <typename T>
-struct Ahead {
+struct BlockRows {
   const T* const* rows;
   int64_t offset;
+};
+
+// Rows that will be read soon.
+template <typename T>
+struct Ahead {
+  BlockRows<T> near, far;
 };
 
 // Prefetches the cache lines that begin in the elements [d, d + count) of row i.
 template <typename T>
 MIXATTN_INLINE void prefetch_piece(const Ahead<T>& ahead, int i, int64_t d, int64_t count) {
-  const char* bytes = reinterpret_cast<const char*>(element_at(ahead.rows[i] + ahead.offset, d));
   if (row_bytes<T>(count) < 64 && row_bytes<T>(d) % 64 != 0) return;
-  for (int64_t b = 0; b < row_bytes<T>(count); b += 64) prefetch_once(bytes + b);
+  const char* near = reinterpret_cast<const char*>(element_at(ahead.near.rows[i] + ahead.near.offset, d));
+  const char* far = reinterpret_cast<const char*>(element_at(ahead.far.rows[i] + ahead.far.offset, d));
+  for (int64_t b = 0; b < row_bytes<T>(count); b += 64) {
+    prefetch_once(near + b);
+    prefetch_far(far + b);
+  }
 }
 
 // Keys that score_block works on at a time: kRows times as many accumulators, 8 at least, beside two vectors per key.
@@ -219,14 +231,81 @@ MIXATTN_INLINE void prefetch_scales(const AttentionParams& p, const KvScale& sca
   }
 }
 
-// From the order of load_pair for type T to that of memory.
-template <typename T>
+// How o += P V is computed for keys as Dot has them: what is made of weights, the sum over a block of keys, and the way
+// back from the order in which it has the dimensions.
+template <class Dot>
+struct DirectValues {  // float32, from any type
+  typedef typename Dot::Key T;
+  static constexpr int kPerWord = 1;  // keys whose weights are in 4 bytes
+  template <int kRows>
+  MIXATTN_INLINE void finish_weights(float*, int64_t) {}
+  template <int kRows>
+  MIXATTN_INLINE void add_block(const float* weights, const T* const* v, int64_t offset, int64_t head_dim, float* o,
+                                int64_t o_stride, const Ahead<T>& ahead) {
+    value_block<T, kRows>(weights, v, offset, head_dim, o, o_stride, ahead);
+  }
+  MIXATTN_INLINE void restore(Vec* a, Vec* b) { restore_pair(static_cast<const T*>(nullptr), a, b); }
+};
+
+#if defined(MIXATTN_HAS_BFLOAT16_DOT)
+// As value_columns for pairs of keys: words of bfloat16 weights (as below), dimensions in the order of zip_rows.
+template <int kRows, int kVecs>
+MIXATTN_INLINE void pair_columns(const float* weights, const BFloat16* const* v, int64_t offset, int64_t d, float* o,
+                                 int64_t o_stride, const Ahead<BFloat16>& ahead) {
+  Vec acc[kRows][kVecs];
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kVecs; ++c) acc[r][c] = load(o + r * o_stride + d + c * kLanes);
+  }
+  for (int j = 0; j < kBlockKeys; j += 2) {
+    Vec pairs[kVecs];
+    for (int c = 0; c < kVecs; c += 2) {
+      const int64_t at = offset + d + c * kLanes;
+      zip_rows(v[j] + at, v[j + 1] + at, &pairs[c], &pairs[c + 1]);
+    }
+    prefetch_piece(ahead, j, d, kVecs * kLanes);
+    prefetch_piece(ahead, j + 1, d, kVecs * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec weight = broadcast(weights[j / 2 * kRows + r]);
+      for (int c = 0; c < kVecs; ++c) acc[r][c] = add_bfloat16_products(acc[r][c], weight, pairs[c]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kVecs; ++c) store(o + r * o_stride + d + c * kLanes, acc[r][c]);
+  }
+}
+
+template <>
+struct DirectValues<BFloat16Dot> {  // pairs of keys; head_dim is a multiple of 2 kLanes
+  static constexpr int kPerWord = 2;
+  // Word (j / 2) kRows + r becomes weights[j kRows + r], j even, and the next key's.
+  template <int kRows>
+  MIXATTN_INLINE void finish_weights(float* weights, int64_t num_keys) {
+    // With 16 or 48 weights of one row, what lies behind them makes words that are not read.
+    for (int64_t i = 0; i < num_keys * kRows; i += 2 * kLanes) {
+      store_words(weights + i / 2, bfloat16_pairs<kRows>(load(weights + i), load(weights + i + kLanes)));
+    }
+  }
+  template <int kRows>
+  MIXATTN_INLINE void add_block(const float* weights, const BFloat16* const* v, int64_t offset, int64_t head_dim,
+                                float* o, int64_t o_stride, const Ahead<BFloat16>& ahead) {
+    constexpr int kVecs = 8 / kRows;
+    int64_t d = 0;
+    for (; d + kVecs * kLanes <= head_dim; d += kVecs * kLanes) {
+      pair_columns<kRows, kVecs>(weights, v, offset, d, o, o_stride, ahead);
+    }
+    for (; d < head_dim; d += 2 * kLanes) pair_columns<kRows, 2>(weights, v, offset, d, o, o_stride, ahead);
+  }
+  MIXATTN_INLINE void restore(Vec* a, Vec* b) { restore_zipped(a, b); }
+};
+#endif
+
+template <class Dot>
 MIXATTN_INLINE void restore_order(const Rows& rows, int64_t head_dim) {
   for (int64_t r = 0; r < rows.num_rows; ++r) {
     float* o = rows.o + r * rows.stride;
     for (int64_t d = 0; d + 2 * kLanes <= head_dim; d += 2 * kLanes) {
       Vec a = load(o + d), b = load(o + d + kLanes);
-      restore_pair(static_cast<const T*>(nullptr), &a, &b);
+      DirectValues<Dot>::restore(&a, &b);
       store(o + d, a);
       store(o + d + kLanes, b);
     }
@@ -247,6 +326,7 @@ struct KeyRows {
 template <class Dot, int kRows>
 void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_items, float* scratch) {
   typedef typename Dot::Key T;
+  typedef DirectValues<Dot> Values;
   const WorkItem& head0 = items[0];
   const int64_t item_rows = num_rows(head0);
   const int64_t padded_rows = round_up(item_rows, kRows);
@@ -264,18 +344,21 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
   float scales[kDirectKeys];      // of one head's keys
 
   const int64_t step_bytes = kBlockKeys * row_bytes<T>(p.head_dim);
-  const int64_t distance = (kAheadBytes + step_bytes - 1) / step_bytes;
-  // What is read `distance` steps after block j of head n: of these rows, or of those that are read when they are done.
+  const int64_t near = (kNearBytes + step_bytes - 1) / step_bytes, far = (kFarBytes + step_bytes - 1) / step_bytes;
   struct Operand {
     const T* const* rows;
     int64_t num_keys;
     int64_t head_stride;
   };
-  const auto ahead_of = [&](const Operand& now, const Operand& then, int64_t j, int64_t n) {
-    const int64_t key = j + (n + distance) / num_items * kBlockKeys, head = (n + distance) % num_items;
-    if (key < now.num_keys) return Ahead<T>{now.rows + key, head * now.head_stride};
+  // What is read so many steps after block j of head n: of these rows, or of those that are read when they are done.
+  const auto after = [&](int64_t steps, const Operand& now, const Operand& then, int64_t j, int64_t n) {
+    const int64_t key = j + (n + steps) / num_items * kBlockKeys, head = (n + steps) % num_items;
+    if (key < now.num_keys) return BlockRows<T>{now.rows + key, head * now.head_stride};
     const int64_t then_key = clamp(key - now.num_keys, 0, then.num_keys - kBlockKeys);
-    return Ahead<T>{then.rows + then_key, head * then.head_stride};
+    return BlockRows<T>{then.rows + then_key, head * then.head_stride};
+  };
+  const auto ahead_of = [&](const Operand& now, const Operand& then, int64_t j, int64_t n) {
+    return Ahead<T>{after(near, now, then, j, n), after(far, now, then, j, n)};
   };
 
   KeyRows<T> tiles[2];
@@ -336,20 +419,24 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
           scale_block<kRows>(head_scores + r * kDirectKeys, scales, padded_keys);
         }
       }
+      for (int64_t r = 0; r < padded_rows; r += kRows) {
+        Values::template finish_weights<kRows>(head_scores + r * kDirectKeys, padded_keys);
+      }
     }
     for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
       for (int64_t n = 0; n < num_items; ++n) {
         const Ahead<T> ahead = ahead_of(v_now, k_next, j, n);
         for (int64_t r = 0; r < padded_rows; r += kRows) {
-          value_block<T, kRows>(scores + (n * padded_rows + r) * kDirectKeys + j * kRows, keys.v + j,
-                                n * p.v_head_stride, p.head_dim, rows[n].o + r * rows[n].stride, rows[n].stride, ahead);
+          const float* const weights = scores + (n * padded_rows + r) * kDirectKeys + j * kRows / Values::kPerWord;
+          Values::template add_block<kRows>(weights, keys.v + j, n * p.v_head_stride, p.head_dim,
+                                            rows[n].o + r * rows[n].stride, rows[n].stride, ahead);
         }
       }
     }
     num_keys = num_next;
   }
   for (int64_t n = 0; n < num_items; ++n) {
-    restore_order<T>(rows[n], p.head_dim);
+    restore_order<Dot>(rows[n], p.head_dim);
     finish_rows<T>(p, items[n], rows[n]);
   }
 }

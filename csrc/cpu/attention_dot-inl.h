@@ -1,7 +1,8 @@
 // attention_dot-inl.h: the products q . k of a few rows, in the arithmetic that the keys' type and the CPU offer.
 // Math    FloatDot      float32, any type of key
 //         BFloat16Dot   products of bfloat16 pairs, exact, summed in float32: q as given, the scale goes to the scores.
-//                       The instruction takes subnormal elements (below 2^-126) for 0
+//                       The instruction takes subnormal elements (below 2^-126) for 0. P V goes the same way, by pairs
+//                       of keys (DirectValues, PackedValues): weights are rounded to bfloat16 for it, not for their sum
 //         Int8Dot       products of int16 pairs, exact, summed in int32: each row of a 16-bit q becomes
 //                       round(q 32767 / max |q|), which is off by at most 2^-16 of the row's largest element
 // Method  A dot has kDepth elements per step, load_key and load_query for them, and add_product. start() rewrites a row

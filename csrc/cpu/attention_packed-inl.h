@@ -64,7 +64,8 @@ struct PackedScores<BFloat16Dot> {  // pairs of bfloat16 lie in words, of q, of 
   }
   MIXATTN_INLINE void multiply(int n, const Rows& rows, int64_t r, const float* panel, int64_t head_dim, float* scores,
                                int64_t stride) {
-    bfloat16_tile_function(n)(rows.q + r * rows.stride, rows.stride, panel, head_dim / 2, rows.factor, scores, stride);
+    bfloat16_tile_function<false>(n)(rows.q + r * rows.stride, rows.stride, panel, head_dim / 2, rows.factor, scores,
+                                     stride);
   }
 };
 #endif
@@ -85,6 +86,52 @@ void pack_values(const T* const* v, int64_t num_keys, int64_t head_dim, int64_t 
     if (kLanes > 8 && d < head_dim) store(target, load_half(element_at(v[key], d)));
   }
 }
+
+// How O += P V is computed from keys as Dot has them: what weights and panels of V look like, and the product of a
+// register tile of whole panels or, if !is_whole, of one that is a single vector wide.
+template <class Dot>
+struct PackedValues {  // float32, from any type
+  typedef typename Dot::Key Key;
+  static constexpr int kPerWord = 1;  // keys in 4 bytes of a panel, and of weights
+  MIXATTN_INLINE void finish_weights(float*, int64_t) {}
+  static void pack(const Key* const* v, int64_t num_keys, int64_t head_dim, int64_t key_tile, float* v_packed) {
+    pack_values(v, num_keys, head_dim, key_tile, v_packed);
+  }
+  MIXATTN_INLINE void multiply(int n, bool is_whole, const float* weights, int64_t weights_stride, const float* panel,
+                               int64_t num_keys, float* o, int64_t o_stride) {
+    const TileFunction multiply_rows = is_whole ? tile_function<kTileVecs, true>(n) : tile_function<1, true>(n);
+    multiply_rows(weights, weights_stride, panel, num_keys, o, o_stride);
+  }
+};
+
+#if defined(MIXATTN_HAS_BFLOAT16_DOT)
+template <>
+struct PackedValues<BFloat16Dot> {  // pairs of keys in bfloat16 lie in words; head_dim is in whole panels
+  typedef BFloat16 Key;
+  static constexpr int kPerWord = 2;
+  MIXATTN_INLINE void finish_weights(float* weights, int64_t num_keys) {
+    for (int64_t k = 0; k < num_keys; k += 2 * kLanes) {
+      store_words(weights + k / 2, bfloat16_pairs<1>(load(weights + k), load(weights + k + kLanes)));
+    }
+  }
+  static void pack(const BFloat16* const* v, int64_t num_keys, int64_t head_dim, int64_t key_tile, float* v_packed) {
+    for (int64_t pair = 0; pair < num_keys / 2; ++pair) {
+      for (int64_t d = 0; d < head_dim; d += kTileCols) {
+        Vec first, second;  // of words
+        zip_rows(v[2 * pair] + d, v[2 * pair + 1] + d, &first, &second);
+        restore_zipped(&first, &second);
+        float* const target = v_packed + d * key_tile / 2 + pair * kTileCols;
+        store(target, first);
+        store(target + kLanes, second);
+      }
+    }
+  }
+  MIXATTN_INLINE void multiply(int n, bool, const float* weights, int64_t weights_stride, const float* panel,
+                               int64_t num_keys, float* o, int64_t o_stride) {
+    bfloat16_tile_function<true>(n)(weights, weights_stride, panel, num_keys / 2, 1.0f, o, o_stride);
+  }
+};
+#endif
 
 // The keys of a tile that rows [r, r + n) see, all together, from whole register tile to whole register tile.
 struct KeySpan {
@@ -146,7 +193,7 @@ void score_tile(const Rows& rows, const PackedTile<T>& tile, const float* k_pack
   }
 }
 
-template <typename T>
+template <class Values, typename T>
 void softmax_tile(const AttentionParams& p, const Rows& rows, const PackedTile<T>& tile, float* scores) {
   for_each_row_tile(rows, tile.first, tile.num_keys, [&](int64_t begin, int n, KeySpan span) {
     if (span.begin == span.end) return;
@@ -163,12 +210,13 @@ void softmax_tile(const AttentionParams& p, const Rows& rows, const PackedTile<T
       }
       softmax_step(row, width, rows.m + r, rows.l + r, rows.o + r * rows.stride, rows.stride);
       if (p.v_scale.is_per_token) scale_scores(row, tile.v_scale + span.begin, width);
+      Values::finish_weights(row, width);
     }
   });
 }
 
 // O += P V. A panel of V (8 KiB at 128 keys, AVX2) stays in L1 while all rows pass by. The next tile's K is on its way.
-template <typename T>
+template <class Values, typename T>
 void value_tile(const Rows& rows, const PackedTile<T>& tile, const PackedTile<T>& next, const float* v_packed,
                 int64_t head_dim, const float* scores) {
   for (int64_t d = 0; d < rows.stride; d += kTileCols) {
@@ -179,10 +227,9 @@ void value_tile(const Rows& rows, const PackedTile<T>& tile, const PackedTile<T>
       const int64_t num_steps = round_up(rows.stride, kTileCols) / kTileCols * rows.num_rows;
       prefetch_share(next.k, next.num_keys, step, step + n, num_steps, head_dim);
       if (span.begin == span.end) return;
-      const TileFunction multiply = is_whole ? tile_function<kTileVecs, true>(n) : tile_function<1, true>(n);
-      multiply(scores + r * tile.key_tile + span.begin, tile.key_tile,
-               v_packed + d * tile.key_tile + span.begin * width, span.end - span.begin, rows.o + r * rows.stride + d,
-               rows.stride);
+      Values::multiply(n, is_whole, scores + r * tile.key_tile + span.begin, tile.key_tile,
+                       v_packed + (d * tile.key_tile + span.begin * width) / Values::kPerWord, span.end - span.begin,
+                       rows.o + r * rows.stride + d, rows.stride);
     });
   }
 }
@@ -191,6 +238,7 @@ template <class Dot>
 void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratch) {
   typedef typename Dot::Key T;
   typedef PackedScores<Dot> Scores;
+  typedef PackedValues<Dot> Values;
   Rows rows = carve_rows(num_rows(item), p.head_dim, scratch);
   const int64_t tile_keys = key_tile(p.head_dim);
   float* const scores = scratch + rows_floats(rows.num_rows, p.head_dim);           // (rows, tile_keys)
@@ -222,9 +270,9 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
     const int64_t padded_keys = round_up(tile.num_keys, kTileCols);
     Scores::pack(tile.k, padded_keys / kTileCols, p.head_dim, packed);
     score_tile<Scores>(rows, tile, packed, p.head_dim, scores);
-    softmax_tile(p, rows, tile, scores);
-    pack_values(tile.v, padded_keys, p.head_dim, tile_keys, packed);
-    value_tile(rows, tile, next, packed, p.head_dim, scores);
+    softmax_tile<Values>(p, rows, tile, scores);
+    Values::pack(tile.v, padded_keys, p.head_dim, tile_keys, packed);
+    value_tile<Values>(rows, tile, next, packed, p.head_dim, scores);
   }
   finish_rows<T>(p, item, rows);
 }

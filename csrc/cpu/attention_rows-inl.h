@@ -293,7 +293,7 @@ void gather_tile_scales(const AttentionParams& p, const KvScale& scale, const Wo
 template <typename T>
 MIXATTN_INLINE void prefetch_row(const T* row, int64_t head_dim) {
   const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t b = 0; b < row_bytes<T>(head_dim); b += 64) prefetch(bytes + b);
+  for (int64_t b = 0; b < row_bytes<T>(head_dim); b += 64) prefetch_far(bytes + b);
 }
 
 // ---- softmax --------------------------------------------------------------------------------------------------------

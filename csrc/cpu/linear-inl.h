@@ -208,7 +208,7 @@ void multiply_few_rows(int64_t num_rows, const char* panel, const float* x, int6
 // Prefetches the share of num_bytes that is due between rows `row` and `end` of num_rows.
 MIXATTN_INLINE void prefetch_share(const char* source, int64_t num_bytes, int64_t row, int64_t end, int64_t num_rows) {
   for (int64_t b = round_up(num_bytes * row / num_rows, 64); b < num_bytes * end / num_rows; b += 64) {
-    prefetch(source + b);
+    prefetch_far(source + b);
   }
 }
 

@@ -6,7 +6,7 @@
 //         Few rows (a decode's query heads of one kv head): direct. One pass over K and V where they lie in their
 //         pages; every vector of them that is loaded serves several rows. Bound by memory; the next rows are
 //         prefetched. Many rows (a prefill chunk): packed. A tile of K is transposed and one of V copied, both as
-//         float32 (K as bfloat16, where the CPU multiplies it in pairs), into scratch that stays in L2; S = Q K^T and
+//         float32 (as bfloat16, where the CPU multiplies it in pairs), into scratch that stays in L2; S = Q K^T and
 //         O += P V are register-tiled matrix products. Bound by FMA.
 //         A key that a tree mask hides has score -inf; one hidden from all rows of an item is not read at all, because
 //         0 * NaN would be NaN. A sink enters once, where its row's sum is complete, as one more state that is merged

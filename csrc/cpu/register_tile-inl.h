@@ -52,14 +52,17 @@ void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t dep
 }
 
 #if defined(MIXATTN_HAS_BFLOAT16_DOT)
-// c (kRows, kTileCols) = factor a b for a (kRows, 2 depth) and b (2 depth, kTileCols) in bfloat16, of which two
-// neighbouring depths lie side by side: a's rows are words, b is (depth, kTileCols) words.
-template <int kRows>
+// c (kRows, kTileCols) = factor a b, or c += a b, for a (kRows, 2 depth) and b (2 depth, kTileCols) in bfloat16, of
+// which two neighbouring depths lie side by side: a's rows are words, b is (depth, kTileCols) words.
+template <int kRows, bool kIsAdded>
 void multiply_bfloat16_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float factor, float* c,
                             int64_t c_stride) {
   Vec acc[kRows][kTileVecs];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = zero();
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kTileVecs; ++j) acc[r][j] = kIsAdded ? load(c + r * c_stride + j * kLanes) : zero();
+  }
   for (int64_t k = 0; k < depth; ++k) {
     const IntVec column[kTileVecs] = {load_words(b + k * kTileCols), load_words(b + k * kTileCols + kLanes)};
 #pragma GCC unroll 8
@@ -74,17 +77,21 @@ void multiply_bfloat16_tile(const float* a, int64_t a_stride, const float* b, in
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kTileVecs; ++j) store(c + r * c_stride + j * kLanes, mul(acc[r][j], broadcast(factor)));
+    for (int j = 0; j < kTileVecs; ++j) {
+      store(c + r * c_stride + j * kLanes, kIsAdded ? acc[r][j] : mul(acc[r][j], broadcast(factor)));
+    }
   }
 }
 
 typedef void (*BFloat16TileFunction)(const float*, int64_t, const float*, int64_t, float, float*, int64_t);
 
-inline BFloat16TileFunction bfloat16_tile_function(int num_rows) {
+template <bool kIsAdded>
+BFloat16TileFunction bfloat16_tile_function(int num_rows) {
   static_assert(kTileRows == 8, "one entry per number of rows");
   static constexpr BFloat16TileFunction kFunctions[] = {
-      multiply_bfloat16_tile<1>, multiply_bfloat16_tile<2>, multiply_bfloat16_tile<3>, multiply_bfloat16_tile<4>,
-      multiply_bfloat16_tile<5>, multiply_bfloat16_tile<6>, multiply_bfloat16_tile<7>, multiply_bfloat16_tile<8>};
+      multiply_bfloat16_tile<1, kIsAdded>, multiply_bfloat16_tile<2, kIsAdded>, multiply_bfloat16_tile<3, kIsAdded>,
+      multiply_bfloat16_tile<4, kIsAdded>, multiply_bfloat16_tile<5, kIsAdded>, multiply_bfloat16_tile<6, kIsAdded>,
+      multiply_bfloat16_tile<7, kIsAdded>, multiply_bfloat16_tile<8, kIsAdded>};
   return kFunctions[num_rows - 1];
 }
 #endif

@@ -29,8 +29,11 @@ MIXATTN_INLINE const Int4Pair* element_at(const Int4Pair* row, int64_t d) {
   return row + d / 2;
 }
 
-MIXATTN_INLINE void prefetch(const void* p) {
+MIXATTN_INLINE void prefetch(const void* p) {  // into L1
   __builtin_prefetch(p, 0, 3);
+}
+MIXATTN_INLINE void prefetch_far(const void* p) {  // into L2, whose miss buffers are more than L1's
+  __builtin_prefetch(p, 0, 2);
 }
 
 // Of what is read once only: into L1, not to be kept further out.
