@@ -7,6 +7,7 @@
 | ``MIXATTN_LIBCUDA`` | what to open in place of ``libcuda.so.1``: tests take an emulated driver, for CPU tensors |
 | ``MIXATTN_API_KEY`` | the server's key, or several with commas between them |
 | ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT`` | OpenMP's own; with neither, programs of ours let idle threads spin briefly |
+| ``THP_MEM_ALLOC_ENABLE`` | torch's own; without it, programs of ours have large CPU tensors in huge pages |
 | ``TRITON_INTERPRET`` | ``1``: Triton runs its kernels in its interpreter, on CPU tensors (Triton's own variable) |
 
 ``setup.py`` alone reads ``MIXATTN_BUILD_SIMDE`` and ``MIXATTN_BUILD_CUDA``.
@@ -43,6 +44,17 @@ def prepare_process() -> None:
     """What our programs do to their process before torch is loaded; the library never does it to its user's."""
     _wait_briefly()
     _keep_freed_memory()
+    _use_huge_pages()
+
+
+def _use_huge_pages() -> None:
+    """Lets torch ask for huge pages under tensors of 2 MiB and more, unless the user chose.
+
+    KV pages and weights are read once per step, and a small page is left after 64 cache lines: in a virtual machine the
+    next one's address is a walk through two tables. One thread, decodes of 4k keys, heads of 128: 22 GB/s instead of 16
+    to 20 in bfloat16, 23 instead of 15 to 21 in float32 (Zen 4, 2026-11-29, six rounds in turns).
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _keep_freed_memory() -> None:

@@ -1,6 +1,6 @@
 """Linear maps over packed weights of every form, against torch in float32 and bfloat16; ``q4_1-int8`` rounds x to int8.
 
-Run ``GOMP_SPINCOUNT=2000 python -m bench.kernels.bench_linear``: threads wait as the engine's do.
+Run ``python -m bench.kernels.bench_linear``.
 The shapes are those of smollm2 and of a 1B Llama. All candidates take
 turns in one process; each runs through copies of its weights that are together larger than the last-level cache, as
 the layers of a model are, and is compared with a product in float64 before it is timed. ``--cpu-time`` counts CPU

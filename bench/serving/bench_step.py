@@ -1,6 +1,6 @@
 """Where a step's time goes: decodes at several batch sizes, and a prefill chunk.
 
-Run ``GOMP_SPINCOUNT=2000 python -m bench.serving.bench_step smollm2``: threads wait as the engine's do.
+Run ``python -m bench.serving.bench_step smollm2``.
 A step is executed as the engine does it, over pages that hold
 random K and V. ``step`` is the median of whole steps, wall time, and ``cpu`` the CPU time of all threads, which a busy
 machine disturbs less. The operators are timed in further steps, call by call; what is missing to ``step`` is logits,
