@@ -49,7 +49,8 @@ from mixattn.triton_kernels._softmax import (
     weigh_scores,
     weigh_values,
 )
-from mixattn.triton_kernels.tiles import TileChoice, choose_tiles
+from mixattn.triton_kernels.tiles import TileChoice, TileProblem
+from mixattn.triton_kernels.tuned_tiles import Gpu, tiles_for
 
 # Word offsets of the plan: csrc/common/work_item.h.
 HEADER_WORDS = tl.constexpr(16)
@@ -686,14 +687,8 @@ def choose_call_tiles(
 ) -> TileChoice:
     """The tiles that a call runs in; ``has_row_terms`` as for ``choose_tiles``, the rest as for ``mixed_attention``."""
     element_bytes, stored_bits = product_elements(q.dtype, k_cache.dtype, kv_format)
-    return choose_tiles(
-        q.shape[2],
-        element_bytes,
-        capability(q.device),
-        stored_bits=stored_bits,
-        has_row_terms=has_row_terms,
-        has_one_kind=invariant,
-    )
+    problem = TileProblem(q.shape[2], element_bytes, stored_bits, kv_format, has_row_terms, has_one_kind=invariant)
+    return tiles_for(problem, gpu(q.device))
 
 
 def product_elements(q_dtype: torch.dtype, kv_dtype: torch.dtype, kv_format: str | None) -> tuple[int, int]:
@@ -716,6 +711,7 @@ def _scale_arguments(scale: float | Tensor | None) -> tuple[Tensor | None, int, 
 
 INTERPRETED_CAPABILITY = (9, 0)
 """The interpreter runs the tiles of an H100."""
+INTERPRETED_NAME = "Triton's interpreter"
 INTERPRETED_SMS = 1
 """The interpreter runs one program after the other: the first draws all items, the last resets the counter."""
 
@@ -724,6 +720,13 @@ INTERPRETED_SMS = 1
 def capability(device: torch.device) -> tuple[int, int]:
     """Whose tiles a launch on this device runs in."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETED_CAPABILITY
+
+
+@functools.cache
+def gpu(device: torch.device) -> Gpu:
+    """Whose tuned tiles a launch on this device runs in."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else INTERPRETED_NAME
+    return Gpu(name, capability(device))
 
 
 @functools.cache

@@ -224,9 +224,10 @@ def device_hardware(device: torch.device, programs_per_sm: int | None = None, sm
         hardware = with_workers(base_hardware(capability), num_sms, attention_cuda.WORKERS_PER_SM)
         return replace(hardware, separates_small=capability == (9, 0))
     if programs_per_sm is None:
-        from mixattn.triton_kernels.tiles import choose_tiles
+        from mixattn.triton_kernels.tiles import TileProblem
+        from mixattn.triton_kernels.tuned_tiles import Gpu, tiles_for
 
-        programs_per_sm = choose_tiles(128, 2, capability).programs_per_sm
+        programs_per_sm = tiles_for(TileProblem(128, 2, 16), Gpu(properties.name, capability)).programs_per_sm
     return with_workers(base_hardware(capability), num_sms, programs_per_sm)
 
 

@@ -106,7 +106,7 @@ def test_margin_on_a_cpu_changes_nothing(backend: str) -> None:
 
 
 def test_device_hardware_leaves_the_margin_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    properties = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     gpu = torch.device("cuda", 0)
     for first in ("triton", "cuda"):
