@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixattn.triton_kernels._launch import launch, target_capability
 from mixattn.triton_kernels._numeric import dot, narrow, widen
 from mixattn.triton_kernels._pages import convert, load_keys, load_scales, locate_keys
 from mixattn.triton_kernels._quantized import MIN_ROW_SCALE, element_dims, fit_half
@@ -627,7 +628,7 @@ def mixed_attention(
     # In units of log2, so that the kernel's only exponential is exp2; with a cap, tanh's argument is doubled for exp.
     score_scale = softmax_scale * LOG2_E.value if soft_cap is None else 2.0 * softmax_scale * LOG2_E.value / soft_cap
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        mixed_attention_kernel[(num_programs or tiles.programs_per_sm * num_sms(q.device),)](
+        launch(mixed_attention_kernel, (num_programs or tiles.programs_per_sm * num_sms(q.device),))(
             q,
             k_cache,
             v_cache,
@@ -671,7 +672,7 @@ def mixed_attention(
             HAS_SOFT_CAP=soft_cap is not None,
             IS_INVARIANT=invariant,
             KV_FORMAT=kv_format,
-            CAPABILITY=10 * major + minor if q.is_cuda else 0,
+            CAPABILITY=10 * major + minor if q.is_cuda or target_capability() is not None else 0,
             K_STRIDES=k_cache.stride()[:2],
             V_STRIDES=v_cache.stride()[:2],
             K_SCALE_STRIDES=k_scale_strides,
@@ -716,17 +717,27 @@ INTERPRETED_SMS = 1
 """The interpreter runs one program after the other: the first draws all items, the last resets the counter."""
 
 
-@functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Whose tiles a launch on this device runs in."""
+    """Whose tiles a launch on this device runs in, or is compiled for."""
+    target = target_capability()
+    return _capability(device) if target is None else target
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETED_CAPABILITY
 
 
-@functools.cache
 def gpu(device: torch.device) -> Gpu:
-    """Whose tuned tiles a launch on this device runs in."""
+    """Whose tuned tiles a launch on this device runs in; nobody's for a target, of which no more is known."""
+    target = target_capability()
+    return _gpu(device) if target is None else Gpu(f"sm_{10 * target[0] + target[1]}", target)
+
+
+@functools.cache
+def _gpu(device: torch.device) -> Gpu:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else INTERPRETED_NAME
-    return Gpu(name, capability(device))
+    return Gpu(name, _capability(device))
 
 
 @functools.cache
