@@ -11,12 +11,13 @@ CXX_FILES := '*.h' '*.cpp' '*.cuh' '*.cu'
 PYTEST ?= OMP_NUM_THREADS=1 MIXATTN_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint format bench bench-gpu bench-peers static build env clean
+.PHONY: help run test test-slow lint format bench bench-gpu tune bench-peers static build env clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
 	@echo 'make lint | format | bench | static | build | test-slow | clean'
 	@echo 'make bench-gpu     attention on a GPU beside other libraries (BENCH_GPU: more arguments, such as --full)'
+	@echo 'make tune          the tiles of Triton attention, measured on this GPU (TUNE: more arguments, such as --full)'
 	@echo 'make bench-peers   the same work on mixattn, vLLM, OpenVINO and llama.cpp, one table (PEERS: where they are put)'
 
 # The environment is made anew when what it is made from changes.
@@ -64,6 +65,10 @@ bench: build
 # Attention on this machine's GPU, beside the libraries that are installed. Status 77 without one.
 bench-gpu: build
 	$(PY) -m bench.kernels.bench_mixed_attention --backend triton cuda $(BENCH_GPU)
+
+# The attention kernel's tiles, measured on this machine's GPU and kept for it. Status 77 without one.
+tune: build
+	$(PY) -m bench.kernels.tune $(TUNE)
 
 # The peers' environments and models go to PEERS (default .peers): 9 GB, about 20 minutes the first time.
 bench-peers: build

@@ -308,4 +308,6 @@ def cuda_plan(
     num_threads: int,
     stream: int,
 ) -> None: ...  # every address is of device memory
-def cuda_attention(*, image: CudaImage, device_plan: int, stream: int, **call: Any) -> None: ...  # plan: on the host
+def cuda_attention(
+    *, image: CudaImage, device_plan: int, num_workers: int, stream: int, **call: Any
+) -> None: ...  # plan: on the host

@@ -18,6 +18,7 @@ _LAZY = {
     "plan": "mixattn.ops.plan",
     "WorkPlan": "mixattn.ops.plan",
     "DevicePlan": "mixattn.ops.plan_cuda",
+    "device_hardware": "mixattn.ops.attention",
     "Hardware": "mixattn.ops.plan",
     "backends": "mixattn.ops.backends",
     "LLM": "mixattn.engine.llm",
@@ -33,6 +34,7 @@ __all__ = [
     "append_kv",
     "attention",
     "backends",
+    "device_hardware",
     "merge_states",
     "plan",
     "tree_mask",
@@ -40,7 +42,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mixattn.engine.llm import LLM
-    from mixattn.ops.attention import attention
+    from mixattn.ops.attention import attention, device_hardware
     from mixattn.ops.backends import backends
     from mixattn.ops.kv_cache import append_kv
     from mixattn.ops.merge import merge_states

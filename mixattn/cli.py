@@ -1,4 +1,4 @@
-"""``mixattn-engine``: chat, generate, serve, bench, info and demo on the command line.
+"""``mixattn-engine``: chat, generate, serve, bench, warmup, info and demo on the command line.
 
 Nothing heavy is imported before the arguments are known to be good, so ``--help`` and mistakes answer at once.
 """
@@ -99,6 +99,15 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--random-range-ratio", type=float, default=0.0, help="lengths vary by this share (%(default)s)")
     bench.add_argument("--output-json", type=Path, metavar="FILE", help="write the result there, too")
     _add_engine_flags(bench)
+
+    warmup = add("warmup", _warmup, "Compile ahead what serving a model on a GPU launches.")
+    warmup.add_argument(
+        "--target",
+        type=_capability,
+        metavar="sm_90",
+        help="compile for this architecture, whose GPU need not be here, into Triton's cache",
+    )
+    _add_engine_flags(warmup)
 
     info = add("info", _info, "Show the CPU, the GPU and what can run on them.")
     info.add_argument("--kernels", action="store_true", help="show the compiled CUDA kernels instead")
@@ -233,6 +242,14 @@ def _size(text: str) -> int:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number, nor one such as 4k (4,000) or 2G (2^31)") from None
     return int(value)
+
+
+def _capability(text: str) -> tuple[int, int]:
+    """The compute capability of an architecture's name: (9, 0) of sm_90."""
+    number = text.removeprefix("sm_")
+    if not text.startswith("sm_") or not number.isdecimal() or len(number) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no architecture such as sm_80, sm_90 or sm_100")
+    return int(number[:-1]), int(number[-1])
 
 
 def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
@@ -379,6 +396,33 @@ def _bench(arguments: argparse.Namespace) -> int:
     print("\n".join(result.lines()))
     if arguments.output_json is not None:
         arguments.output_json.write_text(json.dumps(result.record(), indent=2) + "\n")
+    return 0
+
+
+def _warmup(arguments: argparse.Namespace) -> int:
+    config = _engine_config(arguments)
+    import torch
+
+    from mixattn.engine.build import warm_up_engine
+    from mixattn.models.loader import read_shape
+
+    target = arguments.target
+    has_gpu = torch.cuda.is_available()
+    if target is None and not has_gpu:
+        read_shape(config, torch.device("cpu"))  # a model that is not there is a mistake here, too
+        print(
+            "nothing to compile: torch sees no GPU, and the kernels for CPUs were compiled when mixattn was built; "
+            "--target sm_90 compiles for a GPU that is elsewhere"
+        )
+        return 0
+    gpu = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cuda")
+    model_config, dtype = read_shape(config, gpu)
+    begin_s = time.monotonic()
+    warmed = warm_up_engine(config, model_config, dtype, gpu if target is None else torch.device("cpu"), target)
+    where = torch.cuda.get_device_name(gpu) if target is None else f"sm_{target[0]}{target[1]}, in Triton's cache"
+    for one in warmed:
+        print(f"{one.name:28} {one.kernel:32} {one.how}")
+    print(f"{len(warmed)} kernels for {arguments.model} in {dtype} on {where}: {time.monotonic() - begin_s:.1f} s")
     return 0
 
 

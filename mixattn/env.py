@@ -5,6 +5,7 @@
 | ``MIXATTN_CPU_ISA`` | ``avx512_bf16``, ``avx512``, ``avx2`` or ``scalar``: CPU kernels instead of the best |
 | ``MIXATTN_NUM_THREADS`` | threads of the CPU kernels instead of what ``num_threads`` finds |
 | ``MIXATTN_LIBCUDA`` | what to open in place of ``libcuda.so.1``: tests take an emulated driver, for CPU tensors |
+| ``MIXATTN_TILES`` | the file of tuned tiles, in place of ``mixattn/tiles.json`` in the user's cache directory |
 | ``MIXATTN_API_KEY`` | the server's key, or several with commas between them |
 | ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT`` | OpenMP's own; with neither, programs of ours let idle threads spin briefly |
 | ``THP_MEM_ALLOC_ENABLE`` | torch's own; without it, programs of ours have large CPU tensors in huge pages |
@@ -111,6 +112,20 @@ def api_keys() -> tuple[str, ...]:
 def libcuda() -> str | None:
     """The library to take in place of NVIDIA's driver."""
     return os.environ.get("MIXATTN_LIBCUDA") or None
+
+
+def tiles_file() -> tuple[Path, bool]:
+    """The file of tuned tiles, which need not be there, and whether ``MIXATTN_TILES`` names it.
+
+    Source: XDG Base Directory Specification, which lets relative paths in XDG_CACHE_HOME be ignored.
+    """
+    named = os.environ.get("MIXATTN_TILES")
+    if named:
+        return Path(named).expanduser(), True
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():
+        cache = Path.home() / ".cache"
+    return cache / "mixattn" / "tiles.json", False
 
 
 def triton_interpret() -> bool:

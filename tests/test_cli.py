@@ -19,7 +19,7 @@ import pytest
 from mixattn import cli
 
 TINY = ["tiny-llama", "--load-format", "dummy", "--max-model-len", "512"]
-COMMANDS = ["chat", "generate", "serve", "bench", "info", "demo"]
+COMMANDS = ["chat", "generate", "serve", "bench", "warmup", "info", "demo"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "ops": BASE | {"triton_kernels"},
     "compat": BASE | {"ops"},
     "models": BASE | {"ops"},
-    "executor": BASE | {"ops", "models"},
+    "executor": BASE | {"triton_kernels", "ops", "models"},
     "kv": BASE,
     "sched": BASE | {"kv", "ops.plan"},
     "engine.core": BASE | {"kv", "sched", "ops.plan"},

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixattn.triton_kernels._launch import launch
 from mixattn.triton_kernels._numeric import narrow, widen
 
 MAX_BLOCK = 4096
@@ -96,7 +97,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     size = x.shape[-1]
     num_groups = 1 if x.dim() == 2 else x.shape[1]
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        rms_norm_kernel[(x.shape[0] * num_groups,)](
+        launch(rms_norm_kernel, (x.shape[0] * num_groups,))(
             x,
             residual,
             weight,
@@ -121,7 +122,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         return y
     block = min(triton.next_power_of_2(size), MAX_BLOCK // 4)
     with torch.cuda.device(gate_up.device) if gate_up.is_cuda else contextlib.nullcontext():
-        silu_mul_kernel[(gate_up.shape[0], triton.cdiv(size, block))](
+        launch(silu_mul_kernel, (gate_up.shape[0], triton.cdiv(size, block)))(
             gate_up, y, gate_up.stride(0), size, BLOCK=block, num_warps=4
         )
     return y

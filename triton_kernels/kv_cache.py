@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixattn.triton_kernels._launch import launch
 from mixattn.triton_kernels._numeric import narrow, widen
 from mixattn.triton_kernels._quantized import code_of, row_scales
 
@@ -269,7 +270,7 @@ def append_kv(
     v_scales, v_scale_value, v_scale_strides = _scale_arguments(v_scale)
     grid = (total_q, triton.cdiv(num_kv_heads, block_heads) + triton.cdiv(num_q_heads, block_heads))
     with torch.cuda.device(k.device) if k.is_cuda else contextlib.nullcontext():
-        append_kv_kernel[grid](
+        launch(append_kv_kernel, grid)(
             k,
             v,
             k_cache,

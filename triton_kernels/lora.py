@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixattn.triton_kernels._launch import launch
 from mixattn.triton_kernels._numeric import dot, narrow, widen
 
 BLOCK_M = 16
@@ -124,11 +125,11 @@ def add_lora(
     block_rank = min(max(triton.next_power_of_2(rank), 16), MAX_BLOCK_RANK)
     num_tiles = total_q // BLOCK_M + num_seqs
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        shrink_kernel[(num_tiles, triton.cdiv(rank, block_rank))](
+        launch(shrink_kernel, (num_tiles, triton.cdiv(rank, block_rank)))(
             x, a, cu_seqlens_q, adapter_ids, h, x.stride(0), num_seqs, in_size, rank,
             BLOCK_M=BLOCK_M, BLOCK_RANK=block_rank, BLOCK_IN=BLOCK_IN, num_warps=4,
         )  # fmt: skip
-        expand_kernel[(num_tiles, triton.cdiv(out_size, BLOCK_OUT))](
+        launch(expand_kernel, (num_tiles, triton.cdiv(out_size, BLOCK_OUT)))(
             h, b, scalings, cu_seqlens_q, adapter_ids, y, y.stride(0), num_seqs, out_size, rank,
             BLOCK_M=BLOCK_M, BLOCK_RANK=block_rank, BLOCK_OUT=BLOCK_OUT, num_warps=4,
         )  # fmt: skip

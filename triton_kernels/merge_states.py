@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixattn.triton_kernels._launch import launch
 from mixattn.triton_kernels._numeric import narrow, widen
 from mixattn.triton_kernels._softmax import LN_2, absorb_state, finish_rows
 
@@ -80,7 +81,7 @@ def merge_states(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
         return
     block_heads = min(triton.next_power_of_2(num_heads), MAX_BLOCK_HEADS)
     with torch.cuda.device(outs.device) if outs.is_cuda else contextlib.nullcontext():
-        merge_states_kernel[(total_q, triton.cdiv(num_heads, block_heads))](
+        launch(merge_states_kernel, (total_q, triton.cdiv(num_heads, block_heads)))(
             outs,
             lses,
             out,

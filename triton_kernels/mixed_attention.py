@@ -4,8 +4,9 @@
 # Method  persistent programs draw the items of a plan (ops/plan.py) from a counter; online softmax over KV tiles: first
 #         those that every row sees whole, without any mask code, then those that it does not; items of split rows leave
 #         float32 partials, and the last of them to finish merges them in split order
-# Grid    programs of 8 warps, as many as the SMs hold at once, whatever the batch; an item runs in the smallest tile of
-#         tiles.py that holds its rows: 128 or 16. Tiles are chosen by the compilers' output: no speed has been measured
+# Grid    programs of 8 warps, as many as the SMs hold at once, or as the plan has workers; an item runs in the smallest
+#         tile of tiles.py that holds its rows: 128 or 16. Tiles are chosen by the compilers' output: no speed has been
+#         measured
 # Shapes  q, out [total_q, num_q_heads, head_dim], k_cache, v_cache [num_pages, page_size, num_kv_heads, head_dim] in
 #         bf16, fp16 or fp32, the caches also in int8, fp8 and int4 (_quantized.py) with scales; lse [total_q,
 #         num_q_heads] fp32; partials [num_partial_rows, head_dim] fp32
@@ -33,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixattn.triton_kernels._launch import launch, target_capability
 from mixattn.triton_kernels._numeric import dot, narrow, widen
 from mixattn.triton_kernels._pages import convert, load_keys, load_scales, locate_keys
 from mixattn.triton_kernels._quantized import MIN_ROW_SCALE, element_dims, fit_half
@@ -48,7 +50,8 @@ from mixattn.triton_kernels._softmax import (
     weigh_scores,
     weigh_values,
 )
-from mixattn.triton_kernels.tiles import TileChoice, choose_tiles
+from mixattn.triton_kernels.tiles import TileChoice, TileProblem
+from mixattn.triton_kernels.tuned_tiles import Gpu, tiles_for
 
 # Word offsets of the plan: csrc/common/work_item.h.
 HEADER_WORDS = tl.constexpr(16)
@@ -580,6 +583,7 @@ def mixed_attention(
     k_scale: float | Tensor | None = None,
     v_scale: float | Tensor | None = None,
     invariant: bool = False,
+    tiles: TileChoice | None = None,
     num_programs: int | None = None,
 ) -> None:
     """Runs the items of a plan, and the merges of its split rows, in one launch; writes every row of out and lse.
@@ -604,6 +608,7 @@ def mixed_attention(
         kv_format: int8, float8_e4m3fn, float8_e5m2 or int4, what the caches are quantised to; None for float.
         k_scale, v_scale: of quantised caches, as for ``ops.attention``.
         invariant: as for ``ops.attention``; the plan is made so, too.
+        tiles: to run in; None for those of ``choose_call_tiles``.
         num_programs: of the grid; None for as many as the SMs hold at once.
     """
     total_q, num_q_heads, head_dim = q.shape
@@ -611,8 +616,9 @@ def mixed_attention(
         return
     page_size, num_kv_heads = k_cache.shape[1:3]
     has_row_terms = alibi_slopes is not None or tree_mask is not None
-    tiles = choose_call_tiles(q, k_cache, kv_format, has_row_terms=has_row_terms, invariant=invariant)
-    capability = _capability(q.device)
+    if tiles is None:
+        tiles = choose_call_tiles(q, k_cache, kv_format, has_row_terms=has_row_terms, invariant=invariant)
+    major, minor = capability(q.device)
     if kv_format is not None:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     k_scales, k_scale_head_stride, k_scale_strides = _scale_arguments(k_scale)
@@ -622,7 +628,7 @@ def mixed_attention(
     # In units of log2, so that the kernel's only exponential is exp2; with a cap, tanh's argument is doubled for exp.
     score_scale = softmax_scale * LOG2_E.value if soft_cap is None else 2.0 * softmax_scale * LOG2_E.value / soft_cap
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        mixed_attention_kernel[(num_programs or tiles.programs_per_sm * _num_sms(q.device),)](
+        launch(mixed_attention_kernel, (num_programs or tiles.programs_per_sm * num_sms(q.device),))(
             q,
             k_cache,
             v_cache,
@@ -666,7 +672,7 @@ def mixed_attention(
             HAS_SOFT_CAP=soft_cap is not None,
             IS_INVARIANT=invariant,
             KV_FORMAT=kv_format,
-            CAPABILITY=10 * capability[0] + capability[1] if q.is_cuda else 0,
+            CAPABILITY=10 * major + minor if q.is_cuda or target_capability() is not None else 0,
             K_STRIDES=k_cache.stride()[:2],
             V_STRIDES=v_cache.stride()[:2],
             K_SCALE_STRIDES=k_scale_strides,
@@ -682,14 +688,8 @@ def choose_call_tiles(
 ) -> TileChoice:
     """The tiles that a call runs in; ``has_row_terms`` as for ``choose_tiles``, the rest as for ``mixed_attention``."""
     element_bytes, stored_bits = product_elements(q.dtype, k_cache.dtype, kv_format)
-    return choose_tiles(
-        q.shape[2],
-        element_bytes,
-        _capability(q.device),
-        stored_bits=stored_bits,
-        has_row_terms=has_row_terms,
-        has_one_kind=invariant,
-    )
+    problem = TileProblem(q.shape[2], element_bytes, stored_bits, kv_format, has_row_terms, has_one_kind=invariant)
+    return tiles_for(problem, gpu(q.device))
 
 
 def product_elements(q_dtype: torch.dtype, kv_dtype: torch.dtype, kv_format: str | None) -> tuple[int, int]:
@@ -712,8 +712,15 @@ def _scale_arguments(scale: float | Tensor | None) -> tuple[Tensor | None, int, 
 
 INTERPRETED_CAPABILITY = (9, 0)
 """The interpreter runs the tiles of an H100."""
+INTERPRETED_NAME = "Triton's interpreter"
 INTERPRETED_SMS = 1
 """The interpreter runs one program after the other: the first draws all items, the last resets the counter."""
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Whose tiles a launch on this device runs in, or is compiled for."""
+    target = target_capability()
+    return _capability(device) if target is None else target
 
 
 @functools.cache
@@ -721,8 +728,21 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETED_CAPABILITY
 
 
+def gpu(device: torch.device) -> Gpu:
+    """Whose tuned tiles a launch on this device runs in; nobody's for a target, of which no more is known."""
+    target = target_capability()
+    return _gpu(device) if target is None else Gpu(f"sm_{10 * target[0] + target[1]}", target)
+
+
 @functools.cache
-def _num_sms(device: torch.device) -> int:
+def _gpu(device: torch.device) -> Gpu:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else INTERPRETED_NAME
+    return Gpu(name, _capability(device))
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Of this device; as if it had one under the interpreter."""
     if device.type != "cuda":
         return INTERPRETED_SMS
     return torch.cuda.get_device_properties(device).multi_processor_count

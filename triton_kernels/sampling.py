@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixattn.triton_kernels._launch import launch
+
 MAX_BLOCK = 8192
 """Logits of a row at once: 32 for each of 256 threads."""
 INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -156,7 +158,7 @@ def draw(
     token_ids = torch.empty_like(row_ids)
     vocab_size = logits.shape[1]
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
-        draw_kernel[(len(row_ids),)](
+        launch(draw_kernel, (len(row_ids),))(
             logits,
             row_ids,
             maxima,

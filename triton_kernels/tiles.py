@@ -1,6 +1,7 @@
 """Which tiles the Triton attention kernel runs: one pure function from head, element and architecture.
 
-No speed has been measured. The choices rest on what the compilers make of them (bench/static, with the numbers).
+No speed has been measured. The choices rest on what the compilers make of them (bench/static, with the numbers). What
+bench/kernels/tune.py measures on a GPU goes before them there: tuned_tiles.py.
 """
 
 from __future__ import annotations
@@ -33,8 +34,13 @@ SHARED_BYTES = {
 }
 """The most shared memory of one program by compute capability. Source: CUDA C++ programming guide, table of technical
 specifications per compute capability. Others from 8.0 on are taken to have the least of these."""
+SM_REGISTERS = 65536
+MAX_REGISTERS = 255
+"""Of a thread."""
 HALF_OF_REGISTERS = 128
 """Per thread, where two programs of 8 warps share an SM's 65,536."""
+OTHER_REGISTERS = 32
+"""Of a thread, the least that a walk over keys takes besides sums and scores: addresses, maxima, operands."""
 
 MAX_BLOCK_N = (64, 128)
 """Keys per tile of many rows and of few. The few: a turn costs them what their scores hardly matter to, so that twice
@@ -68,6 +74,84 @@ class TileChoice:
     num_warps: int
     programs_per_sm: int
     max_registers: int | None
+
+
+@dataclass(frozen=True)
+class TileProblem:
+    """What the choice of tiles depends on, besides the GPU.
+
+    Args:
+        head_dim: of Q, K and V.
+        element_bytes: of what the products are made of.
+        stored_bits: of an element of K and V in memory.
+        kv_format: what K and V are quantised to (int8, float8_e4m3fn, float8_e5m2, int4); None for not at all.
+        has_row_terms, has_one_kind: as for ``choose_tiles``.
+    """
+
+    head_dim: int
+    element_bytes: int
+    stored_bits: int
+    kv_format: str | None = None
+    has_row_terms: bool = False
+    has_one_kind: bool = False
+
+    @property
+    def block_d(self) -> int:
+        """head_dim rounded up to a power of two, at least 16."""
+        return max(16, 1 << (self.head_dim - 1).bit_length())
+
+    def choose(self, capability: tuple[int, int]) -> TileChoice:
+        """``choose_tiles`` of the problem."""
+        return choose_tiles(
+            self.head_dim,
+            self.element_bytes,
+            capability,
+            stored_bits=self.stored_bits,
+            has_row_terms=self.has_row_terms,
+            has_one_kind=self.has_one_kind,
+        )
+
+
+def why_not(tiles: TileChoice, problem: TileProblem, capability: tuple[int, int]) -> str | None:
+    """The reason why the kernel cannot run the problem in these tiles, or has no room for them; None if it can."""
+    num_kinds = len(tiles.block_m)
+    if not 1 <= num_kinds <= 3 or len(tiles.block_n) != num_kinds or len(tiles.num_stages) != num_kinds:
+        return "block_m, block_n and num_stages must have an entry for each of 1 to 3 tiles"
+    if problem.has_one_kind and num_kinds != 1:
+        return "an invariant call has one tile, so that a row's sums do not depend on its company"
+    if tiles.block_d != problem.block_d:
+        return f"block_d must be {problem.block_d}, got {tiles.block_d}"
+    most_rows = MAX_FLOAT32_BLOCK_ROWS if problem.element_bytes == 4 else PLAN_BLOCK_ROWS[0]
+    if list(tiles.block_m) != sorted(set(tiles.block_m), reverse=True) or not all(
+        _is_power_of_two(rows) and PLAN_BLOCK_ROWS[-1] <= rows <= most_rows for rows in tiles.block_m
+    ):
+        return f"block_m must be descending powers of two in [{PLAN_BLOCK_ROWS[-1]}, {most_rows}], got {tiles.block_m}"
+    most_keys = min(MAX_BLOCK_N[1], MAX_TILE_ELEMENTS // tiles.block_d // (problem.element_bytes // 2))
+    if not all(_is_power_of_two(keys) and MIN_BLOCK_N <= keys <= most_keys for keys in tiles.block_n):
+        return f"block_n must be powers of two in [{MIN_BLOCK_N}, {most_keys}], got {tiles.block_n}"
+    if not all(1 <= stages <= 4 for stages in tiles.num_stages):
+        return f"num_stages must be in [1, 4], got {tiles.num_stages}"
+    if tiles.num_warps not in (4, 8):
+        return f"num_warps must be 4 or 8, got {tiles.num_warps}"
+    num_threads = 32 * tiles.num_warps
+    registers = MAX_REGISTERS if tiles.max_registers is None else tiles.max_registers
+    # They are handed out in eights.
+    if tiles.programs_per_sm < 1 or tiles.programs_per_sm * num_threads * -(-registers // 8) * 8 > SM_REGISTERS:
+        return f"{tiles.programs_per_sm} programs of {num_threads} threads with {registers} registers do not fit an SM"
+    for block_m, block_n in zip(tiles.block_m, tiles.block_n, strict=True):
+        sums_and_scores = -(-block_m * (tiles.block_d + block_n) // num_threads)
+        if sums_and_scores + OTHER_REGISTERS > registers:
+            return f"sums and scores of {block_m} x {block_n} are {sums_and_scores} of {registers} registers"
+    # An SM has what one program may have at most, and for each program a KiB that the system takes.
+    limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
+    taken = shared_bytes(tiles, problem.element_bytes, capability, problem.stored_bits)
+    if tiles.programs_per_sm * (taken + KIB) > limit + KIB:
+        return f"{tiles.programs_per_sm} programs with {taken} bytes of shared memory do not fit {limit}"
+    return None
+
+
+def _is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
 
 
 def shared_bytes(

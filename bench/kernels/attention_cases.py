@@ -195,11 +195,12 @@ def cache_bytes(case: Case, dtype: torch.dtype) -> int:
     return 2 * num_rows * case.head_dim * kv_dtype(case.kv_dtype, dtype).itemsize
 
 
-def make_batch(case: Case, dtype: torch.dtype, device: torch.device) -> Batch:
+def make_batch(case: Case, dtype: torch.dtype, device: torch.device, *, has_row_scales: bool | None = None) -> Batch:
     """The case's tensors, the same on every call on one kind of device.
 
-    On a CPU, quantised K and V get a scale per token and head. On a GPU they are float8 and have none, which is a scale
-    of 1: that is what all kernels compared there can take.
+    Args:
+        has_row_scales: whether quantised K and V get a scale per token and head. None: on a CPU; on a GPU they are
+            float8 and have none, which is a scale of 1: that is what all kernels compared there can take.
     """
     generator = torch.Generator(device).manual_seed(0)
     is_cpu = device.type == "cpu"
@@ -213,7 +214,8 @@ def make_batch(case: Case, dtype: torch.dtype, device: torch.device) -> Batch:
         drawn_dtype = torch.float32 if is_cpu else dtype
         return torch.randn(size, generator=generator, device=device, dtype=drawn_dtype)
 
-    (k_cache, k_scale), (v_cache, v_scale) = (store(draw(*shape), stored, has_row_scales=is_cpu) for _ in range(2))
+    is_scaled = is_cpu if has_row_scales is None else has_row_scales
+    (k_cache, k_scale), (v_cache, v_scale) = (store(draw(*shape), stored, has_row_scales=is_scaled) for _ in range(2))
     q = draw(sum(case.q_lens), case.num_q_heads, case.head_dim).to(dtype)
     order = torch.randperm(num_pages, generator=generator, device=device).int()
     block_table = torch.zeros(len(pages_each), max(pages_each), dtype=torch.int32, device=device)

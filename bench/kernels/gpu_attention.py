@@ -37,8 +37,10 @@ from bench.kernels.attention_peers import PEERS, Call
 from bench.lib.device_clock import Clock, CudaClock, Roofs, measure_roofs, time_launches
 from bench.lib.measure import Record, Timing, append_json
 from mixattn.executor.kv_pool import kv_dtype
+from mixattn.ops import attention_cuda
 from mixattn.ops.kv_dtypes import kv_dtype_name
-from mixattn.ops.plan import A100, H100, Hardware
+from mixattn.ops.plan import Hardware, base_hardware, with_workers
+from mixattn.triton_kernels.tuned_tiles import Gpu, tiles_for
 
 DTYPE = predicted.Q_DTYPE
 NO_GPU_STATUS = 77
@@ -68,10 +70,14 @@ class Device:
     free_bytes: int
     l2_bytes: int
 
-    def hardware(self, case: Case) -> Hardware:
+    def hardware(self, case: Case, backend: str = "triton") -> Hardware:
         """The workers that a plan of the case is balanced over, by the rates of the nearest known data sheet."""
-        base = H100 if self.capability >= (9, 0) else A100
-        return predicted.hardware_of(case, base, self.num_sms, self.capability)
+        base = base_hardware(self.capability)
+        if backend == "cuda":
+            hardware = with_workers(base, self.num_sms, attention_cuda.WORKERS_PER_SM)
+            return replace(hardware, separates_small=self.capability == (9, 0))
+        tiles = tiles_for(predicted.problem_of(case), Gpu(self.name, self.capability))
+        return with_workers(base, self.num_sms, tiles.programs_per_sm)
 
     def where(self) -> dict[str, str]:
         """What its records say about it."""
@@ -142,7 +148,7 @@ def why_not_here(case: Case, device: Device) -> str | None:
 
 def our_call(batch: Batch, device: Device, backend: str) -> Call:
     """The call as a layer of a model makes it: the step's plan was made before."""
-    plan = predicted.plan_of(batch.case, device.hardware(batch.case))
+    plan = predicted.plan_of(batch.case, device.hardware(batch.case, backend))
     out = torch.empty_like(batch.q)
     return lambda: mixattn.attention(
         batch.q, batch.k_cache, batch.v_cache, cu_seqlens_q=batch.cu_seqlens_q, seq_lens=batch.seq_lens,

@@ -14,8 +14,10 @@ import torch
 from bench.kernels import schedules
 from bench.kernels.attention_cases import Case, kind_cases
 from mixattn.executor.kv_pool import kv_dtype
+from mixattn.ops.kv_dtypes import kv_format
 from mixattn.ops.plan import A100, H100, Hardware, WorkPlan, plan, with_workers
-from mixattn.triton_kernels.tiles import choose_tiles
+from mixattn.triton_kernels.mixed_attention import product_elements
+from mixattn.triton_kernels.tiles import TileProblem
 
 Q_DTYPE = torch.bfloat16
 KIND_NAMES = ("large", "medium", "small")
@@ -76,11 +78,16 @@ class KindCost:
         return "compute" if self.compute_us > self.memory_us else "memory"
 
 
+def problem_of(case: Case) -> TileProblem:
+    """What the tiles of a case in bfloat16 depend on."""
+    stored = kv_dtype(case.kv_dtype, Q_DTYPE)
+    element_bytes, stored_bits = product_elements(Q_DTYPE, stored, kv_format(stored))
+    return TileProblem(case.head_dim, element_bytes, stored_bits, kv_format(stored))
+
+
 def hardware_of(case: Case, base: Hardware, num_sms: int, capability: tuple[int, int]) -> Hardware:
     """The workers of a GPU for a case in bfloat16: as many programs per SM as its tiles let share one."""
-    stored = kv_dtype(case.kv_dtype, Q_DTYPE)
-    tiles = choose_tiles(case.head_dim, Q_DTYPE.itemsize, capability, stored_bits=8 * stored.itemsize)
-    return with_workers(base, num_sms, tiles.programs_per_sm)
+    return with_workers(base, num_sms, problem_of(case).choose(capability).programs_per_sm)
 
 
 def plan_of(case: Case, hardware: Hardware) -> WorkPlan:

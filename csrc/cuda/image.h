@@ -10,7 +10,7 @@
 namespace mixattn {
 namespace cuda {
 
-// How a kernel is launched: a fixed grid, of all blocks that the device holds at once.
+// How a kernel is launched: as prepared, in a grid of all blocks that the device holds at once.
 struct Launch {
   FunctionHandle function;
   int num_blocks;
@@ -28,6 +28,7 @@ class Image {
   Image& operator=(const Image&) = delete;
 
   int capability() const { return capability_; }  // of the device: 10 major + minor
+  int num_sms() const { return num_sms_; }
 
   // The kernel, looked up and given its shared memory at the first call. Throws DriverError when it has not this name,
   // or the device not room for one block.

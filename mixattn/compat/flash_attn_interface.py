@@ -45,6 +45,7 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: [num_seqs + 1] int32.
         seqused_k: [num_seqs] int32, how many of its keys each sequence reads; None for all.
         window_size: (left, right), -1 for no bound; the right one is 0 or -1.
+        sm_margin: SMs of a GPU that the launch leaves free; a CPU has none, and ignores it.
     Returns:
         lse is [num_q_heads, total_q] float32, natural log, -inf where a row has no keys.
     Raises:
@@ -70,6 +71,7 @@ def flash_attn_varlen_func(
         softcap=softcap,
         k_scale=kv_scale(function, "k_descale", k, k_descale),
         v_scale=kv_scale(function, "v_descale", v, v_descale),
+        sm_margin=sm_margin,
     )
     return (out, lse) if return_attn_probs else out
 
@@ -111,6 +113,7 @@ def flash_attn_with_kvcache(
     Args: as ``kvcache.kvcache_attention``, with ``page_table`` for ``block_table``; ``cache_seqlens`` does not count
         the new k and v, which are stored in place.
         rotary_cos, rotary_sin: [max_positions, rotary_dim / 2].
+        sm_margin: SMs of a GPU that attention leaves free (not the storing of k and v, which is short); a CPU has none.
     Returns:
         lse is [batch, num_q_heads, q_len], or [num_q_heads, total_q] with ``cu_seqlens_q``; float32, natural log.
     Raises:
@@ -140,5 +143,6 @@ def flash_attn_with_kvcache(
         v_scale=kv_scale(function, "v_descale", v_cache, v_descale),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k_new=cu_seqlens_k_new,
+        sm_margin=sm_margin,
     )
     return (out, lse, no_probabilities(q), no_probabilities(q)) if return_softmax_lse else out

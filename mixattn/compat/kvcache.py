@@ -51,6 +51,7 @@ def kvcache_attention(
     v_scale: float | Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k_new: Tensor | None = None,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """out shaped as q, and lse [batch, num_q_heads, q_len] ([num_q_heads, total_q] with ``cu_seqlens_q``), natural log.
 
@@ -63,6 +64,7 @@ def kvcache_attention(
         k, v: [batch, new_len, num_kv_heads, head_dim], or [total_new, ...] with ``cu_seqlens_k_new``.
         cache_seqlens: the keys in the cache before this call: [batch] int32, or one for all. None: it is full.
         cache_batch_idx: [batch] int32, which of the cache's sequences; None is the first ones.
+        sm_margin: as ``mixattn.attention`` takes it.
     """
     queries = _ragged("q", q, cu_seqlens_q)
     num_seqs = len(queries.cu_seqlens) - 1
@@ -109,6 +111,7 @@ def kvcache_attention(
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
+        sm_margin=sm_margin,
         return_lse=True,
     )
     if cu_seqlens_q is not None:

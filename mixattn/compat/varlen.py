@@ -27,6 +27,7 @@ def varlen_attention(
     sinks: Tensor | None = None,
     k_scale: float | Tensor | None = None,
     v_scale: float | Tensor | None = None,
+    sm_margin: int = 0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [total_q, num_q_heads, head_dim] and lse [num_q_heads, total_q] float32, natural log.
@@ -39,7 +40,7 @@ def varlen_attention(
         cu_seqlens_k: [num_seqs + 1] int32, the lengths of the keys, and where they start without ``block_table``.
         seqused_k: [num_seqs] int32, how many keys to read where that is not what ``cu_seqlens_k`` says.
         max_seqlen_k: the longest of them, or more.
-        k_scale, v_scale: as ``mixattn.attention`` takes them.
+        k_scale, v_scale, sm_margin: as ``mixattn.attention`` takes them.
     """
     q, k, v = (contiguous_rows(x) for x in (q, k, v))
     if seqused_k is not None:
@@ -68,6 +69,7 @@ def varlen_attention(
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
+        sm_margin=sm_margin,
         out=out,
         return_lse=True,
     )

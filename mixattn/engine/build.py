@@ -13,6 +13,7 @@ from mixattn.engine.core import EngineCore
 from mixattn.engine.wall_driver import WallDriver
 from mixattn.executor import kv_pool
 from mixattn.executor.executor import LocalExecutor
+from mixattn.executor.warmup import ServedModel, Warmed, warm_up
 from mixattn.kv.page_pool import PagePool
 from mixattn.models.loader import LoadedModel
 from mixattn.models.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ class Engine:
 def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
     """An engine around ``loaded``, which several engines may share.
 
-    Torch gets this process's threads (``env.num_threads``).
+    Torch gets this process's threads (``env.num_threads``). On a GPU its kernels are compiled first.
 
     Raises:
         ValueError: a size is out of bounds, or the attention backend unknown; the message names it.
@@ -61,6 +62,11 @@ def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
         scheduler_config.max_num_seqs,
         kv_pool.free_memory_bytes(),
     )
+    if device.type == "cuda":
+        try:
+            warm_up_engine(config, model_config, dtype, device)
+        except NotImplementedError as error:  # torch or the reference serves what Triton cannot
+            logger.warning("nothing is compiled ahead: %s", error)
     executor = LocalExecutor(
         loaded.model,
         model_config,
@@ -92,6 +98,33 @@ def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
         page_size=page_size,
         num_pages=num_pages,
     )
+
+
+def warm_up_engine(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    target: tuple[int, int] | None = None,
+) -> list[Warmed]:
+    """``executor.warmup.warm_up`` for an engine of this configuration, each call in the log.
+
+    Args:
+        dtype: of the model. device, target: as for ``warm_up``.
+    Raises: as ``warm_up``, and as ``build_engine`` for ``max_model_len``.
+    """
+    served = ServedModel(
+        model_config,
+        dtype,
+        kv_pool.kv_dtype(config.cache.kv_cache_dtype, dtype),
+        config.cache.page_size,
+        _max_model_len(config, model_config),
+        config.attention_backend,
+    )
+    warmed = warm_up(served, device, target)
+    for one in warmed:
+        logger.info("warm-up: %s, %s: %s", one.name, one.kernel, one.how)
+    return warmed
 
 
 def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:

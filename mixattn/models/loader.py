@@ -81,6 +81,20 @@ def load_model(config: EngineConfig, *, device: torch.device | str = "cpu", show
     )
 
 
+def read_shape(config: EngineConfig, device: torch.device) -> tuple[ModelConfig, torch.dtype]:
+    """The shape of the model that ``load_model`` would load, and the dtype that it would have; no weights are read.
+
+    Raises: as ``load_model``.
+    """
+    source = _resolve(config)
+    if isinstance(source, ModelConfig):
+        return source, _choose_dtype(config.dtype, "float32", device)
+    if source.is_file():
+        file = GgufFile(source)
+        return gguf_model_config(file), _choose_dtype(config.dtype, _gguf_dtype(file), device)
+    return read_model_config(source), _choose_dtype(config.dtype, checkpoint_dtype(source), device)
+
+
 def _build(
     config: EngineConfig,
     model_config: ModelConfig,

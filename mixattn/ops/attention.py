@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from mixattn.ops.attention_call import (
     check_features,
     check_fixed_splits,
     check_plan,
+    free_sms,
     native_sizes,
     plan_on_device,
 )
@@ -34,9 +35,12 @@ from mixattn.ops.checks import (
 )
 from mixattn.ops.kv_dtypes import Scale, kv_format, split_scale
 from mixattn.ops.library import is_plain, register_op
-from mixattn.ops.plan import A100, H100, Hardware, WorkPlan, cpu_hardware, with_workers
+from mixattn.ops.plan import Hardware, WorkPlan, base_hardware, cpu_hardware, with_workers
 from mixattn.ops.plan import plan as make_plan
 from mixattn.ops.reference import attention_reference
+
+if TYPE_CHECKING:
+    from mixattn.triton_kernels.tiles import TileChoice
 
 
 @overload
@@ -58,6 +62,7 @@ def attention(
     k_scale: Scale = None,
     v_scale: Scale = None,
     invariant: bool = False,
+    sm_margin: int = 0,
     plan: WorkPlan | Tensor | None = None,
     out: Tensor | None = None,
     return_lse: Literal[False] = False,
@@ -84,6 +89,7 @@ def attention(
     k_scale: Scale = None,
     v_scale: Scale = None,
     invariant: bool = False,
+    sm_margin: int = 0,
     plan: WorkPlan | Tensor | None = None,
     out: Tensor | None = None,
     return_lse: Literal[True],
@@ -109,6 +115,7 @@ def attention(
     k_scale: Scale = None,
     v_scale: Scale = None,
     invariant: bool = False,
+    sm_margin: int = 0,
     plan: WorkPlan | Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
@@ -148,8 +155,11 @@ def attention(
         invariant: whether a row's bits are to depend on its own q and keys alone: not on the rest of the batch, the
             chunks its prompt came in, the page size, the block table, or the number of threads. Slower
             (docs/decisions/0005-invariant-attention.md).
+        sm_margin: SMs of a GPU that the launch leaves free, for kernels that run beside it (communication); at least
+            one must be left. Means nothing where there are no SMs: on a CPU it is accepted and changes nothing.
         plan: from ``mixattn.plan`` for these very lengths and options, made once per step and shared by its layers
-            (its ``buffer`` as a CPU tensor will do too); None makes one.
+            (its ``buffer`` as a CPU tensor will do too); None makes one. On a GPU the launch has as many programs as
+            the plan has workers, or fewer if the SMs outside of ``sm_margin`` do not hold so many at once.
         out: written and returned; as q in shape, dtype and device. None allocates.
         return_lse: whether the log-sum-exp is returned too.
         backend: ``cpu``, ``triton``, ``cuda`` or ``reference``; None is the first here that takes the call (see
@@ -178,7 +188,8 @@ def attention(
         q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, words, alibi_slopes, sinks, tree_mask,
         k_scales, v_scales,
     )  # fmt: skip
-    inputs = (*tensors, k_scale_value, v_scale_value, softmax_scale, causal, window_left, soft_cap, invariant, backend)
+    scores = (k_scale_value, v_scale_value, softmax_scale, causal, window_left, soft_cap)
+    inputs = (*tensors, *scores, invariant, sm_margin, backend)
     if out is None and return_lse:
         new_out, new_lse = torch.ops.mixattn.attention(*inputs)
         return new_out, new_lse
@@ -191,44 +202,48 @@ def attention(
     return out if lse is None else (out, lse)
 
 
-def device_hardware(device: torch.device, programs_per_sm: int | None = None) -> Hardware:
-    """The workers that a plan for tensors on this device is to be balanced over.
+def device_hardware(device: torch.device, programs_per_sm: int | None = None, sm_margin: int = 0) -> Hardware:
+    """The workers that a plan for tensors on this device is to be balanced over; ``mixattn.device_hardware``.
 
     Args:
         programs_per_sm: of the Triton kernel on a GPU; None: of the backend that comes first, as for 16-bit q, k and v
             with heads up to 128.
+        sm_margin: SMs of a GPU that are left out: a launch has as many programs as its plan has workers. Where a
+            call's kernel has fewer programs per SM than that, its own ``sm_margin`` must say so, too. A CPU has none.
+    Raises:
+        ValueError: ``sm_margin`` is negative, or leaves no SM.
     """
     if device.type != "cuda":
+        if sm_margin < 0:
+            raise ValueError(f"sm_margin must be >= 0, got {sm_margin}")
         return cpu_hardware()
     properties = torch.cuda.get_device_properties(device)
-    base = H100 if properties.major >= 9 else A100
+    capability = (properties.major, properties.minor)
+    num_sms = free_sms(properties.multi_processor_count, sm_margin)
     if programs_per_sm is None and first_backend("cuda") == "cuda":
-        hardware = with_workers(base, properties.multi_processor_count, attention_cuda.WORKERS_PER_SM)
-        return replace(hardware, separates_small=(properties.major, properties.minor) == (9, 0))
+        hardware = with_workers(base_hardware(capability), num_sms, attention_cuda.WORKERS_PER_SM)
+        return replace(hardware, separates_small=capability == (9, 0))
     if programs_per_sm is None:
-        from mixattn.triton_kernels.tiles import choose_tiles
+        from mixattn.triton_kernels.tiles import TileProblem
+        from mixattn.triton_kernels.tuned_tiles import Gpu, tiles_for
 
-        programs_per_sm = choose_tiles(128, 2, (properties.major, properties.minor)).programs_per_sm
-    return with_workers(base, properties.multi_processor_count, programs_per_sm)
+        programs_per_sm = tiles_for(TileProblem(128, 2, 16), Gpu(properties.name, capability)).programs_per_sm
+    return with_workers(base_hardware(capability), num_sms, programs_per_sm)
 
 
 def _default_plan(call: AttentionCall, backend: str, layout: AttentionLayout, out: Tensor) -> Tensor:
     """The words of a plan for the backend's workers; on a GPU this waits for the lengths to arrive on the host."""
     q = call.q
-    hardware = device_hardware(q.device)
     if backend == "cuda":
         hardware = attention_cuda.plan_hardware(call, layout, out)
-    elif q.is_cuda:
-        from mixattn.triton_kernels.mixed_attention import choose_call_tiles
+    elif backend == "triton":
+        from mixattn.triton_kernels import mixed_attention as triton_attention
 
-        programs_per_sm = choose_call_tiles(
-            q,
-            call.k_cache,
-            kv_format(call.k_cache.dtype),
-            has_row_terms=call.alibi_slopes is not None or call.tree_mask is not None,
-            invariant=call.invariant,
-        ).programs_per_sm
-        hardware = device_hardware(q.device, programs_per_sm)
+        num_sms = free_sms(triton_attention.num_sms(q.device), call.sm_margin)
+        base = base_hardware(triton_attention.capability(q.device))
+        hardware = with_workers(base, num_sms, _triton_tiles(call).programs_per_sm)
+    else:
+        hardware = cpu_hardware()
     work_plan = make_plan(
         call.cu_seqlens_q.cpu(),
         call.seq_lens.cpu(),
@@ -242,6 +257,19 @@ def _default_plan(call: AttentionCall, backend: str, layout: AttentionLayout, ou
         hardware=hardware,
     )
     return torch.from_numpy(work_plan.buffer)
+
+
+def _triton_tiles(call: AttentionCall) -> TileChoice:
+    """The tiles in which the Triton kernel runs the call."""
+    from mixattn.triton_kernels.mixed_attention import choose_call_tiles
+
+    return choose_call_tiles(
+        call.q,
+        call.k_cache,
+        kv_format(call.k_cache.dtype),
+        has_row_terms=call.alibi_slopes is not None or call.tree_mask is not None,
+        invariant=call.invariant,
+    )
 
 
 def _run(call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
@@ -341,13 +369,15 @@ def _run_cpu(
 
 
 def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, out: Tensor, lse: Tensor | None) -> None:
-    from mixattn.triton_kernels.mixed_attention import mixed_attention
+    from mixattn.triton_kernels.mixed_attention import mixed_attention, num_sms
     from mixattn.triton_kernels.tiles import MAX_BLOCK_N, PLAN_BLOCK_ROWS
 
     assert call.plan is not None
     check_block_rows(call.plan, header, PLAN_BLOCK_ROWS)
     if call.invariant:
         check_fixed_splits(call.plan, header, max(MAX_BLOCK_N))
+    tiles = _triton_tiles(call)
+    num_held = free_sms(num_sms(out.device), call.sm_margin) * tiles.programs_per_sm
     num_rows, device = header.num_partial_rows, out.device
     mixed_attention(
         call.q,
@@ -373,6 +403,8 @@ def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, o
         k_scale=call.k_scale_value if call.k_scale is None else call.k_scale,
         v_scale=call.v_scale_value if call.v_scale is None else call.v_scale,
         invariant=call.invariant,
+        tiles=tiles,
+        num_programs=min(header.num_workers, num_held),
     )
 
 
@@ -415,7 +447,7 @@ _INPUTS = (
     "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seq_lens, Tensor block_table, Tensor? plan, "
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask, Tensor? k_scale, Tensor? v_scale, "
     "float? k_scale_value, float? v_scale_value, "
-    "float? softmax_scale, bool causal, int? window_left, float? soft_cap, bool invariant, str? backend"
+    "float? softmax_scale, bool causal, int? window_left, float? soft_cap, bool invariant, int sm_margin, str? backend"
 )
 register_op(f"attention({_INPUTS}) -> (Tensor out, Tensor lse)", _attention, _attention_fake)
 register_op(f"attention_out({_INPUTS}, Tensor(a!) out, Tensor(b!)? lse) -> ()", _attention_out, _attention_out_fake)

@@ -58,6 +58,7 @@ class AttentionCall(NamedTuple):
     window_left: int | None
     soft_cap: float | None
     invariant: bool
+    sm_margin: int
     backend: str | None
 
 
@@ -92,6 +93,7 @@ class AttentionLayout(NamedTuple):
     window_left: int | None
     soft_cap: float | None
     invariant: bool
+    sm_margin: int
 
 
 class PlanHeader(NamedTuple):
@@ -137,6 +139,7 @@ def attention_layout(call: AttentionCall, out: Tensor | None, lse: Tensor | None
         call.window_left,
         call.soft_cap,
         call.invariant,
+        call.sm_margin,
     )
 
 
@@ -171,6 +174,8 @@ def check_attention(layout: AttentionLayout) -> None:
         check_positive_finite("soft_cap", layout.soft_cap)
     if layout.window_left is not None and layout.window_left < 0:
         raise ValueError(f"window_left must be >= 0 or None, got {layout.window_left}")
+    if layout.sm_margin < 0:
+        raise ValueError(f"sm_margin must be >= 0, got {layout.sm_margin}")
     _check_score_options(layout, dims)
     plan = layout.plan
     if plan is not None and (
@@ -324,6 +329,13 @@ def plan_on_device(plan: Tensor, device: torch.device) -> Tensor:
             "mixattn.triton_kernels.mixed_attention.mixed_attention, whose plan_words are on the GPU already"
         )
     return plan.pin_memory().to(device, non_blocking=True)
+
+
+def free_sms(num_sms: int, sm_margin: int) -> int:
+    """The SMs of a device of ``num_sms`` that ``sm_margin`` leaves to a launch; ValueError unless there is one."""
+    if not 0 <= sm_margin < num_sms:
+        raise ValueError(f"sm_margin must be in [0, {num_sms - 1}] on a device of {num_sms} SMs, got {sm_margin}")
+    return num_sms - sm_margin
 
 
 def check_fixed_splits(plan: Tensor, header: PlanHeader, tile_keys: int) -> None:

@@ -18,10 +18,11 @@ from mixattn.ops.attention_call import (
     PlanHeader,
     address,
     check_block_rows,
+    free_sms,
     native_sizes,
     plan_on_device,
 )
-from mixattn.ops.plan import A100, H100, Hardware, with_workers
+from mixattn.ops.plan import Hardware, base_hardware, with_workers
 
 BLOCK_ROWS = (128, 64, 16)
 """Of the kernels' tiles: csrc/cuda/sm80/tile.cuh, csrc/cuda/sm90/tile.cuh."""
@@ -67,8 +68,9 @@ def plan_hardware(call: AttentionCall, layout: AttentionLayout, out: Tensor) -> 
     """The workers that a plan for this call's kernel is to be balanced over; NotImplementedError as ``kernel_for``."""
     kernel = kernel_for(call, layout, out)
     device = cuda_images.devices()[_device_idx(out)]
-    base = H100 if device["capability"] >= (9, 0) else A100
-    hardware = with_workers(base, device["num_sms"], kernel["workers_per_sm"])
+    hardware = with_workers(
+        base_hardware(device["capability"]), free_sms(device["num_sms"], call.sm_margin), kernel["workers_per_sm"]
+    )
     return replace(hardware, separates_small=kernel["separates_small"])
 
 
@@ -86,12 +88,13 @@ def run(
         header, sizes: of the call's plan and layout.
     Raises:
         NotImplementedError: no kernel takes the call. Nothing has been written.
-        ValueError: the plan was made for larger tiles.
+        ValueError: the plan was made for larger tiles, or ``sm_margin`` leaves no SM.
         RuntimeError: the driver refuses the image or the launch.
     """
     assert call.plan is not None
     kernel = kernel_for(call, layout, out)
     check_block_rows(call.plan, header, BLOCK_ROWS)
+    num_sms = free_sms(cuda_images.devices()[_device_idx(out)]["num_sms"], call.sm_margin)
     num_rows, device = header.num_partial_rows, out.device
     device_plan = plan_on_device(call.plan, device)
     partial_out = torch.empty(num_rows * header.head_dim, dtype=torch.float32, device=device)
@@ -121,6 +124,7 @@ def run(
         num_tickets=tickets.shape[0],
         image=cuda_images.image(_device_idx(out), kernel["image"]),
         device_plan=device_plan.data_ptr(),
+        num_workers=min(header.num_workers, num_sms * kernel["workers_per_sm"]),
         stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
     )
 

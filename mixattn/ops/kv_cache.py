@@ -271,6 +271,12 @@ def _native_sizes(layout: _Layout) -> Mapping[str, Any]:
     )
 
 
+def append_kv_sizes(tensors: Mapping[str, Tensor | None], interleaved: bool) -> Mapping[str, Any]:
+    """What ``kv_cache_cuda`` asks of a call's layout. Args: tensors: the call's, by name, scales and q_out included."""
+    missing: dict[str, Any] = dict.fromkeys(_Call._fields)
+    return _native_sizes(_layout(_Call(**{**missing, **tensors, "interleaved": interleaved})))
+
+
 def _append_kv(*arguments: Any) -> None:
     """``mixattn::append_kv``: checks everything, then runs the backend."""
     call = _Call(*arguments)

@@ -247,6 +247,11 @@ A100 = with_workers(Hardware("A100-SXM", 108, *SM_RATES["A100-SXM"], GPU_ITEM_OV
 """Data sheet of the A100 SXM4 80 GB: 312 TFLOP/s dense bfloat16, 2,039 GB/s, 108 SMs. Roofs, no kernel's figure."""
 
 
+def base_hardware(capability: tuple[int, int]) -> Hardware:
+    """The nearest GPU whose data sheet is known, for ``with_workers``."""
+    return H100 if capability >= (9, 0) else A100
+
+
 @dataclass(frozen=True)
 class PlanCost:
     """What a plan takes by its own cost function. A prediction, not a measurement.
@@ -346,7 +351,8 @@ def plan(
         window_left: how many keys before its own position a row sees; None for all.
         invariant: whether the plan is for ``attention(invariant=True)``. It needs more partial rows: for each row as
             many as its keys have splits.
-        hardware: whose workers to balance over; None is this machine's CPU.
+        hardware: whose workers to balance over; None is this machine's CPU. For tensors on a GPU it must be the GPU's
+            (``mixattn.device_hardware``), since a launch has no more programs than its plan has workers.
     Raises:
         ValueError: naming the argument, its value and the bound.
     """

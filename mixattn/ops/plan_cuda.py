@@ -32,7 +32,8 @@ class DevicePlan:
             items, and its header says so; nothing is written past the buffer.
         num_q_heads, num_kv_heads, head_dim, dtype, kv_element_bytes, causal, window_left, invariant: as for
             ``mixattn.plan``.
-        hardware: whose workers to balance over (``H100``, ``A100``, or ``with_workers`` of them).
+        hardware: whose workers to balance over (``mixattn.device_hardware``, or ``with_workers`` of ``H100`` or
+            ``A100``).
         max_kv_len: keys of the longest sequence; an invariant plan has items for all of them, others need none.
         device: where the lengths are, and the plan.
     Attributes:

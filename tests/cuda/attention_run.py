@@ -20,6 +20,10 @@ GARBAGE_WORD = 0x7F7F7F7F
 """Fills the plan past its items and merges: as an index it is out of every bound."""
 
 
+MANY_WORKERS = 1000
+"""More than the emulated device holds at once."""
+
+
 def hardware(num_workers: int, split_tokens: int, separates_small: bool = False) -> Hardware:
     """Workers that take nothing per item, so that the plan splits whatever balances them."""
     return Hardware(
@@ -86,6 +90,7 @@ class AttentionRun:
             num_tickets=len(self.tickets),
             image=emulation.image(capability=self.capability, num_sms=num_blocks, seed=seed, fault=fault),
             device_plan=self.plan_words.data_ptr(),
+            num_workers=MANY_WORKERS,
             stream=0,
         )
         return emulation.counts()
@@ -102,6 +107,7 @@ class AttentionRun:
             **inputs.score_tensors,
             **self.case.options,
             "invariant": self.invariant,
+            "sm_margin": 0,
         }
         return AttentionCall(**{**missing, **given})
 

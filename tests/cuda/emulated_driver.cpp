@@ -69,6 +69,7 @@ bool is_initialized = false;
 int num_contexts = 0;  // pushed
 std::string report;    // of the launch that failed last
 emu::Stats counts;
+int num_blocks = 0;  // of the last launch
 
 std::map<std::string, Function>& functions() {
   static std::map<std::string, Function> all;
@@ -105,6 +106,7 @@ EXPORT void mixattn_emulation_configure(int driver_version, int capability, int 
   config = {driver_version, capability, num_sms, seed};
   emu::active_fault = fault;
   counts = emu::Stats();
+  num_blocks = 0;
 }
 
 // Of the last launch since the configuration, in JSON.
@@ -112,7 +114,7 @@ EXPORT const char* mixattn_emulation_counts() {
   static std::string text;
   text = "{\"num_switches\": " + std::to_string(counts.num_switches) +
          ", \"num_threads\": " + std::to_string(counts.num_threads) +
-         ", \"num_mmas\": " + std::to_string(counts.num_mmas) +
+         ", \"num_blocks\": " + std::to_string(num_blocks) + ", \"num_mmas\": " + std::to_string(counts.num_mmas) +
          ", \"num_copies\": " + std::to_string(counts.num_copies) +
          ", \"num_wavefronts\": " + std::to_string(counts.num_wavefronts) + ", \"conflicts\": {";
   for (const auto& [line, count] : counts.conflicts) {
@@ -223,6 +225,7 @@ Result cuLaunchKernel(FunctionHandle handle, unsigned grid_x, unsigned grid_y, u
   if (dynamic_shared_bytes > unsigned(function.max_shared_bytes)) return kInvalidValue;
   std::vector<emu::Region> regions = {{"anything", nullptr, SIZE_MAX}};
   if (function.kernel.regions) regions = function.kernel.regions(arguments);
+  num_blocks = int(grid_x);
   try {
     counts = emu::launch(emu::config_of_seed(config.seed), int(grid_x), int(block_x), dynamic_shared_bytes, regions,
                          [&] { function.kernel.run(arguments); });

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import mixattn
 from mixattn import _C, env
+from mixattn.compat import flash_attn_interface
 from mixattn.ops import attention as attention_module
 from mixattn.ops import backends, cuda_images
 from mixattn.ops.attention import attention
@@ -89,6 +91,69 @@ def test_attention_fills_the_device_once(driver: Emulation) -> None:
         run(CASE, inputs)
         switches.append(driver.counts()["num_switches"])
     assert switches[1] > switches[0]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_attention_of_a_plan_with_a_margin_leaves_sms_free(capability: int, driver: Emulation) -> None:
+    driver.configure(capability=capability)
+    forget()
+    inputs = make_inputs(HOPPER_CASE, torch.bfloat16)
+    outs, num_blocks = [], []
+    for num_workers in (100, 2 * NUM_SMS, 2 * (NUM_SMS - 1), 1):
+        plan = mixattn.plan(
+            inputs.cu_seqlens_q, inputs.seq_lens, **HOPPER_CASE.plan_options, kv_element_bytes=2,
+            hardware=hardware(num_workers, 64, separates_small=capability == 90),
+        )  # fmt: skip
+        run(HOPPER_CASE, inputs, plan=plan)
+        num_blocks.append(driver.counts()["num_blocks"])
+        outs.append(run(HOPPER_CASE, inputs, plan=plan, sm_margin=NUM_SMS - 1))
+        assert driver.counts()["num_blocks"] == 1
+        assert torch.equal(outs[-1], run(HOPPER_CASE, inputs, plan=plan)), "the grid has changed the bits"
+    assert num_blocks == [NUM_SMS, NUM_SMS, NUM_SMS - 1, 1]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_attention_with_sm_margin_plans_for_the_sms_that_are_left(
+    capability: int, driver: Emulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver.configure(capability=capability)
+    forget()
+    plans = []
+    make_plan = attention_module.make_plan
+    monkeypatch.setattr(attention_module, "make_plan", lambda *a, **k: plans.append(make_plan(*a, **k)) or plans[-1])
+    run(HOPPER_CASE, make_inputs(HOPPER_CASE, torch.bfloat16), sm_margin=1)
+    assert driver.counts()["num_blocks"] == NUM_SMS - 1
+    (made,) = plans
+    assert made.hardware.num_workers == 2 * (NUM_SMS - 1)
+
+
+def test_attention_whose_margin_leaves_no_sm_is_refused(driver: Emulation) -> None:
+    inputs = make_inputs(CASE, torch.bfloat16)
+    plan = mixattn.plan(inputs.cu_seqlens_q, inputs.seq_lens, **CASE.plan_options, hardware=hardware(4, 64))
+    for options in ({}, {"plan": plan}):
+        with pytest.raises(ValueError, match=r"sm_margin must be in \[0, 2\] on a device of 3 SMs, got 3"):
+            run(CASE, inputs, sm_margin=NUM_SMS, **options)
+
+
+def test_flash_attention_3s_sm_margin_reaches_the_launch(driver: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_emulation = functools.partial(attention, backend="cuda")
+    monkeypatch.setattr("mixattn.compat.varlen.attention", on_emulation)
+    monkeypatch.setattr("mixattn.compat.kvcache.attention", on_emulation)
+    q, k, v = (torch.randn(40, num_heads, 64, dtype=torch.bfloat16) for num_heads in (4, 2, 2))
+    starts = torch.tensor([0, 40], dtype=torch.int32)
+    calls = {
+        "varlen": lambda margin: flash_attn_interface.flash_attn_varlen_func(
+            q, k, v, starts, starts, 40, 40, causal=True, sm_margin=margin
+        ),
+        "kvcache": lambda margin: flash_attn_interface.flash_attn_with_kvcache(
+            q[None], k[None], v[None], causal=True, sm_margin=margin
+        ),
+    }
+    for call in calls.values():
+        whole = call(0)
+        assert driver.counts()["num_blocks"] == NUM_SMS
+        torch.testing.assert_close(call(2), whole)
+        assert driver.counts()["num_blocks"] == NUM_SMS - 2
 
 
 def test_attention_writes_the_callers_out(driver: Emulation) -> None:
