@@ -231,69 +231,126 @@ MIXATTN_INLINE void prefetch_scales(const AttentionParams& p, const KvScale& sca
   }
 }
 
-// How o += P V is computed for keys as Dot has them: what is made of weights, the sum over a block of keys, and the way
-// back from the order in which it has the dimensions.
+// How o += P V is computed for keys as Dot has them: what is made of a tile's weights, which lie key by key at
+// `weights` with room for kDirectKeys, the sum over the block of keys from j on, and the way back from the order in
+// which o has the dimensions then.
 template <class Dot>
 struct DirectValues {  // float32, from any type
   typedef typename Dot::Key T;
-  static constexpr int kPerWord = 1;  // keys whose weights are in 4 bytes
   template <int kRows>
   MIXATTN_INLINE void finish_weights(float*, int64_t) {}
   template <int kRows>
-  MIXATTN_INLINE void add_block(const float* weights, const T* const* v, int64_t offset, int64_t head_dim, float* o,
-                                int64_t o_stride, const Ahead<T>& ahead) {
-    value_block<T, kRows>(weights, v, offset, head_dim, o, o_stride, ahead);
+  MIXATTN_INLINE void add_block(const float* weights, int64_t j, const T* const* v, int64_t offset, int64_t head_dim,
+                                float* o, int64_t o_stride, const Ahead<T>& ahead) {
+    value_block<T, kRows>(weights + j * kRows, v + j, offset, head_dim, o, o_stride, ahead);
   }
   MIXATTN_INLINE void restore(Vec* a, Vec* b) { restore_pair(static_cast<const T*>(nullptr), a, b); }
 };
 
-#if defined(MIXATTN_HAS_BFLOAT16_DOT)
-// As value_columns for pairs of keys: words of bfloat16 weights (as below), dimensions in the order of zip_rows.
-template <int kRows, int kVecs>
-MIXATTN_INLINE void pair_columns(const float* weights, const BFloat16* const* v, int64_t offset, int64_t d, float* o,
-                                 int64_t o_stride, const Ahead<BFloat16>& ahead) {
-  Vec acc[kRows][kVecs];
+#if defined(MIXATTN_HAS_PAIRED_ROWS)
+// As value_columns by pairs of keys, whose weights and elements have 16 bits: words of a pair's weights, key pair by
+// key pair, and dimensions in the order of zip_rows. units: what a row's sums are multiplied with; nullptr: nothing.
+template <class Dot, int kRows, int kVecs>
+MIXATTN_INLINE void pair_columns(const float* weights, const float* units, const typename Dot::Key* const* v,
+                                 int64_t offset, int64_t d, float* o, int64_t o_stride,
+                                 const Ahead<typename Dot::Key>& ahead) {
+  typename Dot::Sum sums[kRows][kVecs];
   for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kVecs; ++c) acc[r][c] = load(o + r * o_stride + d + c * kLanes);
+    for (int c = 0; c < kVecs; ++c) sums[r][c] = Dot::start_sum();
   }
   for (int j = 0; j < kBlockKeys; j += 2) {
-    Vec pairs[kVecs];
+    IntVec pairs[kVecs];
     for (int c = 0; c < kVecs; c += 2) {
       const int64_t at = offset + d + c * kLanes;
-      zip_rows(v[j] + at, v[j + 1] + at, &pairs[c], &pairs[c + 1]);
+      zip_rows(Dot::load_key(v[j] + at), Dot::load_key(v[j + 1] + at), &pairs[c], &pairs[c + 1]);
     }
     prefetch_piece(ahead, j, d, kVecs * kLanes);
     prefetch_piece(ahead, j + 1, d, kVecs * kLanes);
     for (int r = 0; r < kRows; ++r) {
-      const Vec weight = broadcast(weights[j / 2 * kRows + r]);
-      for (int c = 0; c < kVecs; ++c) acc[r][c] = add_bfloat16_products(acc[r][c], weight, pairs[c]);
+      int32_t word;
+      memcpy(&word, weights + j / 2 * kRows + r, sizeof(word));
+      const IntVec weight = broadcast_word(word);
+      for (int c = 0; c < kVecs; ++c) sums[r][c] = Dot::add_product(sums[r][c], weight, pairs[c]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kVecs; ++c) store(o + r * o_stride + d + c * kLanes, acc[r][c]);
+    const Vec unit = broadcast(units == nullptr ? 1.0f : units[r]);
+    for (int c = 0; c < kVecs; ++c) {
+      float* const target = o + r * o_stride + d + c * kLanes;
+      const Vec sum = Dot::to_vec(sums[r][c]);
+      store(target, units == nullptr ? add(sum, load(target)) : fmadd(sum, unit, load(target)));
+    }
+  }
+}
+
+template <class Dot, int kRows>
+MIXATTN_INLINE void pair_block(const float* weights, const float* units, const typename Dot::Key* const* v,
+                               int64_t offset, int64_t head_dim, float* o, int64_t o_stride,
+                               const Ahead<typename Dot::Key>& ahead) {
+  constexpr int kVecs = 8 / kRows;
+  int64_t d = 0;
+  for (; d + kVecs * kLanes <= head_dim; d += kVecs * kLanes) {
+    pair_columns<Dot, kRows, kVecs>(weights, units, v, offset, d, o, o_stride, ahead);
+  }
+  for (; d < head_dim; d += 2 * kLanes) {  // pair dots take multiples of that only
+    pair_columns<Dot, kRows, 2>(weights, units, v, offset, d, o, o_stride, ahead);
+  }
+}
+
+// Word (j / 2) kRows + r becomes to_word of weights[j kRows + r], j even, and of the next key's.
+template <int kRows, typename ToWord>
+MIXATTN_INLINE void pair_weights(float* weights, int64_t num_keys, const ToWord& to_word) {
+  // With 16 or 48 weights of one row, what lies behind them makes words that are not read.
+  for (int64_t i = 0; i < num_keys * kRows; i += 2 * kLanes) {
+    store_words(weights + i / 2, to_word(load(weights + i), load(weights + i + kLanes)));
   }
 }
 
 template <>
-struct DirectValues<BFloat16Dot> {  // pairs of keys; head_dim is a multiple of 2 kLanes
-  static constexpr int kPerWord = 2;
-  // Word (j / 2) kRows + r becomes weights[j kRows + r], j even, and the next key's.
+struct DirectValues<Int8Dot> {  // int16 weights, each row's in a unit of its own
   template <int kRows>
   MIXATTN_INLINE void finish_weights(float* weights, int64_t num_keys) {
-    // With 16 or 48 weights of one row, what lies behind them makes words that are not read.
-    for (int64_t i = 0; i < num_keys * kRows; i += 2 * kLanes) {
-      store_words(weights + i / 2, bfloat16_pairs<kRows>(load(weights + i), load(weights + i + kLanes)));
+    Vec largest = load(weights);
+    for (int64_t i = kLanes; i < num_keys * kRows; i += kLanes) largest = max(largest, load(weights + i));
+    float lanes[kLanes], inverse[kLanes], units[kRows];
+    store(lanes, largest);
+    for (int r = 0; r < kRows; ++r) {
+      float most = lanes[r];
+      for (int i = r + kRows; i < kLanes; i += kRows) most = lanes[i] > most ? lanes[i] : most;
+      units[r] = most > 0.0f ? most / 32767.0f : 1.0f;
+      for (int i = r; i < kLanes; i += kRows) inverse[i] = 1.0f / units[r];
     }
+    const Vec factor = load(inverse);
+    pair_weights<kRows>(weights, num_keys, [&](Vec first, Vec second) {
+      return int16_pairs<kRows>(mul(first, factor), mul(second, factor));
+    });
+    memcpy(weights + kUnits * kRows, units, sizeof(units));
   }
   template <int kRows>
-  MIXATTN_INLINE void add_block(const float* weights, const BFloat16* const* v, int64_t offset, int64_t head_dim,
-                                float* o, int64_t o_stride, const Ahead<BFloat16>& ahead) {
-    constexpr int kVecs = 8 / kRows;
-    int64_t d = 0;
-    for (; d + kVecs * kLanes <= head_dim; d += kVecs * kLanes) {
-      pair_columns<kRows, kVecs>(weights, v, offset, d, o, o_stride, ahead);
-    }
-    for (; d < head_dim; d += 2 * kLanes) pair_columns<kRows, 2>(weights, v, offset, d, o, o_stride, ahead);
+  MIXATTN_INLINE void add_block(const float* weights, int64_t j, const Int8* const* v, int64_t offset, int64_t head_dim,
+                                float* o, int64_t o_stride, const Ahead<Int8>& ahead) {
+    pair_block<Int8Dot, kRows>(weights + j / 2 * kRows, weights + kUnits * kRows, v + j, offset, head_dim, o, o_stride,
+                               ahead);
+  }
+  MIXATTN_INLINE void restore(Vec* a, Vec* b) { restore_zipped(a, b); }
+
+ private:
+  static constexpr int kUnits =
+      kDirectKeys - 1;  // behind the words, which are half as many as weights: the rows' units
+};
+#endif
+
+#if defined(MIXATTN_HAS_BFLOAT16_DOT)
+template <>
+struct DirectValues<BFloat16Dot> {  // bfloat16 weights
+  template <int kRows>
+  MIXATTN_INLINE void finish_weights(float* weights, int64_t num_keys) {
+    pair_weights<kRows>(weights, num_keys, bfloat16_pairs<kRows>);
+  }
+  template <int kRows>
+  MIXATTN_INLINE void add_block(const float* weights, int64_t j, const BFloat16* const* v, int64_t offset,
+                                int64_t head_dim, float* o, int64_t o_stride, const Ahead<BFloat16>& ahead) {
+    pair_block<BFloat16Dot, kRows>(weights + j / 2 * kRows, nullptr, v + j, offset, head_dim, o, o_stride, ahead);
   }
   MIXATTN_INLINE void restore(Vec* a, Vec* b) { restore_zipped(a, b); }
 };
@@ -427,9 +484,9 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
       for (int64_t n = 0; n < num_items; ++n) {
         const Ahead<T> ahead = ahead_of(v_now, k_next, j, n);
         for (int64_t r = 0; r < padded_rows; r += kRows) {
-          const float* const weights = scores + (n * padded_rows + r) * kDirectKeys + j * kRows / Values::kPerWord;
-          Values::template add_block<kRows>(weights, keys.v + j, n * p.v_head_stride, p.head_dim,
-                                            rows[n].o + r * rows[n].stride, rows[n].stride, ahead);
+          Values::template add_block<kRows>(scores + (n * padded_rows + r) * kDirectKeys, j, keys.v,
+                                            n * p.v_head_stride, p.head_dim, rows[n].o + r * rows[n].stride,
+                                            rows[n].stride, ahead);
         }
       }
     }

@@ -117,8 +117,9 @@ struct PackedValues<BFloat16Dot> {  // pairs of keys in bfloat16 lie in words; h
   static void pack(const BFloat16* const* v, int64_t num_keys, int64_t head_dim, int64_t key_tile, float* v_packed) {
     for (int64_t pair = 0; pair < num_keys / 2; ++pair) {
       for (int64_t d = 0; d < head_dim; d += kTileCols) {
-        Vec first, second;  // of words
-        zip_rows(v[2 * pair] + d, v[2 * pair + 1] + d, &first, &second);
+        IntVec words[2];
+        zip_rows(load_words(v[2 * pair] + d), load_words(v[2 * pair + 1] + d), &words[0], &words[1]);
+        Vec first = as_floats(words[0]), second = as_floats(words[1]);
         restore_zipped(&first, &second);
         float* const target = v_packed + d * key_tile / 2 + pair * kTileCols;
         store(target, first);

@@ -186,6 +186,42 @@ MIXATTN_INLINE IntVec low_nibbles(IntVec x) {
 MIXATTN_INLINE IntVec high_nibbles(IntVec x) {
   return low_nibbles(_mm512_srli_epi32(x, 4));
 }
+
+// Pairs of keys, whose elements lie in different rows.
+#define MIXATTN_HAS_PAIRED_ROWS
+// Of 32 floats x, lane l of the first becomes x[i] and of the second x[i + kStep]: i = l / kStep * 2 kStep + l % kStep.
+template <int kStep>
+MIXATTN_INLINE void split_steps(Vec* first, Vec* second) {
+  int32_t index[kLanes];
+  for (int l = 0; l < kLanes; ++l) index[l] = l / kStep * 2 * kStep + l % kStep;
+  const __m512i low = _mm512_loadu_si512(index), high = _mm512_add_epi32(low, _mm512_set1_epi32(kStep));
+  const Vec a = *first, b = *second;
+  *first = _mm512_permutex2var_ps(a, low, b);
+  *second = _mm512_permutex2var_ps(a, high, b);
+}
+// The same as words of two int16, x rounded to nearest even; all of x are below 2^15.
+template <int kStep>
+MIXATTN_INLINE IntVec int16_pairs(Vec first, Vec second) {
+  split_steps<kStep>(&first, &second);
+  const __m512i low = _mm512_and_si512(_mm512_cvtps_epi32(first), _mm512_set1_epi32(0xffff));
+  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtps_epi32(second), 16));
+}
+// Words of x[i] and y[i] of two rows of 32 elements of 16 bits, in an order that costs the least; restore_zipped undoes
+// it, for these words or for what is computed from them.
+MIXATTN_INLINE void zip_rows(IntVec x, IntVec y, IntVec* first, IntVec* second) {
+  *first = _mm512_unpacklo_epi16(x, y);
+  *second = _mm512_unpackhi_epi16(x, y);
+}
+MIXATTN_INLINE void restore_zipped(Vec* first, Vec* second) {
+  const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  const Vec a = *first, b = *second;
+  *first = _mm512_permutex2var_ps(a, low, b);
+  *second = _mm512_permutex2var_ps(a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b);
+}
+MIXATTN_INLINE Vec as_floats(IntVec words) {  // the same bits
+  return _mm512_castsi512_ps(words);
+}
+
 #if defined(MIXATTN_ISA_AVX512_BF16)
 #define MIXATTN_HAS_BFLOAT16_DOT
 MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
@@ -200,38 +236,16 @@ MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVe
 MIXATTN_INLINE Vec add_bfloat16_products(Vec sum, IntVec a, IntVec b) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
-MIXATTN_INLINE Vec add_bfloat16_products(Vec sum, Vec a, Vec b) {  // of words
-  return add_bfloat16_products(sum, _mm512_castps_si512(a), _mm512_castps_si512(b));
-}
-// Of 32 floats x, in lane l the bfloat16 of x[i] and x[i + kStep], rounded to nearest even, with
-// i = l / kStep * 2 kStep + l % kStep.
+// Of 32 floats x, in lane l the bfloat16 of x[i] and x[i + kStep], rounded to nearest even, i as for split_steps.
 template <int kStep>
 MIXATTN_INLINE IntVec bfloat16_pairs(Vec first, Vec second) {
   if constexpr (kStep == 1) {
     return (__m512i)_mm512_cvtne2ps_pbh(second, first);
   } else {
-    int32_t index[kLanes];
-    for (int l = 0; l < kLanes; ++l) index[l] = l / kStep * 2 * kStep + l % kStep;
-    const __m512i low = _mm512_loadu_si512(index);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(kStep));
-    const auto words = [&](__m512i which) {
-      return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_permutex2var_ps(first, which, second)));
-    };
-    return _mm512_or_si512(words(low), _mm512_slli_epi32(words(high), 16));
+    split_steps<kStep>(&first, &second);
+    const auto words = [](Vec x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)); };
+    return _mm512_or_si512(words(first), _mm512_slli_epi32(words(second), 16));
   }
-}
-// Words of a[i] and b[i] of two rows of 32 elements, in an order that costs the least; restore_zipped undoes it, for
-// these words or for what is computed from them.
-MIXATTN_INLINE void zip_rows(const BFloat16* a, const BFloat16* b, Vec* first, Vec* second) {
-  const IntVec x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
-  *first = _mm512_castsi512_ps(_mm512_unpacklo_epi16(x, y));
-  *second = _mm512_castsi512_ps(_mm512_unpackhi_epi16(x, y));
-}
-MIXATTN_INLINE void restore_zipped(Vec* first, Vec* second) {
-  const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
-  const Vec a = *first, b = *second;
-  *first = _mm512_permutex2var_ps(a, low, b);
-  *second = _mm512_permutex2var_ps(a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b);
 }
 #else
 MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
