@@ -309,5 +309,5 @@ def cuda_plan(
     stream: int,
 ) -> None: ...  # every address is of device memory
 def cuda_attention(
-    *, image: CudaImage, device_plan: int, num_workers: int, stream: int, **call: Any
+    *, image: CudaImage, device_plan: int, num_sms: int, stream: int, **call: Any
 ) -> None: ...  # plan: on the host

@@ -4,9 +4,8 @@
 # Method  persistent programs draw the items of a plan (ops/plan.py) from a counter; online softmax over KV tiles: first
 #         those that every row sees whole, without any mask code, then those that it does not; items of split rows leave
 #         float32 partials, and the last of them to finish merges them in split order
-# Grid    programs of 8 warps, as many as the SMs hold at once, or as the plan has workers; an item runs in the smallest
-#         tile of tiles.py that holds its rows: 128 or 16. Tiles are chosen by the compilers' output: no speed has been
-#         measured
+# Grid    programs of 8 warps, as many as the SMs hold at once, whatever the batch; an item runs in the smallest tile of
+#         tiles.py that holds its rows: 128 or 16. Tiles are chosen by the compilers' output: no speed has been measured
 # Shapes  q, out [total_q, num_q_heads, head_dim], k_cache, v_cache [num_pages, page_size, num_kv_heads, head_dim] in
 #         bf16, fp16 or fp32, the caches also in int8, fp8 and int4 (_quantized.py) with scales; lse [total_q,
 #         num_q_heads] fp32; partials [num_partial_rows, head_dim] fp32

@@ -79,17 +79,14 @@ py::dict cuda_instance(const AttentionParams& p, std::pair<int, int> capability)
   return describe(mixattn::cuda::instance_for(p, 10 * capability.first + capability.second));
 }
 
-// p.plan is on the host; device_plan has the same words where the kernel reads them. Of the blocks that the device
-// holds at once there are those that hold num_workers workers.
-void cuda_attention(AttentionParams p, Image& image, uintptr_t device_plan, int64_t num_workers, uintptr_t stream) {
+// p.plan is on the host; device_plan has the same words where the kernel reads them.
+void cuda_attention(AttentionParams p, Image& image, uintptr_t device_plan, int64_t num_sms, uintptr_t stream) {
   mixattn::cuda::check_call(p);
   mixattn::cuda::check_workspace(p, *reinterpret_cast<const PlanHeader*>(p.plan));
-  mixattn::check_range("num_workers", num_workers, 1, INT32_MAX);
+  mixattn::check_range("num_sms", num_sms, 1, image.num_sms());
   const Instance& instance = mixattn::cuda::instance_for(p, image.capability());
   Launch prepared = image.prepare(instance.name, instance.num_threads, instance.shared_bytes);
-  const int64_t num_held = int64_t{image.num_sms()} * instance.workers_per_sm;
-  const int64_t num_wanted = (num_workers * prepared.num_blocks + num_held - 1) / num_held;
-  if (num_wanted < prepared.num_blocks) prepared.num_blocks = static_cast<int>(num_wanted);
+  prepared.num_blocks = prepared.num_blocks / image.num_sms() * static_cast<int>(num_sms);
   p.plan = at<const int32_t>(device_plan);
   LaunchParams params = mixattn::cuda::make_launch_params(p);
   void* arguments[] = {&params};
@@ -211,7 +208,7 @@ void bind_cuda(py::module_& m) {
       m, "cuda_instance", &cuda_instance, arg("capability"),
       "The kernel of a call. NotImplementedError names the nearest call that has one. Addresses are not read.");
   mixattn::def_attention<Image&, uintptr_t, int64_t, uintptr_t>(
-      m, "cuda_attention", &cuda_attention, arg("image"), arg("device_plan"), arg("num_workers"), arg("stream"),
-      "Paged attention of a batch by its plan, put on a stream, in the blocks that hold num_workers workers, at most\n"
-      "those that the device holds at once. Nothing is allocated or waited for.");
+      m, "cuda_attention", &cuda_attention, arg("image"), arg("device_plan"), arg("num_sms"), arg("stream"),
+      "Paged attention of a batch by its plan, put on a stream, in the blocks that num_sms of the device's SMs hold at\n"
+      "once. Nothing is allocated or waited for.");
 }

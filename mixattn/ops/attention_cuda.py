@@ -124,7 +124,7 @@ def run(
         num_tickets=tickets.shape[0],
         image=cuda_images.image(_device_idx(out), kernel["image"]),
         device_plan=device_plan.data_ptr(),
-        num_workers=min(header.num_workers, num_sms * kernel["workers_per_sm"]),
+        num_sms=num_sms,
         stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
     )
 

@@ -351,8 +351,8 @@ def plan(
         window_left: how many keys before its own position a row sees; None for all.
         invariant: whether the plan is for ``attention(invariant=True)``. It needs more partial rows: for each row as
             many as its keys have splits.
-        hardware: whose workers to balance over; None is this machine's CPU. For tensors on a GPU it must be the GPU's
-            (``mixattn.device_hardware``), since a launch has no more programs than its plan has workers.
+        hardware: whose workers to balance over; None is this machine's CPU. For tensors on a GPU take the GPU's
+            (``mixattn.device_hardware``): few items leave most of it idle.
     Raises:
         ValueError: naming the argument, its value and the bound.
     """

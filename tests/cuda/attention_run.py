@@ -20,10 +20,6 @@ GARBAGE_WORD = 0x7F7F7F7F
 """Fills the plan past its items and merges: as an index it is out of every bound."""
 
 
-MANY_WORKERS = 1000
-"""More than the emulated device holds at once."""
-
-
 def hardware(num_workers: int, split_tokens: int, separates_small: bool = False) -> Hardware:
     """Workers that take nothing per item, so that the plan splits whatever balances them."""
     return Hardware(
@@ -90,7 +86,7 @@ class AttentionRun:
             num_tickets=len(self.tickets),
             image=emulation.image(capability=self.capability, num_sms=num_blocks, seed=seed, fault=fault),
             device_plan=self.plan_words.data_ptr(),
-            num_workers=MANY_WORKERS,
+            num_sms=num_blocks,
             stream=0,
         )
         return emulation.counts()
