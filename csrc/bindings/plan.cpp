@@ -87,13 +87,16 @@ int64_t* thread_scratch(int64_t words) {
 }
 
 void plan(const PlanSpec& spec, uintptr_t cu_seqlens_q, uintptr_t seq_lens, int64_t num_seqs, uintptr_t out,
-          int64_t capacity_items, int64_t capacity_merges) {
+          int64_t capacity_items, int64_t capacity_merges, uintptr_t block_table, int64_t block_table_stride,
+          int64_t page_size) {
   const int32_t seqs = checked32("num_seqs", num_seqs, 0, INT32_MAX - 1);
   const int32_t items = checked32("capacity_items", capacity_items, 0, INT32_MAX / mixattn::kWorkItemWords);
   const int32_t merges = checked32("capacity_merges", capacity_merges, 0, INT32_MAX / mixattn::kMergeWords);
-  const mixattn::PlanStatus status =
-      mixattn::plan(spec, reinterpret_cast<const int32_t*>(cu_seqlens_q), reinterpret_cast<const int32_t*>(seq_lens),
-                    seqs, reinterpret_cast<int32_t*>(out), items, merges, thread_scratch(scratch_words(spec, items)));
+  mixattn::PageTable table = {reinterpret_cast<const int32_t*>(block_table), block_table_stride, 0};
+  if (table.pages != nullptr) table.page_size = checked32("page_size", page_size, 1, INT32_MAX);
+  const mixattn::PlanStatus status = mixattn::plan(
+      spec, reinterpret_cast<const int32_t*>(cu_seqlens_q), reinterpret_cast<const int32_t*>(seq_lens), seqs, table,
+      reinterpret_cast<int32_t*>(out), items, merges, thread_scratch(scratch_words(spec, num_seqs, items)));
   switch (status) {
     case mixattn::kPlanOk:
       return;
@@ -140,12 +143,17 @@ void bind_plan(py::module_& m) {
            arg("row_granule"), arg("split_tokens"), arg("fixed_split_tokens"), arg("items_per_worker"),
            arg("heads_per_bundle"), arg("workers_per_core"), arg("max_splits"), arg("separates_small"),
            arg("fs_per_kiloflop"), arg("fs_per_kilobyte"), arg("fs_per_item"))
-      .def("max_items", &mixattn::max_items, arg("total_q"), arg("num_seqs"),
+      .def("max_groups", &mixattn::max_groups, arg("num_seqs"),
+           "Groups of slices with a prefix in common that a batch of num_seqs slices with a block table can have.")
+      .def("max_items", &mixattn::max_items, arg("total_q"), arg("num_seqs"), arg("num_groups") = 0,
            "Items that a batch of num_seqs slices with total_q rows can need, if the plan is no invariant one.")
-      .def("max_merges", &mixattn::max_merges, "Merges that any batch can need, if the plan is no invariant one.");
+      .def("max_merges", &mixattn::max_merges, arg("num_groups") = 0,
+           "Merges that any batch with so many groups can need, if the plan is no invariant one.");
   m.def("plan", &plan, arg("spec"), arg("cu_seqlens_q"), arg("seq_lens"), arg("num_seqs"), arg("out"),
-        arg("capacity_items"), arg("capacity_merges"),
-        "Writes the plan of a batch to out: [16 + 8 capacity_items + 8 capacity_merges] int32. ValueError if the\n"
-        "slices are no slices, need more than the capacity, or cost too much to be counted.");
+        arg("capacity_items"), arg("capacity_merges"), arg("block_table") = 0, arg("block_table_stride") = 0,
+        arg("page_size") = 0,
+        "Writes the plan of a batch to out: [16 + 8 capacity_items + 8 capacity_merges] int32. With a block table,\n"
+        "[num_seqs, block_table_stride], slices that share a prefix are grouped. ValueError if the slices are no\n"
+        "slices, need more than the capacity, or cost too much to be counted.");
   m.def("plan_cost", &plan_cost, arg("spec"), arg("words"), "What the plan in words costs, in flops, bytes and fs.");
 }

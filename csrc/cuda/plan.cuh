@@ -229,8 +229,10 @@ struct Planner {
       const PlannedTile& tile = tiles[last_from(num_tiles, q, [&](int32_t t) { return tiles[t].first_piece; })];
       const RowTile rows = rows_of(tile);
       WorkItem& piece = pieces[q];
+      const PieceTarget target =
+          tile.splits > 1 ? PieceTarget{tile.first_merge, tile.first_partial_row, rows.num_rows} : kNoMerge;
       write_piece(rows, granules_of(rows, rule.granule), rule.granule, tile.seq_idx, q - tile.first_piece, tile.splits,
-                  tile.first_merge, tile.first_partial_row, &piece);
+                  target, &piece);
       const int64_t fs = tile_fs(spec, rows, piece.kv_end - piece.kv_begin, share_of(tile.seq_idx));
       keys[q] = {sort_cost(spec, rows.kind, fs), q};
     }
@@ -248,7 +250,7 @@ struct Planner {
                                         rows.num_rows,
                                         tile.first_partial_row + h * tile.splits * rows.num_rows,
                                         tile.splits,
-                                        0,
+                                        tile.splits,
                                         0};
       }
     }
@@ -325,7 +327,7 @@ MX_DEVICE PlanStatus write_plan(const PlanLaunch& p) {
   if (planner.block.thread == 0) {
     *reinterpret_cast<PlanHeader*>(p.out) =
         plan_header(spec, p.cu_seqlens_q, p.num_seqs, num_items, static_cast<int32_t>(heads * counts.split_tiles),
-                    static_cast<int32_t>(heads * counts.partial_rows), p.capacity_items, p.capacity_merges,
+                    static_cast<int32_t>(heads * counts.partial_rows), p.capacity_items, p.capacity_merges, 0,
                     first_small_item(spec, sorted, num_pieces), kPlanOk);
   }
   return kPlanOk;
@@ -335,7 +337,7 @@ MX_DEVICE void plan_batch(const PlanLaunch& p) {
   const PlanStatus status = write_plan(p);
   if (status == kPlanOk || mx::thread_idx() != 0) return;
   *reinterpret_cast<PlanHeader*>(p.out) =
-      plan_header(p.spec, p.cu_seqlens_q, p.num_seqs, 0, 0, 0, p.capacity_items, p.capacity_merges, -1, status);
+      plan_header(p.spec, p.cu_seqlens_q, p.num_seqs, 0, 0, 0, p.capacity_items, p.capacity_merges, 0, -1, status);
 }
 
 }  // namespace cuda

@@ -42,12 +42,12 @@ MERGE_DTYPE = np.dtype(
         ("num_rows", "<i4"),
         ("partial_row", "<i4"),
         ("num_splits", "<i4"),
-        ("reserved0", "<i4"),
-        ("reserved1", "<i4"),
+        ("num_items", "<i4"),
+        ("prefix_tokens", "<i4"),
     ]
 )
 """struct Merge of work_item.h."""
-_HEADER_NUM_ITEMS, _HEADER_NUM_MERGES, _HEADER_NUM_PARTIAL_ROWS = 1, 2, 3
+_HEADER_NUM_ITEMS, _HEADER_NUM_MERGES, _HEADER_NUM_PARTIAL_ROWS, _HEADER_NUM_GROUPS = 1, 2, 3, 13
 
 _INT32_MAX = 2**31 - 1
 
@@ -275,7 +275,7 @@ class WorkPlan:
     Args:
         buffer: [num_words] int32, contiguous; header, items, merges (work_item.h). Not to be written.
         num_items: work items.
-        num_merges: row tiles whose keys are split over several items.
+        num_merges: row tiles and groups whose keys are split over several items.
         num_partial_rows: rows of the partial buffers that the items write.
         hardware: what it was balanced for.
         spec: the shape and the hardware as the planner took them.
@@ -289,6 +289,11 @@ class WorkPlan:
     hardware: Hardware
     spec: _C.PlanSpec
     capacity_items: int
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of neighbouring slices whose common prefix is read once for all of them."""
+        return int(self.buffer[_HEADER_NUM_GROUPS])
 
     def items(self) -> npt.NDArray[np.void]:
         """[num_items] of ``ITEM_DTYPE``, dearest first, of each kind if they are separate; a view of the buffer."""
@@ -328,8 +333,15 @@ def plan(
     window_left: int | None = None,
     invariant: bool = False,
     hardware: Hardware | None = None,
+    block_table: npt.ArrayLike | None = None,
+    page_size: int | None = None,
 ) -> WorkPlan:
     """The work items that compute attention of these slices, balanced over the hardware's workers.
+
+    With a block table, neighbouring slices of few rows whose sequences begin with the same pages (a system prompt,
+    forks of a request) become groups where that costs less: the keys that they share are read once for all of a group.
+    There are none with ``window_left`` and in invariant plans, and ``attention`` does not take them with
+    ``alibi_slopes``.
 
     The same arguments give the same words. Splits along the keys start and end at multiples of the hardware's
     ``split_tokens``, whatever the page size; those of an invariant plan at every multiple of
@@ -347,11 +359,15 @@ def plan(
         invariant: whether the plan is for ``attention(invariant=True)``. It needs more partial rows: for each row as
             many as its keys have splits.
         hardware: whose workers to balance over; None is this machine's CPU.
+        block_table: [num_seqs, max_pages] int32, the page ids that ``attention`` will be called with, as a list, numpy
+            array or CPU tensor; of each sequence only the entries of pages that it has are read. None: no slices are
+            grouped.
+        page_size: tokens per page, >= 1; with ``block_table`` only.
     Raises:
         ValueError: naming the argument, its value and the bound.
     """
-    starts = _int32_vector("cu_seqlens_q", cu_seqlens_q)
-    lens = _int32_vector("seq_lens", seq_lens)
+    starts = _int32_array("cu_seqlens_q", cu_seqlens_q, 1)
+    lens = _int32_array("seq_lens", seq_lens, 1)
     num_seqs = len(lens)
     if len(starts) != num_seqs + 1:
         raise ValueError(
@@ -374,14 +390,19 @@ def plan(
     group_size = num_q_heads // num_kv_heads
     if total_q * group_size > _INT32_MAX:
         raise ValueError(f"cu_seqlens_q[{num_seqs}] must be at most (2^31 - 1) / {group_size}, got {total_q}")
-    capacity_items, capacity_merges = spec.max_items(total_q, num_seqs), spec.max_merges()
+    pages = _page_table(block_table, page_size, lens)
+    num_groups = 0 if pages is None else spec.max_groups(num_seqs)
+    capacity_items, capacity_merges = spec.max_items(total_q, num_seqs, num_groups), spec.max_merges(num_groups)
     if invariant:
         capacity_items, capacity_merges = _invariant_capacity(starts, lens, num_q_heads, num_kv_heads, hardware)
     num_words = _C.PLAN_HEADER_WORDS + capacity_items * _C.WORK_ITEM_WORDS + capacity_merges * _C.MERGE_WORDS
     if num_words > _INT32_MAX:
         raise ValueError(f"seq_lens: {num_seqs} slices of {total_q} rows can need {capacity_items} items, too many")
     buffer = np.empty(num_words, np.int32)
-    _C.plan(spec, starts.ctypes.data, lens.ctypes.data, num_seqs, buffer.ctypes.data, capacity_items, capacity_merges)
+    _C.plan(
+        spec, starts.ctypes.data, lens.ctypes.data, num_seqs, buffer.ctypes.data, capacity_items, capacity_merges,
+        *(() if pages is None else (pages.ctypes.data, pages.shape[1], page_size)),
+    )  # fmt: skip
     return WorkPlan(
         buffer=buffer,
         num_items=int(buffer[_HEADER_NUM_ITEMS]),
@@ -391,6 +412,29 @@ def plan(
         spec=spec,
         capacity_items=capacity_items,
     )
+
+
+def _page_table(block_table: npt.ArrayLike | None, page_size: int | None, lens: Words) -> Words | None:
+    """``plan``'s block table, [num_seqs, max_pages]; None if there is none, or nothing in it."""
+    if block_table is None and page_size is None:
+        return None
+    if block_table is None or page_size is None:
+        missing = "block_table" if block_table is None else "page_size"
+        raise ValueError(f"block_table and page_size must be given both or neither, got no {missing}")
+    if not isinstance(page_size, (int, np.integer)) or not 1 <= page_size <= _INT32_MAX:
+        raise ValueError(f"page_size must be an integer in [1, {_INT32_MAX}], got {page_size!r}")
+    pages = _int32_array("block_table", block_table, 2)
+    if len(pages) != len(lens):
+        raise ValueError(f"block_table must have a row for each of the {len(lens)} seq_lens, got {len(pages)} rows")
+    if len(lens) == 0:
+        return None
+    num_pages = -(-int(lens.max()) // page_size)
+    if pages.shape[1] < num_pages:
+        raise ValueError(
+            f"block_table must have max_pages >= {num_pages}, as seq_lens[{int(lens.argmax())}] is {lens.max()} and "
+            f"page_size {page_size}, got {pages.shape[1]}"
+        )
+    return pages if pages.size else None
 
 
 def _invariant_capacity(
@@ -422,23 +466,25 @@ def with_room(plan: WorkPlan) -> WorkPlan:
     return replace(plan, buffer=buffer, num_partial_rows=num_partial_rows, num_merges=num_merges)
 
 
-def _int32_vector(name: str, values: npt.ArrayLike) -> Words:
-    """[n] int32, contiguous, copied only if it is not so already; ValueError naming the argument."""
+def _int32_array(name: str, values: npt.ArrayLike, num_dims: int) -> Words:
+    """int32, contiguous, copied only if it is not so already; ValueError naming the argument."""
     try:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
+        form = "a vector" if num_dims == 1 else "a matrix"
         raise ValueError(
-            f"{name} must be a vector of integers on the CPU (mixattn.DevicePlan plans on a GPU): {error}"
+            f"{name} must be {form} of integers on the CPU (mixattn.DevicePlan plans on a GPU): {error}"
         ) from error
-    if array.ndim != 1:
-        raise ValueError(f"{name} must have 1 dimension, got shape {list(array.shape)}")
+    if array.ndim != num_dims:
+        plural = "s" if num_dims > 1 else ""
+        raise ValueError(f"{name} must have {num_dims} dimension{plural}, got shape {list(array.shape)}")
     if array.dtype == np.int32:
         return np.ascontiguousarray(array)
     if array.size == 0:
-        return np.empty(0, np.int32)
+        return np.empty(array.shape, np.int32)
     if array.dtype.kind not in "iu":
         raise ValueError(f"{name} must hold integers, got {array.dtype}")
     low, high = int(array.min()), int(array.max())
     if low < -_INT32_MAX - 1 or high > _INT32_MAX:
         raise ValueError(f"{name} must fit int32, got {low if low < -_INT32_MAX - 1 else high}")
-    return array.astype(np.int32)
+    return array.astype(np.int32, order="C")

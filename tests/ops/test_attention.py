@@ -17,6 +17,7 @@ from mixattn import _C, env
 from mixattn.ops.plan import Hardware, WorkPlan, cpu_hardware
 from tests.cases import (
     CASES,
+    PREFIX_CASES,
     QUANTIZED_FORMATS,
     SCORE_CASES,
     AttentionCase,
@@ -41,21 +42,25 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def splitting_hardware(num_workers: int) -> Hardware:
-    """Many workers to whom an item costs nothing extra: the planner splits wherever a granule ends."""
-    return dataclasses.replace(cpu_hardware(1), num_workers=num_workers, item_overhead_s=0.0, split_tokens=32)
+    """Many workers to whom items and flops cost nothing: the planner splits and groups wherever it can."""
+    base = cpu_hardware(1)
+    return dataclasses.replace(base, num_workers=num_workers, flops_per_s=1e15, item_overhead_s=0.0, split_tokens=32)
 
 
 def make_plan(case: AttentionCase, inputs: AttentionInputs) -> WorkPlan | None:
-    if case.num_workers is None:
+    if case.num_workers is None and not case.shared_pages:
         return None
     plan = mixattn.plan(
         inputs.cu_seqlens_q,
         inputs.seq_lens,
         **case.plan_options,
         kv_element_bytes=inputs.k_cache.element_size(),
-        hardware=splitting_hardware(case.num_workers),
+        hardware=splitting_hardware(case.num_workers or 1),
+        block_table=inputs.block_table if case.shared_pages else None,
+        page_size=case.page_size if case.shared_pages else None,
     )
     assert plan.num_merges > 0, "a case that names its workers is there for its splits"
+    assert plan.num_groups > 0 or not case.shared_pages, "a case of shared pages is there for its groups"
     return plan
 
 
@@ -71,7 +76,7 @@ def run(case: AttentionCase, inputs: AttentionInputs, backend: str = "cpu") -> t
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES + SCORE_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES + SCORE_CASES + PREFIX_CASES, ids=lambda case: case.id)
 def test_attention_of_named_case_is_within_twice_eager(case: AttentionCase, dtype: torch.dtype, isa: str) -> None:
     inputs = make_inputs(case, dtype)
     out, lse = run(case, inputs)
@@ -89,7 +94,7 @@ def test_reference_backend_of_named_case_is_within_twice_eager(case: AttentionCa
 def quantized_cases() -> list[Any]:
     """Every case with two of the quantised dtypes, and those about splits, windows and page edges with all four."""
     made = []
-    for idx, case in enumerate(CASES + SCORE_CASES):
+    for idx, case in enumerate(CASES + SCORE_CASES + PREFIX_CASES):
         has_all = case.num_workers is not None or case.window_left is not None or len(set(case.kv_lens)) > 2
         for offset in range(4 if has_all else 2):
             kv = QUANTIZED_FORMATS[(5 * idx + offset) % len(QUANTIZED_FORMATS)]
