@@ -22,6 +22,7 @@ class PlanSpec:
         num_workers: int,
         block_rows: Sequence[int],
         row_granule: int,
+        packing_rows: int,
         split_tokens: int,
         fixed_split_tokens: int,  # 0: no invariant plan
         items_per_worker: int,
@@ -305,6 +306,9 @@ def cuda_plan(
     cu_seqlens_q: int,
     seq_lens: int,
     num_seqs: int,
+    block_table: int,  # 0: none
+    block_table_stride: int,
+    page_size: int,
     out: int,
     scratch: int,
     capacity_items: int,

@@ -243,6 +243,18 @@ def make_inputs(
     )
 
 
+MOST_ELEMENT_BYTES = 16
+"""That a plan can be priced for: reads are then so dear that to share any page is worth a group."""
+
+
+def plan_arguments(case: AttentionCase, inputs: AttentionInputs) -> dict[str, Any]:
+    """The keyword arguments of ``plan`` for a case's tensors: with its block table if it has shared pages."""
+    if not case.shared_pages:
+        return {**case.plan_options, "kv_element_bytes": inputs.k_cache.element_size()}
+    table = {"block_table": inputs.block_table.cpu(), "page_size": case.page_size}
+    return {**case.plan_options, "kv_element_bytes": MOST_ELEMENT_BYTES, **table}
+
+
 def _alibi_slopes(case: AttentionCase) -> Tensor | None:
     """The slopes of ALiBi's authors, 2^(-8 h / num_q_heads) for head h from 1; each sequence's half the last one's."""
     if case.alibi is None:

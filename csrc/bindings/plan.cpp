@@ -39,9 +39,9 @@ int32_t checked32(const char* name, int64_t value, int64_t low, int64_t high) {
 
 PlanSpec make_spec(int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t kv_element_bytes, bool causal,
                    int64_t window_left, int64_t num_workers, const std::array<int64_t, mixattn::kNumTileKinds>& rows,
-                   int64_t row_granule, int64_t split_tokens, int64_t fixed_split_tokens, int64_t items_per_worker,
-                   int64_t heads_per_bundle, int64_t workers_per_core, int64_t max_splits, bool separates_small,
-                   int64_t fs_per_kiloflop, int64_t fs_per_kilobyte, int64_t fs_per_item) {
+                   int64_t row_granule, int64_t packing_rows, int64_t split_tokens, int64_t fixed_split_tokens,
+                   int64_t items_per_worker, int64_t heads_per_bundle, int64_t workers_per_core, int64_t max_splits,
+                   bool separates_small, int64_t fs_per_kiloflop, int64_t fs_per_kilobyte, int64_t fs_per_item) {
   PlanSpec spec = {};
   spec.num_kv_heads = checked32("num_kv_heads", num_kv_heads, 1, kMostHeads);
   spec.num_q_heads = checked32("num_q_heads", num_q_heads, 1, kMostHeads);
@@ -69,6 +69,7 @@ PlanSpec make_spec(int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, 
     most_rows = rows[kind];
   }
   spec.row_granule = checked32("row_granule", row_granule, 0, kMostBlockRows);
+  spec.packing_rows = checked32("packing_rows", packing_rows, 0, kMostBlockRows);
   spec.split_tokens = checked32("split_tokens", split_tokens, 1, INT32_MAX);
   spec.fixed_split_tokens = checked32("fixed_split_tokens", fixed_split_tokens, 0, INT32_MAX);
   spec.max_splits = checked32("max_splits", max_splits, 1, INT32_MAX);
@@ -140,9 +141,9 @@ void bind_plan(py::module_& m) {
   py::class_<PlanSpec>(m, "PlanSpec", "What a plan is made for: the shape of the attention and one worker's speed.")
       .def(py::init(&make_spec), py::kw_only(), arg("num_q_heads"), arg("num_kv_heads"), arg("head_dim"),
            arg("kv_element_bytes"), arg("causal"), arg("window_left"), arg("num_workers"), arg("block_rows"),
-           arg("row_granule"), arg("split_tokens"), arg("fixed_split_tokens"), arg("items_per_worker"),
-           arg("heads_per_bundle"), arg("workers_per_core"), arg("max_splits"), arg("separates_small"),
-           arg("fs_per_kiloflop"), arg("fs_per_kilobyte"), arg("fs_per_item"))
+           arg("row_granule"), arg("packing_rows"), arg("split_tokens"), arg("fixed_split_tokens"),
+           arg("items_per_worker"), arg("heads_per_bundle"), arg("workers_per_core"), arg("max_splits"),
+           arg("separates_small"), arg("fs_per_kiloflop"), arg("fs_per_kilobyte"), arg("fs_per_item"))
       .def("max_groups", &mixattn::max_groups, arg("num_seqs"),
            "Groups of slices with a prefix in common that a batch of num_seqs slices with a block table can have.")
       .def("max_items", &mixattn::max_items, arg("total_q"), arg("num_seqs"), arg("num_groups") = 0,

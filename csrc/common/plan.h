@@ -14,8 +14,9 @@
 //         may be one group: one tile of all their rows, a large one at most, over the keys [0, P), which every row
 //         sees, and a tile for each slice over the keys behind. A slice joins while more reads are saved, (slices - 1)
 //         P, than without it, unless the longest of their own keys would hold up the others (may_join); it leaves for
-//         a next slice with which it shares more than 2 P. A group is made if its tiles cost less than the slices
-//         apart. Its first tile is split as others are, its slices' alike, by what they cost on average.
+//         a next slice with which it shares more than 2 P. A group is made if its shared tile costs less than that
+//         its slices read those keys one after the other (is_cheaper). Its first tile is split as others are, its
+//         slices' alike, by what they cost on average.
 // Method  Generation order is (slice, row tile, split, kv head), of a group first its shared keys' tile: the kv heads
 //         of one KV range, which share its pages, stay neighbours. Items are sorted by cost, dearest first, ties in
 //         generation order (longest processing time first), or first those of larger kinds and then the small ones,
@@ -208,7 +209,9 @@ MIXATTN_HD inline PlanStatus check_slices(const PlanSpec& spec, const int32_t* c
 // ---- groups of slices that share a prefix ---------------------------------------------------------------------------
 
 // What every tile of a group reads: its keys, once.
-constexpr KeyShare kUnshared = {1, 1};
+MIXATTN_HD inline KeyShare unshared() {
+  return {1, 1};
+}
 
 // Whether a slice can be in a group: one small tile.
 MIXATTN_HD inline bool is_small_slice(const PlanSpec& spec, int32_t q_len) {
@@ -262,14 +265,21 @@ MIXATTN_HD inline int64_t partials_fs(const PlanSpec& spec, int64_t num_partial_
   return kilobytes < kMaxCost / spec.fs_per_kilobyte ? kilobytes * spec.fs_per_kilobyte : kMaxCost;
 }
 
-// Whether the tiles of a group cost less than its slices apart. At least two states of every row are merged.
-MIXATTN_HD inline bool is_cheaper(const PlanSpec& spec, const int32_t* cu_seqlens_q, const int32_t* seq_lens,
-                                  const PrefixGroup& group) {
-  int64_t saved = -tile_fs(spec, prefix_tile(spec, group), group.prefix_tokens, kUnshared);
-  saved -= partials_fs(spec, 2 * int64_t{group.num_rows});
+// A key that another slice has just read comes from a cache: in about a third of the time that memory takes.
+constexpr int32_t kCacheSpeed = 3;
+
+// Whether the shared tile of a group, with at least two partial results of every row to merge, costs less than that its
+// slices read the shared keys one after the other. What they read besides costs the same either way.
+MIXATTN_HD inline bool is_cheaper(const PlanSpec& spec, const int32_t* cu_seqlens_q, const PrefixGroup& group) {
+  const RowTile tile = prefix_tile(spec, group);
+  const int32_t packing_rows = tile.kind == kTileSmall ? 0 : spec.packing_rows;
+  const ItemCost together = item_cost(spec, tile.num_rows + packing_rows, tile.kind, group.prefix_tokens, unshared());
+  int64_t saved = -total_fs(spec, together) - partials_fs(spec, 2 * int64_t{group.num_rows});
   for (int32_t s = group.first_seq; s < group.end_seq && saved <= 0; ++s) {  // no further: the sum could pass int64
-    const RowTile own = suffix_tile(spec, cu_seqlens_q, seq_lens, group, s);
-    saved += tile_fs(spec, own, own.kv_end, kUnshared) - tile_fs(spec, own, own.kv_end - own.kv_begin, kUnshared);
+    const int32_t num_rows = (cu_seqlens_q[s + 1] - cu_seqlens_q[s]) * (spec.num_q_heads / spec.num_kv_heads);
+    const ItemCost apart = item_cost(spec, num_rows, kTileSmall, group.prefix_tokens, unshared());
+    const int64_t memory_fs = s == group.first_seq ? apart.memory_fs : apart.memory_fs / kCacheSpeed;
+    saved += apart.compute_fs > memory_fs ? apart.compute_fs : memory_fs;
   }
   return saved > 0;
 }
@@ -314,7 +324,7 @@ MIXATTN_HD inline int32_t find_groups(const PlanSpec& spec, const int32_t* cu_se
   int32_t num_groups = 0;
   const auto end_run = [&](const PrefixRun& run) {
     if (run.group.end_seq - run.group.first_seq < 2) return;
-    if (is_cheaper(spec, cu_seqlens_q, seq_lens, run.group)) groups[num_groups++] = run.group;
+    if (is_cheaper(spec, cu_seqlens_q, run.group)) groups[num_groups++] = run.group;
   };
   PrefixRun run = {};
   for (int32_t s = 0; s < num_seqs; ++s) {
@@ -375,7 +385,7 @@ MIXATTN_HD inline PlanStatus price_slices(const PlanSpec& spec, const int32_t* c
     const KeyShare share = key_share(spec, q_len, seq_lens[s], tiles);
     const PrefixGroup* const group = groups.find(s);
     if (group != nullptr && group->first_seq == s) {
-      cost_per_head += tile_fs(spec, prefix_tile(spec, *group), group->prefix_tokens, kUnshared);
+      cost_per_head += tile_fs(spec, prefix_tile(spec, *group), group->prefix_tokens, unshared());
       if (cost_per_head >= most_per_head) return kPlanCostTooLarge;
       *num_tiles += 1;
     }
@@ -488,7 +498,7 @@ MIXATTN_HD inline int64_t choose_large_target(const PlanSpec& spec, const int32_
   };
   for (int32_t s = 0; s < num_seqs; ++s) {
     const PrefixGroup* const group = groups.find(s);
-    if (group != nullptr && group->first_seq == s) add(prefix_tile(spec, *group), kUnshared);
+    if (group != nullptr && group->first_seq == s) add(prefix_tile(spec, *group), unshared());
     const int32_t q_len = cu_seqlens_q[s + 1] - cu_seqlens_q[s];
     const int32_t tiles = num_row_tiles(spec, q_len);
     if (tiles == 0 || row_tile(spec, q_len, seq_lens[s], 0).kind == kTileSmall) continue;
@@ -527,7 +537,7 @@ MIXATTN_HD inline int32_t suffix_splits(const PlanSpec& spec, const SplitRule& r
   int64_t most_granules = 1;
   for (int32_t s = group.first_seq; s < group.end_seq; ++s) {
     const RowTile tile = suffix_tile(spec, cu_seqlens_q, seq_lens, group, s);
-    fs += tile_fs(spec, tile, tile.kv_end - tile.kv_begin, kUnshared);
+    fs += tile_fs(spec, tile, tile.kv_end - tile.kv_begin, unshared());
     const int64_t granules = granules_of(tile, rule.granule).count;
     if (granules > most_granules) most_granules = granules;
   }
@@ -542,7 +552,9 @@ struct PieceTarget {
   int32_t partial_row;  // of the first piece
   int32_t row_step;     // from a piece's partial rows to the next one's
 };
-constexpr PieceTarget kNoMerge = {-1, 0, 0};
+MIXATTN_HD inline PieceTarget no_merge() {
+  return {-1, 0, 0};
+}
 
 // Piece i of a tile, as of kv head 0.
 MIXATTN_HD inline void write_piece(const RowTile& tile, const Granules& granules, int32_t granule, int32_t seq_idx,
@@ -720,17 +732,17 @@ MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlen
     if (group != nullptr) {
       const RowTile prefix = prefix_tile(spec, *group);
       const Granules granules = granules_of(prefix, rule.granule);
-      const int64_t prefix_fs = tile_fs(spec, prefix, group->prefix_tokens, kUnshared);
+      const int64_t prefix_fs = tile_fs(spec, prefix, group->prefix_tokens, unshared());
       const int32_t prefix_splits = tile_splits(spec, rule, prefix, granules, prefix_fs);
       const int32_t own_splits = suffix_splits(spec, rule, cu_seqlens_q, seq_lens, *group);
       const int64_t num_items = prefix_splits + int64_t{own_splits} * (group->end_seq - group->first_seq);
       if (!has_room(num_items, int64_t{prefix_splits} + own_splits, group->num_rows)) return kPlanNoRoom;
       PieceTarget target = {num_merges, num_partial_rows, group->num_rows};
-      add_pieces(spec, rule, prefix, granules, kUnshared, s, prefix_splits, target, &list);
+      add_pieces(spec, rule, prefix, granules, unshared(), s, prefix_splits, target, &list);
       target.partial_row += prefix_splits * group->num_rows;
       for (; s < group->end_seq; ++s) {
         const RowTile own = suffix_tile(spec, cu_seqlens_q, seq_lens, *group, s);
-        add_pieces(spec, rule, own, granules_of(own, rule.granule), kUnshared, s, own_splits, target, &list);
+        add_pieces(spec, rule, own, granules_of(own, rule.granule), unshared(), s, own_splits, target, &list);
         target.partial_row += own.num_rows;
       }
       --s;
@@ -747,7 +759,7 @@ MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlen
       const int32_t splits =
           tile_splits(spec, rule, tile, granules, tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share));
       if (!has_room(splits, splits, tile.num_rows)) return kPlanNoRoom;
-      const PieceTarget target = splits > 1 ? PieceTarget{num_merges, num_partial_rows, tile.num_rows} : kNoMerge;
+      const PieceTarget target = splits > 1 ? PieceTarget{num_merges, num_partial_rows, tile.num_rows} : no_merge();
       add_pieces(spec, rule, tile, granules, share, s, splits, target, &list);
       if (splits > 1) add_merges(s, tile, splits, splits, 0);
     }

@@ -197,11 +197,20 @@ def whole_fs(tile: Tile, shape: Shape, hardware: Hardware) -> int:
 
 
 def is_cheaper(group: Group, shape: Shape, hardware: Hardware) -> bool:
-    """Whether a group's tiles, and two partial results of each row, cost less than its slices apart."""
+    """Whether to read the shared keys together costs less than to read them slice by slice, all but first from a cache.
+
+    A row's partial results, two at least, are written and read; a large tile has more to do than its rows.
+    """
     kilobytes = 2 * 4 * (shape.head_dim + 1) * 2 * group.num_rows // 1000
     merging_fs = min(kilobytes * round(1e18 / hardware.bytes_per_s), MAX_COST_FS)
-    together_fs = sum(whole_fs(tile, shape, hardware) for tile in [group.shared_tile(hardware), *group.own_tiles()])
-    return together_fs + merging_fs < sum(whole_fs(tile, shape, hardware) for tile in group.tiles)
+    shared = group.shared_tile(hardware)
+    if shared.kind != SMALL:
+        shared = replace(shared, num_rows=shared.num_rows + hardware.packing_rows)
+    apart_fs = 0
+    for tile in group.tiles:
+        one = price(replace(tile, kv_end=group.prefix_tokens), group.prefix_tokens, [shared], shape, hardware)
+        apart_fs += max(one.compute_fs, one.memory_fs if tile is group.tiles[0] else one.memory_fs // 3)
+    return whole_fs(shared, shape, hardware) + merging_fs < apart_fs
 
 
 def find_groups(

@@ -25,6 +25,7 @@ from tests.cases import (
     KvFormat,
     assert_attention_close,
     make_inputs,
+    plan_arguments,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,9 +43,8 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def splitting_hardware(num_workers: int) -> Hardware:
-    """Many workers to whom items and flops cost nothing: the planner splits and groups wherever it can."""
-    base = cpu_hardware(1)
-    return dataclasses.replace(base, num_workers=num_workers, flops_per_s=1e15, item_overhead_s=0.0, split_tokens=32)
+    """Many workers to whom an item costs nothing extra: the planner splits wherever a granule ends."""
+    return dataclasses.replace(cpu_hardware(1), num_workers=num_workers, item_overhead_s=0.0, split_tokens=32)
 
 
 def make_plan(case: AttentionCase, inputs: AttentionInputs) -> WorkPlan | None:
@@ -53,11 +53,8 @@ def make_plan(case: AttentionCase, inputs: AttentionInputs) -> WorkPlan | None:
     plan = mixattn.plan(
         inputs.cu_seqlens_q,
         inputs.seq_lens,
-        **case.plan_options,
-        kv_element_bytes=inputs.k_cache.element_size(),
+        **plan_arguments(case, inputs),
         hardware=splitting_hardware(case.num_workers or 1),
-        block_table=inputs.block_table if case.shared_pages else None,
-        page_size=case.page_size if case.shared_pages else None,
     )
     assert plan.num_merges > 0, "a case that names its workers is there for its splits"
     assert plan.num_groups > 0 or not case.shared_pages, "a case of shared pages is there for its groups"

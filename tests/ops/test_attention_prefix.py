@@ -21,6 +21,7 @@ from tests.cases import (
     KvFormat,
     assert_attention_close,
     make_inputs,
+    plan_arguments,
 )
 from tests.ops.test_attention import DTYPES, splitting_hardware
 
@@ -30,10 +31,7 @@ CASE = AttentionCase(
 
 
 def make_plan(case: AttentionCase, inputs: AttentionInputs, **options: Any) -> WorkPlan:
-    return mixattn.plan(
-        inputs.cu_seqlens_q, inputs.seq_lens, **case.plan_options, kv_element_bytes=inputs.k_cache.element_size(),
-        block_table=inputs.block_table, page_size=case.page_size, **options,
-    )  # fmt: skip
+    return mixattn.plan(inputs.cu_seqlens_q, inputs.seq_lens, **{**plan_arguments(case, inputs), **options})
 
 
 def attend(case: AttentionCase, inputs: AttentionInputs, **options: Any) -> torch.Tensor:
@@ -45,7 +43,7 @@ def attend(case: AttentionCase, inputs: AttentionInputs, **options: Any) -> torc
 
 def test_attention_makes_a_plan_with_groups_on_the_cpu() -> None:
     inputs = make_inputs(CASE, torch.float32)
-    plan = make_plan(CASE, inputs)
+    plan = make_plan(CASE, inputs, kv_element_bytes=4)
     assert plan.num_groups == 1
     apart = dataclasses.replace(inputs, block_table=inputs.block_table.clone())
     assert torch.equal(attend(CASE, apart), attend(CASE, inputs, plan=plan))

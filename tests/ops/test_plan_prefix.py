@@ -21,6 +21,8 @@ UNUSED = 77
 """The entries of a table behind a sequence's pages: equal in all rows, so that to read them would show."""
 SHAPE = Shape(num_q_heads=8, num_kv_heads=2, head_dim=128, kv_element_bytes=2, causal=True, window_left=None)
 GROUP_SIZE = 4
+READER = replace(cpu_hardware(1), flops_per_s=1e15, packing_rows=0)
+"""Waits for memory only: what saves reads is done."""
 
 
 def make_pages(kv_lens: list[int], shared: list[int], page_size: int) -> Pages:
@@ -38,7 +40,7 @@ def make_pages(kv_lens: list[int], shared: list[int], page_size: int) -> Pages:
 
 def make_batch(slices: list[tuple[int, int]], shared: list[int], page_size: int = 16, **options: Any) -> Batch:
     pages = make_pages([kv_len for _, kv_len in slices], shared, page_size)
-    return Batch(slices, **{"shape": SHAPE, "hardware": cpu_hardware(1), "pages": pages, **options})
+    return Batch(slices, **{"shape": SHAPE, "hardware": READER, "pages": pages, **options})
 
 
 def groups_of(made: WorkPlan) -> list[tuple[int, int, int]]:
@@ -124,7 +126,26 @@ def test_plan_group_that_saves_less_than_it_costs_is_not_made() -> None:
     """The partial results of a shared page of 16 keys are longer than the page."""
     assert groups_of(make_batch([(1, 500)] * 32, [0] + [1] * 31).plan()) == []
     assert groups_of(make_batch([(1, 500)] * 2, [0, 3]).plan()) == []
-    assert groups_of(make_batch([(1, 500)] * 2, [0, 20]).plan()) == [(0, 2 * GROUP_SIZE, 320)]
+    assert groups_of(make_batch([(1, 900)] * 2, [0, 40]).plan()) == [(0, 2 * GROUP_SIZE, 640)]
+
+
+@pytest.mark.parametrize(
+    ("num_slices", "prefix", "dtype_bytes", "is_grouped"),
+    [
+        (2, 2048, 4, True), (2, 128, 4, True), (5, 2048, 4, True), (32, 4096, 4, True), (32, 32, 4, False),
+        (2, 2048, 2, True), (2, 128, 2, False), (4, 2048, 2, True), (5, 2048, 2, False), (8, 128, 2, False),
+        (32, 4096, 2, True), (32, 64, 2, False),
+        (5, 1024, 1, False), (8, 1024, 1, False), (32, 256, 1, False),
+    ],
+)  # fmt: skip
+def test_plan_for_a_cpu_groups_decodes_where_that_was_measured_to_be_faster(
+    num_slices: int, prefix: int, dtype_bytes: int, is_grouped: bool
+) -> None:
+    """Up to 16 rows are read where they lie, more are copied first (``CPU_PACKING_ROWS``)."""
+    shape = Shape(32, 8, 128, dtype_bytes, True, None)
+    shared = [0] + [prefix // 16] * (num_slices - 1)
+    made = make_batch([(1, prefix + 64)] * num_slices, shared, shape=shape, hardware=cpu_hardware(1)).plan()
+    assert made.num_groups == is_grouped
 
 
 def test_plan_group_whose_rows_the_hardware_computes_no_faster_together_is_not_made() -> None:
