@@ -137,10 +137,7 @@ struct Planner {
   // Sets groups and group_of; returns how many groups there are.
   MX_DEVICE int32_t group_slices() const {
     for (int32_t s = block.thread; s < p.num_seqs; s += block.num_threads) group_of[s] = -1;
-    if (p.table.pages == nullptr || !has_groups(spec)) {
-      mx::sync_threads();  // group_of is there
-      return 0;
-    }
+    if (p.table.pages == nullptr || !has_groups(spec)) return 0;  // whoever has set a slice's is the first to read it
     for (int32_t s = block.thread + 1; s < p.num_seqs; s += block.num_threads) {
       shared[s] = shared_tokens(spec, p.cu_seqlens_q, p.seq_lens, p.table, s);
     }
