@@ -209,18 +209,26 @@ def test_plan_random_batch_with_prefixes_covers_every_row_and_page_once(batch: B
     items = batch.plan().items()
     for kv_head in range(shape.num_kv_heads):
         reads: list[list[tuple[int, int]]] = [[] for _ in range(starts[-1])]
+        shared_end = np.zeros(starts[-1], int)  # keys that a row has in an item of several slices
         for item in items[items["kv_head"] == kv_head]:
             keys = np.arange(item["kv_begin"], item["kv_end"])
             slots = list(zip(table[item["seq_idx"], keys // size].tolist(), keys.tolist(), strict=True))
             first = starts[item["seq_idx"]] + int(item["row_begin"])
             for row in range(first, first + int(item["num_rows"])):
                 reads[row] += slots
+            if first + int(item["num_rows"]) > starts[item["seq_idx"] + 1]:
+                shared_end[first : first + int(item["num_rows"])] = np.maximum(
+                    shared_end[first : first + int(item["num_rows"])], int(item["kv_end"])
+                )
         for seq_idx, (q_len, kv_len) in enumerate(batch.slices):
             mask = visible_keys(q_len, kv_len, causal=shape.causal, window_left=shape.window_left).numpy()
             for row in range(q_len * shape.group_size):
                 seen = np.flatnonzero(mask[row // shape.group_size])
                 read = reads[starts[seq_idx] + row]
                 assert len(set(read)) == len(read), "a key is read twice"
+                assert shared_end[starts[seq_idx] + row] <= max(kv_len - q_len, 0), (
+                    "where no mask is, a key that it must not see"
+                )
                 assert {(int(table[seq_idx, key // size]), int(key)) for key in seen} <= set(read)
 
 
