@@ -72,6 +72,7 @@ MERGE_ROW_BEGIN = tl.constexpr(2)
 MERGE_NUM_ROWS = tl.constexpr(3)
 MERGE_PARTIAL_ROW = tl.constexpr(4)
 MERGE_NUM_SPLITS = tl.constexpr(5)
+MERGE_NUM_ITEMS = tl.constexpr(6)
 NUM_ROWS_MASK = tl.constexpr(0xFFFF)
 INT32_MAX = tl.constexpr(2**31 - 1)
 TREE_MASK_BITS = tl.constexpr(64)
@@ -545,7 +546,7 @@ def mixed_attention_kernel(
             # The barrier puts the partials of all threads before the ticket; its release publishes them, its acquire
             # shows the last finisher those of the others.
             tl.debug_barrier()
-            if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.load(merge + MERGE_NUM_SPLITS) - 1:
+            if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.load(merge + MERGE_NUM_ITEMS) - 1:
                 merge_item(
                     out, lse, partial_out, partial_lse, sinks, merge, cu_seqlens_q, stride_out_token, stride_out_head,
                     stride_lse_token, HEAD_DIM, BLOCK_D, GROUP_SIZE,

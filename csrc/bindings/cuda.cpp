@@ -95,21 +95,24 @@ void cuda_attention(AttentionParams p, Image& image, uintptr_t device_plan, int6
 
 // Of one block, whatever the batch. Addresses are of device memory.
 void cuda_plan(const PlanSpec& spec, Image& image, uintptr_t cu_seqlens_q, uintptr_t seq_lens, int64_t num_seqs,
-               uintptr_t out, uintptr_t scratch, int64_t capacity_items, int64_t capacity_merges, int num_threads,
-               uintptr_t stream) {
+               uintptr_t block_table, int64_t block_table_stride, int64_t page_size, uintptr_t out, uintptr_t scratch,
+               int64_t capacity_items, int64_t capacity_merges, int num_threads, uintptr_t stream) {
   const Kernel& kernel = mixattn::cuda::plan_kernel();
   mixattn::check_range("num_seqs", num_seqs, 0, INT32_MAX - 1);
   mixattn::check_range("capacity_items", capacity_items, 0, INT32_MAX / mixattn::kWorkItemWords);
   mixattn::check_range("capacity_merges", capacity_merges, 0, INT32_MAX / mixattn::kMergeWords);
   mixattn::check_range("num_threads", num_threads, mx::kWarpSize, kernel.num_threads);
-  mixattn::cuda::PlanLaunch params = {spec,
-                                      at<const int32_t>(cu_seqlens_q),
-                                      at<const int32_t>(seq_lens),
-                                      at<int32_t>(out),
-                                      at<int64_t>(scratch),
-                                      static_cast<int32_t>(num_seqs),
-                                      static_cast<int32_t>(capacity_items),
-                                      static_cast<int32_t>(capacity_merges)};
+  mixattn::check_range("page_size", page_size, block_table == 0 ? 0 : 1, INT32_MAX);
+  mixattn::cuda::PlanLaunch params = {
+      spec,
+      at<const int32_t>(cu_seqlens_q),
+      at<const int32_t>(seq_lens),
+      {at<const int32_t>(block_table), block_table_stride, static_cast<int32_t>(page_size)},
+      at<int32_t>(out),
+      at<int64_t>(scratch),
+      static_cast<int32_t>(num_seqs),
+      static_cast<int32_t>(capacity_items),
+      static_cast<int32_t>(capacity_merges)};
   Launch prepared = image.prepare(kernel.name, kernel.num_threads, kernel.shared_bytes);
   prepared.num_blocks = 1;
   prepared.num_threads = num_threads;
@@ -183,8 +186,8 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_plan_scratch_words", &mixattn::cuda::plan_scratch_words, arg("spec"), arg("num_seqs"),
         arg("capacity_items"), "int64 words of scratch that cuda_plan needs.");
   m.def("cuda_plan", &cuda_plan, py::kw_only(), arg("spec"), arg("image"), arg("cu_seqlens_q"), arg("seq_lens"),
-        arg("num_seqs"), arg("out"), arg("scratch"), arg("capacity_items"), arg("capacity_merges"), arg("num_threads"),
-        arg("stream"),
+        arg("num_seqs"), arg("block_table"), arg("block_table_stride"), arg("page_size"), arg("out"), arg("scratch"),
+        arg("capacity_items"), arg("capacity_merges"), arg("num_threads"), arg("stream"),
         "Puts the planner on a stream, to write the plan of a batch to out, on the device. Why a batch has no plan is "
         "in\n"
         "the header.");

@@ -158,7 +158,9 @@ def attention(
         sm_margin: SMs of a GPU that the launch leaves free, for kernels that run beside it (communication); at least
             one must be left. Means nothing where there are no SMs: on a CPU it is accepted and changes nothing.
         plan: from ``mixattn.plan`` for these very lengths and options, made once per step and shared by its layers
-            (its ``buffer`` as a CPU tensor will do too); None makes one.
+            (its ``buffer`` as a CPU tensor will do too); None makes one. A plan that groups slices by ``block_table``
+            needs this very table, which on a GPU is not looked at; not with ``alibi_slopes``. The one that None makes
+            has such groups on the CPU only: on a GPU the table would have to be copied to the host first.
         out: written and returned; as q in shape, dtype and device. None allocates.
         return_lse: whether the log-sum-exp is returned too.
         backend: ``cpu``, ``triton``, ``cuda`` or ``reference``; None is the first here that takes the call (see
@@ -242,6 +244,7 @@ def _default_plan(call: AttentionCall, backend: str, layout: AttentionLayout, ou
         hardware = with_workers(base, num_sms, _triton_tiles(call).programs_per_sm)
     else:
         hardware = cpu_hardware()
+    has_groups = not q.is_cuda and call.alibi_slopes is None
     work_plan = make_plan(
         call.cu_seqlens_q.cpu(),
         call.seq_lens.cpu(),
@@ -253,6 +256,8 @@ def _default_plan(call: AttentionCall, backend: str, layout: AttentionLayout, ou
         window_left=call.window_left,
         invariant=call.invariant,
         hardware=hardware,
+        block_table=call.block_table if has_groups else None,
+        page_size=call.k_cache.shape[1] if has_groups else None,
     )
     return torch.from_numpy(work_plan.buffer)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mixattn import _C
 from mixattn.ops.attention_call import AttentionCall, attention_layout, native_sizes
 from mixattn.ops.plan import Hardware, WorkPlan, plan
-from tests.cases import AttentionCase, AttentionInputs, make_inputs
+from tests.cases import AttentionCase, AttentionInputs, make_inputs, plan_arguments
 from tests.cuda.emulation import NUM_SMS, Emulation
 
 BLOCK_ROWS = (128, 64, 16)
@@ -121,12 +121,12 @@ def prepare(
     work_plan = plan(
         inputs.cu_seqlens_q,
         inputs.seq_lens,
-        **case.plan_options,
-        kv_element_bytes=inputs.q.element_size(),
+        **plan_arguments(case, inputs),
         hardware=hardware(case.num_workers or 4, split_tokens, separates_small=capability == 90),
     )
+    assert work_plan.num_groups > 0 or not case.shared_pages, "the case is to have groups"
     words = torch.full((len(work_plan.buffer),), GARBAGE_WORD, dtype=torch.int32)
-    items_begin = len(work_plan.buffer) - 8 * (work_plan.capacity_items + work_plan.spec.max_merges())
+    items_begin = _C.PLAN_HEADER_WORDS
     merges_begin = items_begin + 8 * work_plan.capacity_items
     for begin, end in (
         (0, items_begin + 8 * work_plan.num_items),

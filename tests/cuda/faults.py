@@ -42,6 +42,8 @@ SOFTMAX = "softmax.cuh"
 CHUNK = "q65-kv200-page16-gqa3"
 DECODE = "q1-kv4096-page16-gqa8"
 SPLITS = "splits-chunk-beside-decodes"
+PREFIX = "prefix-splits"
+LARGE_PREFIX = "prefix-of-40-decodes-page16-gqa4"
 MANY_ITEMS = "all-kinds-head-dim-128"
 LONG_CHUNK = "long-chunk-beside-decode-head-dim-128"
 WIDE = "all-kinds-head-dim-256"
@@ -94,7 +96,17 @@ FAULTS = [
         "item-counter-not-reset", PLAN, "mx::st_global(queue_counter(p, queue), 0u);", "", SPLITS, caught_by="tickets"
     ),
     Fault("ticket-not-reset", PLAN, "mx::st_global(merge_ticket(p, merge_idx), 0u);", "", SPLITS, caught_by="tickets"),
-    Fault("merge-one-split-too-early", PLAN, "num_teams - 1", "num_teams - 2", SPLITS),
+    Fault("merge-one-split-too-early", PLAN, "merge_tickets - tickets", "merge_tickets - 2 * tickets", SPLITS),
+    Fault("merge-of-a-group-counts-splits", PLAN, "merge.num_items", "merge.num_splits", PREFIX),
+    Fault(
+        "small-item-draws-one-ticket-where-others-draw-two",
+        PLAN,
+        "merge_if_last<T, kHeadDim>(p, item, kOnlyTeam, Attend::kItemTickets, Attend::kItemTickets);",
+        "merge_if_last<T, kHeadDim>(p, item, kOnlyTeam, 1, Attend::kItemTickets);",
+        LARGE_PREFIX,
+        caught_by="result|tickets",
+        capability=90,
+    ),
     Fault("fragment-of-k-swapped", SM80, "keys[1]", "keys[2]", CHUNK),
     Fault(
         "v-not-transposed",
@@ -204,8 +216,8 @@ FAULTS = [
             ("consumers-share-their-rows", "consumer * (mx::kWgmmaRows * mx::kSwizzledRowBytes)", "0", "result"),
             (
                 "merge-does-not-wait-for-the-other-consumer",
-                "item[kNumRows] > mx::kWgmmaRows ? kNumConsumers : 1",
-                "1",
+                "kItemTickets / kNumConsumers",
+                "kItemTickets",
                 "result|tickets",
             ),
             ("turn-kept-at-the-end", "if (has_turns) pass_turn(consumer);\n  release", "", "deadlock"),
@@ -271,7 +283,25 @@ PLAN_FAULTS = [
         "kv_len < longest_kv[0] ? kv_len : longest_kv[0]",
         "bad",
     ),
-    Fault("merges-past-their-room", PLANNER, "heads * counts.split_tiles > p.capacity_merges", "false", "no-room"),
+    Fault("no-barrier-before-groups-are-found", PLANNER, "mx::sync_threads();  // what slices share", "", "groups"),
+    Fault("no-barrier-before-groups-are-read", PLANNER, "mx::sync_threads();  // the groups are", "", "groups"),
+    Fault("no-barrier-before-slices-know-theirs", PLANNER, "mx::sync_threads();  // the slices' groups", "", "groups"),
+    Fault("no-barrier-before-own-splits-are-read", PLANNER, "mx::sync_threads();  // the splits of", "", "groups"),
+    Fault(
+        "rows-of-a-group-in-one-place",
+        PLANNER,
+        "first.splits * group.num_rows + rows_before",
+        "first.splits * group.num_rows",
+        "groups",
+    ),
+    Fault(
+        "shared-tile-left-out",
+        PLANNER,
+        "num_row_tiles(spec, q_len(s)) + is_first_of_group(s)",
+        "num_row_tiles(spec, q_len(s))",
+        "groups",
+    ),
+    Fault("merges-past-their-room", PLANNER, "heads * counts.merged_tiles > p.capacity_merges", "false", "no-room"),
 ]
 """Of the planner; cases of test_faults.py."""
 APPEND = "append_kv.cuh"

@@ -11,13 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import CASES, SCORE_CASES, AttentionCase, AttentionInputs, assert_attention_close, make_inputs
+from tests.cases import (
+    CASES,
+    PREFIX_CASES,
+    SCORE_CASES,
+    AttentionCase,
+    AttentionInputs,
+    assert_attention_close,
+    make_inputs,
+)
 from tests.cuda.attention_run import AttentionRun, prepare
 from tests.cuda.emulation import Emulation
 
 DTYPES = [torch.bfloat16, torch.float16]
 HEAD_DIMS = (64, 96, 128, 192, 256)
-SUPPORTED_CASES = [case for case in CASES + SCORE_CASES if case.head_dim in HEAD_DIMS]
+SUPPORTED_CASES = [case for case in CASES + SCORE_CASES + PREFIX_CASES if case.head_dim in HEAD_DIMS]
 SM90_HEAD_DIMS = (64, 96, 128)
 SM90_CASES = [
     case

@@ -283,6 +283,7 @@ MX_DEVICE void drop_rows(Item item, int32_t num_rows) {
 template <class T, int kHeadDim, Scores kScores>
 struct Attend {
   using Shapes = Tiles<kHeadDim, kScores>;
+  static constexpr int32_t kItemTickets = 1;
 
   static MX_DEVICE void item(const LaunchParams& p, Item item) {
     const int32_t kind = item[kTileKindOf];

@@ -28,6 +28,8 @@ constexpr int kWorkersPerSm = 2;  // a queue for each side of the block
 constexpr int kDecodeRegisters = 152;
 constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 160;
+// Of a merge, for each item: a merge may have items of one consumer, of both, and of the team of small items.
+constexpr int32_t kItemTickets = kNumConsumers;
 static_assert(kDecodeRegisters + kProducerRegisters + kNumConsumers * kConsumerRegisters <= 512, "of an SM");
 
 // The first key of an item's first tile: tiles start at multiples of their size, wherever a window begins.
@@ -256,7 +258,8 @@ MX_DEVICE void consume(const LaunchParams& p, int consumer) {
       clear(state);
       attend_item<T, kHeadDim, kScores>(p, item, consumer, ring, state);
       store_rows<T, kHeadDim>(p, item, consumer, state);
-      merge_if_last<T, kHeadDim>(p, item, team, item[kNumRows] > mx::kWgmmaRows ? kNumConsumers : 1);
+      const int32_t tickets = item[kNumRows] > mx::kWgmmaRows ? kItemTickets / kNumConsumers : kItemTickets;
+      merge_if_last<T, kHeadDim>(p, item, team, tickets, kItemTickets);
     } else {
       skip_item<kHeadDim>(item, ring);
     }
@@ -268,6 +271,8 @@ MX_DEVICE void consume(const LaunchParams& p, int consumer) {
 
 template <class T, int kHeadDim, Scores kScores>
 struct AttendSmall {
+  static constexpr int32_t kItemTickets = sm90::kItemTickets;
+
   static MX_DEVICE void item(const LaunchParams& p, Item item) {
     sm80::attend_item<T, kHeadDim, typename sm80::Tiles<kHeadDim>::Small, kScores>(p, item);
   }
