@@ -63,7 +63,8 @@ bool takes(Scores scores, const AttentionParams& p) {
 const Instance& instance_for(const AttentionParams& p, int capability) {
   const bool has_small_apart = p.plan == nullptr || reinterpret_cast<const PlanHeader*>(p.plan)->first_small >= 0;
   for (const Instance& instance : instances()) {
-    if (instance.separates_small && !has_small_apart) continue;
+    // Where small items have threads of their own, these sum up in another order than the others: no invariance.
+    if (instance.separates_small && (!has_small_apart || p.invariant)) continue;
     if (capability >= instance.least_capability && capability <= instance.most_capability &&
         p.dtype == instance.dtype && p.head_dim == instance.head_dim && takes(instance.scores, p)) {
       return instance;

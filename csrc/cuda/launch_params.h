@@ -49,7 +49,6 @@ inline void check_call(const AttentionParams& p) {
     throw std::domain_error("head_dim " + std::to_string(p.head_dim) + " has no CUDA kernel; the nearest that has is " +
                             std::to_string(*nearest));
   }
-  if (p.invariant) throw std::domain_error("invariant has no CUDA kernel; the cpu backend has it");
   const struct {
     const char* name;
     int64_t stride;

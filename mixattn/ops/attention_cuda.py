@@ -18,6 +18,7 @@ from mixattn.ops.attention_call import (
     PlanHeader,
     address,
     check_block_rows,
+    check_fixed_splits,
     native_sizes,
     plan_on_device,
 )
@@ -25,6 +26,8 @@ from mixattn.ops.plan import A100, H100, Hardware, with_workers
 
 BLOCK_ROWS = (128, 64, 16)
 """Of the kernels' tiles: csrc/cuda/sm80/tile.cuh, csrc/cuda/sm90/tile.cuh."""
+INVARIANT_TILE_KEYS = 64
+"""Of the tile that every item of an invariant call is computed in; head_dim 192 and 256 have half of it."""
 WORKERS_PER_SM = 2
 """Of every kernel: two blocks, or the two sides of one."""
 ALIGNMENT = 16
@@ -86,12 +89,14 @@ def run(
         header, sizes: of the call's plan and layout.
     Raises:
         NotImplementedError: no kernel takes the call. Nothing has been written.
-        ValueError: the plan was made for larger tiles.
+        ValueError: the plan was made for larger tiles, or has invariant splits that cut them.
         RuntimeError: the driver refuses the image or the launch.
     """
     assert call.plan is not None
     kernel = kernel_for(call, layout, out)
     check_block_rows(call.plan, header, BLOCK_ROWS)
+    if call.invariant:
+        check_fixed_splits(call.plan, header, INVARIANT_TILE_KEYS)
     num_rows, device = header.num_partial_rows, out.device
     device_plan = plan_on_device(call.plan, device)
     partial_out = torch.empty(num_rows * header.head_dim, dtype=torch.float32, device=device)

@@ -147,11 +147,14 @@ FAULTS = [
         "alibi-non-causal",
     ),
     Fault(
-        "sink-in-every-split",
+        "sink-left-out-of-rows-that-are-not-split",
         FRAGMENTS,
-        "p.call.sinks == nullptr || item[kMergeIdx] >= 0",
-        "p.call.sinks == nullptr",
-        "sinks-soft-cap-window-splits",
+        "row_sink_log2(p, place.head)",
+        "-INFINITY",
+        "sinks-q1-gqa3",
+    ),
+    Fault(
+        "sink-left-out-of-the-merge", PLAN, "row_sink_log2(p, place.head)", "-INFINITY", "sinks-soft-cap-window-splits"
     ),
     Fault("tree-bit-off-by-one", FRAGMENTS, "word >> distance & 1", "word >> (distance + 1) & 1", "tree-gqa1"),
     Fault(

@@ -156,7 +156,7 @@ MX_DEVICE void store_rows(const LaunchParams& p, Item item, const RowState<kHead
     MX_UNROLL
     for (int h = 0; h < 2; ++h) {
       const int32_t row = warp_row<TileShape>() + r * kMmaRows + h * 8 + thread.lane / 4;
-      const RowEnd end = end_row(p, item, row, state.row_max[r][h], quad_sum(state.row_sum[r][h]));
+      const RowEnd end = finish_row(state.row_max[r][h], quad_sum(state.row_sum[r][h]));
       store_row<T, kHeadDim>(p, item, row, 0, state.accumulator[r], h, end);
     }
   }
@@ -211,7 +211,7 @@ MX_DEVICE void merge_warps(const LaunchParams& p, Item item, const RowState<kHea
         total[i][2 * h + 1] = total[i][2 * h + 1] * factors.rescale + value.y * factors.weight;
       }
     }
-    store_row<T, kHeadDim>(p, item, row, first_column, total, h, end_row(p, item, row, row_max, row_sum));
+    store_row<T, kHeadDim>(p, item, row, first_column, total, h, finish_row(row_max, row_sum));
   }
 }
 
@@ -285,19 +285,17 @@ struct Attend {
   using Shapes = Tiles<kHeadDim, kScores>;
 
   static MX_DEVICE void item(const LaunchParams& p, Item item) {
-    const int32_t kind = item[kTileKindOf];
+    // Kinds sum up keys in different orders. An invariant call has one of them, which does not depend on a row's mates.
+    const int32_t kind = p.call.invariant ? kTileMedium : item[kTileKindOf];
     if (kind == kTileSmall) return attend_item<T, kHeadDim, typename Shapes::Small, kScores>(p, item);
-    if constexpr (!Shapes::kHasLarge) {
-      // The keys that all rows of the item see are seen by those below as well: some masks too many, none too few.
-      while (true) {
-        attend_item<T, kHeadDim, typename Shapes::Medium, kScores>(p, item);
-        if (item[kNumRows] <= Shapes::Medium::kRows) return;
-        drop_rows(item, Shapes::Medium::kRows);
-      }
-    } else if (kind == kTileLarge) {
-      attend_item<T, kHeadDim, typename Shapes::Large, kScores>(p, item);
-    } else {
+    if constexpr (Shapes::kHasLarge) {
+      if (kind == kTileLarge) return attend_item<T, kHeadDim, typename Shapes::Large, kScores>(p, item);
+    }
+    // The keys that all rows of the item see are seen by those below as well: some masks too many, none too few.
+    while (true) {
       attend_item<T, kHeadDim, typename Shapes::Medium, kScores>(p, item);
+      if (item[kNumRows] <= Shapes::Medium::kRows) return;
+      drop_rows(item, Shapes::Medium::kRows);
     }
   }
 };
