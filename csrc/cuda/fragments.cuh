@@ -127,8 +127,13 @@ MX_DEVICE void rescale_sums(const Rescale& rescale, float (&sums)[kColumnTiles][
   }
 }
 
-// kColumnTiles fragments of one row, from column first_column on, to out, or to the item's rows of the partials. end is
-// that of the row without its sink, which comes in behind the division, as in a merge: split or not, the same bits.
+// How a row of the item ends: with its sink, unless its keys are split: then it enters at the merge.
+MX_DEVICE RowEnd end_row(const LaunchParams& p, Item item, int32_t row, float row_max, float row_sum) {
+  if (p.call.sinks == nullptr || item[kMergeIdx] >= 0) return finish_row(row_max, row_sum);
+  return finish_row_with_sink(row_max, row_sum, row_sink_log2(p, row_head(p, item, row)));
+}
+
+// kColumnTiles fragments of one row, from column first_column on, to out, or to the item's rows of the partials.
 template <class T, int kHeadDim, int kColumnTiles>
 MX_DEVICE void store_row(const LaunchParams& p, Item item, int32_t row, int first_column,
                          const float (&values)[kColumnTiles][4], int h, const RowEnd& end) {
@@ -138,14 +143,13 @@ MX_DEVICE void store_row(const LaunchParams& p, Item item, int32_t row, int firs
   const int column = first_column + 2 * quad_lane;
   if (item[kMergeIdx] < 0) {
     const RowPlace place = place_row(p, item[kFirstToken], item[kKvHead], item[kRowBegin] + row);
-    const RowEnd last = absorb_sink(end, row_sink_log2(p, place.head));
     T* const out = out_row<T>(p, place) + column;
     MX_UNROLL
     for (int i = 0; i < kColumnTiles; ++i) {
-      mx::st_global(out + i * kMmaColumns, mx::pack2(values[i][2 * h] * end.inverse_sum * last.inverse_sum,
-                                                     values[i][2 * h + 1] * end.inverse_sum * last.inverse_sum, T{}));
+      mx::st_global(out + i * kMmaColumns,
+                    mx::pack2(values[i][2 * h] * end.inverse_sum, values[i][2 * h + 1] * end.inverse_sum, T{}));
     }
-    if (stores_lse) store_lse(p, place, last.lse_log2);
+    if (stores_lse) store_lse(p, place, end.lse_log2);
   } else {
     const int64_t partial_row = int64_t{item[kPartialRow]} + row;
     float* const partial = p.call.partial_out + partial_row * kHeadDim + column;

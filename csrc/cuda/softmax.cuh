@@ -113,10 +113,5 @@ MX_DEVICE RowEnd finish_row_with_sink(float row_max, float row_sum, float sink_l
   return {end.inverse_sum * factors.rescale, end.lse_log2};
 }
 
-// The end of a row that has ended without its sink, and so has a sum of 1.
-MX_DEVICE RowEnd absorb_sink(const RowEnd& end, float sink_log2) {
-  return finish_row_with_sink(end.lse_log2, end.lse_log2 == -INFINITY ? 0.0f : 1.0f, sink_log2);
-}
-
 }  // namespace cuda
 }  // namespace mixattn

@@ -147,14 +147,18 @@ FAULTS = [
         "alibi-non-causal",
     ),
     Fault(
-        "sink-left-out-of-rows-that-are-not-split",
+        "sink-in-every-split",
         FRAGMENTS,
-        "row_sink_log2(p, place.head)",
-        "-INFINITY",
-        "sinks-q1-gqa3",
+        "p.call.sinks == nullptr || item[kMergeIdx] >= 0",
+        "p.call.sinks == nullptr",
+        "sinks-soft-cap-window-splits",
     ),
     Fault(
-        "sink-left-out-of-the-merge", PLAN, "row_sink_log2(p, place.head)", "-INFINITY", "sinks-soft-cap-window-splits"
+        "sink-in-every-split-of-larger-items",
+        SM80,
+        "if (item[kMergeIdx] >= 0) return {1.0f, lse_log2};",
+        "",
+        "sinks-soft-cap-window-splits",
     ),
     Fault("tree-bit-off-by-one", FRAGMENTS, "word >> distance & 1", "word >> (distance + 1) & 1", "tree-gqa1"),
     Fault(

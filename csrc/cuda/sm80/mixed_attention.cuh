@@ -147,9 +147,16 @@ MX_DEVICE void apply_softmax(const LaunchParams& p, Item item, int32_t tile_begi
   }
 }
 
+// How a row ends that is divided by its sum already: with its sink, unless its keys are split: then it enters at the
+// merge. There it comes in by the same steps, so that a row's bits do not tell whether it was split.
+MX_DEVICE RowEnd end_average(const LaunchParams& p, Item item, int32_t row, float lse_log2) {
+  if (item[kMergeIdx] >= 0) return {1.0f, lse_log2};
+  return finish_row_with_sink(lse_log2, lse_log2 == -INFINITY ? 0.0f : 1.0f, row_sink_log2(p, row_head(p, item, row)));
+}
+
 // Rows that one warp has to itself.
 template <class T, int kHeadDim, class TileShape>
-MX_DEVICE void store_rows(const LaunchParams& p, Item item, const RowState<kHeadDim, TileShape::kRowTiles>& state) {
+MX_DEVICE void store_rows(const LaunchParams& p, Item item, RowState<kHeadDim, TileShape::kRowTiles>& state) {
   const Thread thread = this_thread();
   MX_UNROLL
   for (int r = 0; r < TileShape::kRowTiles; ++r) {
@@ -157,7 +164,12 @@ MX_DEVICE void store_rows(const LaunchParams& p, Item item, const RowState<kHead
     for (int h = 0; h < 2; ++h) {
       const int32_t row = warp_row<TileShape>() + r * kMmaRows + h * 8 + thread.lane / 4;
       const RowEnd end = finish_row(state.row_max[r][h], quad_sum(state.row_sum[r][h]));
-      store_row<T, kHeadDim>(p, item, row, 0, state.accumulator[r], h, end);
+      MX_UNROLL
+      for (auto& sums : state.accumulator[r]) {
+        sums[2 * h] *= end.inverse_sum;
+        sums[2 * h + 1] *= end.inverse_sum;
+      }
+      store_row<T, kHeadDim>(p, item, row, 0, state.accumulator[r], h, end_average(p, item, row, end.lse_log2));
     }
   }
 }
@@ -211,7 +223,7 @@ MX_DEVICE void merge_warps(const LaunchParams& p, Item item, const RowState<kHea
         total[i][2 * h + 1] = total[i][2 * h + 1] * factors.rescale + value.y * factors.weight;
       }
     }
-    store_row<T, kHeadDim>(p, item, row, first_column, total, h, finish_row(row_max, row_sum));
+    store_row<T, kHeadDim>(p, item, row, first_column, total, h, end_row(p, item, row, row_max, row_sum));
   }
 }
 

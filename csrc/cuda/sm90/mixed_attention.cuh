@@ -128,7 +128,7 @@ MX_DEVICE void store_rows(const LaunchParams& p, Item item, int consumer, const 
   MX_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int32_t row = consumer * mx::kWgmmaRows + thread.warp * kMmaRows + thread.lane / 4 + 8 * h;
-    const RowEnd end = finish_row(state.row_max[h], quad_sum(state.row_sum[h]));
+    const RowEnd end = end_row(p, item, row, state.row_max[h], quad_sum(state.row_sum[h]));
     store_row<T, kHeadDim>(p, item, row, 0, state.accumulator, h, end);
   }
 }
