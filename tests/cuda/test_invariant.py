@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import mixattn
+from mixattn.ops.reference import quantize_reference
 from tests.cases import CASES, SCORE_CASES, AttentionCase, assert_attention_close, make_inputs
 from tests.cuda.attention_run import hardware
 from tests.cuda.conftest import forget
@@ -47,17 +48,27 @@ CAPABILITIES = (80, 90)
 
 @dataclass(frozen=True)
 class Sequence:
-    """q of a whole sequence [num_tokens, heads, head_dim], and its k and v as they are stored."""
+    """q of a whole sequence [num_tokens, heads, head_dim], and its k, v and their scales as they are stored."""
 
     q: Tensor
     k: Tensor
     v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
 
     @classmethod
-    def random(cls, num_tokens: int, head_dim: int, dtype: torch.dtype, seed: int) -> Sequence:
+    def random(
+        cls, num_tokens: int, head_dim: int, dtype: torch.dtype, seed: int, stored: torch.dtype | None = None
+    ) -> Sequence:
+        """``stored``: what K and V are quantised to, magnitudes and scales differing from token to token."""
         generator = torch.Generator().manual_seed(seed)
         shapes = [(num_tokens, heads, head_dim) for heads in (NUM_Q_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)]
-        return cls(*(torch.randn(shape, generator=generator).to(dtype) for shape in shapes))
+        q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+        if stored is None:
+            return cls(q.to(dtype), k.to(dtype), v.to(dtype), None, None)
+        k, v = (rows * 2.0 ** torch.randint(-3, 4, (num_tokens, 1, 1), generator=generator) for rows in (k, v))
+        (k, k_scale), (v, v_scale) = (quantize_reference(rows, stored) for rows in (k, v))
+        return cls(q.to(dtype), k, v, k_scale, v_scale)
 
 
 def attend(
@@ -75,23 +86,26 @@ def attend(
     page_ids = torch.randperm(sum(num_pages), generator=torch.Generator().manual_seed(page_size)).int()
     block_table = torch.full((len(slices), max(num_pages)), 2**31 - 1, dtype=torch.int32)
     of_first = slices[0][0]
-    caches = [
-        torch.full((len(page_ids), page_size, *rows.shape[1:]), torch.nan, dtype=rows.dtype)
-        for rows in (of_first.k, of_first.v)
-    ]
+    pools: dict[str, Tensor] = {}
+    for name in ("k", "v", "k_scale", "v_scale"):
+        rows = getattr(of_first, name)
+        if rows is not None:
+            poison = torch.nan if rows.dtype.is_floating_point else 77
+            pools[name] = torch.full((len(page_ids), page_size, *rows.shape[1:]), poison, dtype=rows.dtype)
     for seq_idx, ((sequence, _, end), pages) in enumerate(zip(slices, page_ids.split(num_pages), strict=True)):
         block_table[seq_idx, : len(pages)] = pages
         token = torch.arange(end)
         slot = pages[token // page_size].long(), token % page_size
-        for cache, rows in zip(caches, (sequence.k, sequence.v), strict=True):
-            cache[slot] = rows[:end]
+        for name, pool in pools.items():
+            pool[slot] = getattr(sequence, name)[:end]
     plan = mixattn.plan(
         starts, lens, num_q_heads=NUM_Q_HEADS, num_kv_heads=NUM_KV_HEADS, head_dim=of_first.q.shape[2],
-        kv_element_bytes=caches[0].element_size(), window_left=options.get("window_left"), invariant=invariant,
+        kv_element_bytes=pools["k"].element_size(), window_left=options.get("window_left"), invariant=invariant,
         hardware=dataclasses.replace(hardware(num_workers, SPLIT_TOKENS), invariant_split_tokens=SPLIT_TOKENS),
     )  # fmt: skip
     return mixattn.attention(
-        torch.cat([sequence.q[begin:end] for sequence, begin, end in slices]), *caches,
+        torch.cat([sequence.q[begin:end] for sequence, begin, end in slices]), pools["k"], pools["v"],
+        k_scale=pools.get("k_scale"), v_scale=pools.get("v_scale"),
         cu_seqlens_q=torch.tensor(starts, dtype=torch.int32), seq_lens=torch.tensor(lens, dtype=torch.int32),
         block_table=block_table, plan=plan, invariant=invariant, return_lse=True, backend="cuda", **options,
     )  # fmt: skip
@@ -132,12 +146,25 @@ def gpu(request: pytest.FixtureRequest, driver: Emulation) -> Emulation:
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("company", COMPANIES, ids=lambda company: f"{len(company)}-mates")
-@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (128, torch.float16)])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "stored"),
+    [
+        (64, torch.bfloat16, None),
+        (128, torch.float16, None),
+        (64, torch.bfloat16, torch.int8),
+        (128, torch.float16, torch.float8_e4m3fn),
+    ],
+)
 def test_invariant_rows_of_every_chunking_company_and_page_size_have_the_bits_of_the_whole(
-    head_dim: int, dtype: torch.dtype, company: list[tuple[int, int]], page_size: int, driver: Emulation
+    head_dim: int,
+    dtype: torch.dtype,
+    stored: torch.dtype | None,
+    company: list[tuple[int, int]],
+    page_size: int,
+    driver: Emulation,
 ) -> None:
-    sequence = Sequence.random(NUM_TOKENS, head_dim, dtype, seed=1)
-    mates = make_mates(company, lambda num_tokens, seed: Sequence.random(num_tokens, head_dim, dtype, seed))
+    sequence = Sequence.random(NUM_TOKENS, head_dim, dtype, 1, stored)
+    mates = make_mates(company, lambda num_tokens, seed: Sequence.random(num_tokens, head_dim, dtype, seed, stored))
     expected = in_chunks(sequence, (NUM_TOKENS,), [])
     for chunks in CHUNKINGS:
         assert_same_bits(in_chunks(sequence, chunks, mates, page_size=page_size, num_workers=3), expected)
@@ -153,6 +180,19 @@ def test_invariant_rows_with_score_options_have_the_bits_of_the_whole(
     expected = in_chunks(sequence, (NUM_TOKENS,), [], **options)
     for chunks, company, page_size in zip(CHUNKINGS[:3], COMPANIES, PAGE_SIZES, strict=True):
         mates = make_mates(company, lambda num_tokens, seed: Sequence.random(num_tokens, head_dim, dtype, seed))
+        assert_same_bits(in_chunks(sequence, chunks, mates, page_size=page_size, **options), expected)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_invariant_rows_over_quantised_keys_with_score_options_have_the_bits_of_the_whole(
+    head_dim: int, options: dict[str, Any], gpu: Emulation
+) -> None:
+    dtype, stored = torch.bfloat16, torch.uint8
+    sequence = Sequence.random(NUM_TOKENS, head_dim, dtype, 1, stored)
+    expected = in_chunks(sequence, (NUM_TOKENS,), [], **options)
+    for chunks, company, page_size in zip(CHUNKINGS[:3], COMPANIES, PAGE_SIZES, strict=True):
+        mates = make_mates(company, lambda num_tokens, seed: Sequence.random(num_tokens, head_dim, dtype, seed, stored))
         assert_same_bits(in_chunks(sequence, chunks, mates, page_size=page_size, **options), expected)
 
 

@@ -140,8 +140,9 @@ MX_DEVICE void apply_softmax(const LaunchParams& p, Item item, int32_t tile_begi
   MX_UNROLL
   for (int r = 0; r < TileShape::kRowTiles; ++r) {
     const int32_t first_row = warp_row<TileShape>() + r * kMmaRows + thread.lane / 4;
-    const float scale = prepare_scores<kScores>(p, item, first_row, first_key, is_edge, scores[r]);
-    const Rescale rescale = weigh_scores(scores[r], scale, state.row_max[r], state.row_sum[r]);
+    const PerRow scale =
+        prepare_scores<kScores>(p, item, first_row, first_key, is_edge, {{p.score_scale, p.score_scale}}, scores[r]);
+    const PerRow rescale = weigh_scores(scores[r], scale, state.row_max[r], state.row_sum[r]);
     pack_weights<T>(scores[r], weights[r]);
     rescale_sums(rescale, state.accumulator[r]);
   }
@@ -154,9 +155,10 @@ MX_DEVICE RowEnd end_average(const LaunchParams& p, Item item, int32_t row, floa
   return finish_row_with_sink(lse_log2, lse_log2 == -INFINITY ? 0.0f : 1.0f, row_sink_log2(p, row_head(p, item, row)));
 }
 
-// Rows that one warp has to itself.
+// Rows that one warp has to itself, to be multiplied with value_scale.
 template <class T, int kHeadDim, class TileShape>
-MX_DEVICE void store_rows(const LaunchParams& p, Item item, RowState<kHeadDim, TileShape::kRowTiles>& state) {
+MX_DEVICE void store_rows(const LaunchParams& p, Item item, RowState<kHeadDim, TileShape::kRowTiles>& state,
+                          float value_scale = 1.0f) {
   const Thread thread = this_thread();
   MX_UNROLL
   for (int r = 0; r < TileShape::kRowTiles; ++r) {
@@ -166,8 +168,8 @@ MX_DEVICE void store_rows(const LaunchParams& p, Item item, RowState<kHeadDim, T
       const RowEnd end = finish_row(state.row_max[r][h], quad_sum(state.row_sum[r][h]));
       MX_UNROLL
       for (auto& sums : state.accumulator[r]) {
-        sums[2 * h] *= end.inverse_sum;
-        sums[2 * h + 1] *= end.inverse_sum;
+        sums[2 * h] *= end.inverse_sum * value_scale;
+        sums[2 * h + 1] *= end.inverse_sum * value_scale;
       }
       store_row<T, kHeadDim>(p, item, row, 0, state.accumulator[r], h, end_average(p, item, row, end.lse_log2));
     }
@@ -175,9 +177,10 @@ MX_DEVICE void store_rows(const LaunchParams& p, Item item, RowState<kHeadDim, T
 }
 
 // Rows whose keys the warps have split: each warp leaves its sums in shared memory, where K and V were, and adds up a
-// quarter of the columns over all warps, in their order.
+// quarter of the columns over all warps, in their order. To be multiplied with value_scale.
 template <class T, int kHeadDim, class TileShape>
-MX_DEVICE void merge_warps(const LaunchParams& p, Item item, const RowState<kHeadDim, 1>& state) {
+MX_DEVICE void merge_warps(const LaunchParams& p, Item item, const RowState<kHeadDim, 1>& state,
+                           float value_scale = 1.0f) {
   const Thread thread = this_thread();
   using Shared = Layout<kHeadDim, TileShape>;
   constexpr int kColumnTiles = kHeadDim / kMmaColumns / kNumWarps;
@@ -223,7 +226,9 @@ MX_DEVICE void merge_warps(const LaunchParams& p, Item item, const RowState<kHea
         total[i][2 * h + 1] = total[i][2 * h + 1] * factors.rescale + value.y * factors.weight;
       }
     }
-    store_row<T, kHeadDim>(p, item, row, first_column, total, h, end_row(p, item, row, row_max, row_sum));
+    RowEnd end = end_row(p, item, row, row_max, row_sum);
+    end.inverse_sum *= value_scale;
+    store_row<T, kHeadDim>(p, item, row, first_column, total, h, end);
   }
 }
 
@@ -292,30 +297,37 @@ MX_DEVICE void drop_rows(Item item, int32_t num_rows) {
   sync_team();  // the item is what is left
 }
 
-template <class T, int kHeadDim, Scores kScores>
-struct Attend {
-  using Shapes = Tiles<kHeadDim, kScores>;
-
+// Computes an item by Walk::attend<TileShape>(p, item), in the tile of its kind.
+template <class Shapes, class Walk>
+struct AttendByKind {
   static MX_DEVICE void item(const LaunchParams& p, Item item) {
     // Kinds sum up keys in different orders. An invariant call has one of them, which does not depend on a row's mates.
     const int32_t kind = p.call.invariant ? kTileMedium : item[kTileKindOf];
-    if (kind == kTileSmall) return attend_item<T, kHeadDim, typename Shapes::Small, kScores>(p, item);
+    if (kind == kTileSmall) return Walk::template attend<typename Shapes::Small>(p, item);
     if constexpr (Shapes::kHasLarge) {
-      if (kind == kTileLarge) return attend_item<T, kHeadDim, typename Shapes::Large, kScores>(p, item);
+      if (kind == kTileLarge) return Walk::template attend<typename Shapes::Large>(p, item);
     }
     // The keys that all rows of the item see are seen by those below as well: some masks too many, none too few.
     while (true) {
-      attend_item<T, kHeadDim, typename Shapes::Medium, kScores>(p, item);
+      Walk::template attend<typename Shapes::Medium>(p, item);
       if (item[kNumRows] <= Shapes::Medium::kRows) return;
       drop_rows(item, Shapes::Medium::kRows);
     }
   }
 };
 
+template <class T, int kHeadDim, Scores kScores>
+struct Walk {
+  template <class TileShape>
+  static MX_DEVICE void attend(const LaunchParams& p, Item item) {
+    attend_item<T, kHeadDim, TileShape, kScores>(p, item);
+  }
+};
+
 // The body of a kernel; its entry points are in entry.cuh.
 template <class T, int kHeadDim, Scores kScores>
 MX_DEVICE void mixed_attention(const LaunchParams& p) {
-  run_queue<T, kHeadDim, Attend<T, kHeadDim, kScores>>(p, Queue::kAll);
+  run_queue<T, kHeadDim, AttendByKind<Tiles<kHeadDim, kScores>, Walk<T, kHeadDim, kScores>>>(p, Queue::kAll);
 }
 
 }  // namespace sm80
