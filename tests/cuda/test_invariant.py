@@ -154,6 +154,7 @@ def gpu(request: pytest.FixtureRequest, driver: Emulation) -> Emulation:
         (64, torch.bfloat16, torch.int8),
         (128, torch.float16, torch.float8_e4m3fn),
     ],
+    ids=str,
 )
 def test_invariant_rows_of_every_chunking_company_and_page_size_have_the_bits_of_the_whole(
     head_dim: int,

@@ -78,7 +78,9 @@ def test_every_code_comes_out_as_what_it_stands_for(kv_dtype: torch.dtype, head_
         assert int(out.isnan().sum()) == 2
 
 
-@pytest.mark.parametrize(("dtype", "magnitude_log2"), [(torch.bfloat16, -40), (torch.bfloat16, 20), (torch.float16, 9)])
+@pytest.mark.parametrize(
+    ("dtype", "magnitude_log2"), [(torch.bfloat16, -40), (torch.bfloat16, 20), (torch.float16, -12)]
+)
 def test_quantised_attention_scales_outside_of_float16_lose_nothing(
     dtype: torch.dtype, magnitude_log2: int, emulation: Emulation
 ) -> None:

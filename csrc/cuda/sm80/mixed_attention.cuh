@@ -9,7 +9,7 @@
 //         above head_dim 128 (64, 32) for large, twice, and medium, (16, 64) for small
 // Memory  an item reads 2 keys head_dim elements of K and V, and reads and writes rows head_dim; shared: tile.cuh
 // Static  nvcc 13.0, bf16, head_dim 128, registers and warp instructions per MMA-MFLOP of large / medium / small tiles:
-//         sm_80: 255; 962 / 1,331 / 2,590. sm_90a: 255; 949 / 1,305 / 2,552. No spills in any kernel, no bank conflicts
+//         sm_80: 254; 962 / 1,331 / 2,590. sm_90a: 255; 949 / 1,305 / 2,552. No spills in any kernel, no bank conflicts
 // Limits  as cuda/mixed_attention.cuh
 // Twins   triton_kernels/mixed_attention.py (the same names and order); truth ops/reference.py
 // Source  arXiv:2307.08691, section 3; GQA rows packed: arXiv:2305.13245; fragments: PTX ISA 8.7, section 9.7.14.5.8
