@@ -12,8 +12,8 @@
 // Grid    as mixed_attention.cuh
 // Shapes  as mixed_attention.cuh, K and V [.., head_dim] bytes, of int4 head_dim / 2; tiles of the same sizes
 // Memory  an item reads 2 keys head_dim bits / 8, and 8 keys of scales per token; shared: tile.cuh
-// Static  nvcc 13.0, bf16, head_dim 128, int8, scales of heads: 254 registers, 1,234 / 1,780 / 3,826 warp instructions per
-//         MMA-MFLOP on sm_80; other formats: csrc/cuda/README.md. No spills in any kernel, no bank conflicts
+// Static  nvcc 13.0, bf16, head_dim 128, int8, scales of heads: 254 registers, 1,234 / 1,780 / 3,826 warp instructions
+//         per MMA-MFLOP on sm_80; other formats: csrc/cuda/README.md. No spills in any kernel, no bank conflicts
 // Limits  head_dim 64 and 128; rows of K and V start at multiples of 16 bytes
 // Twins   triton_kernels/_quantized.py (the same codes to float16); truth ops/reference.py
 // Source  float8: arXiv:2209.05433; integers as the mantissa of 1024 + n: arXiv:2211.10017, section 3
