@@ -212,6 +212,7 @@ void bind_cuda(py::module_& m) {
       "The kernel of a call. NotImplementedError names the nearest call that has one. Addresses are not read.");
   mixattn::def_attention<Image&, uintptr_t, int64_t, uintptr_t>(
       m, "cuda_attention", &cuda_attention, arg("image"), arg("device_plan"), arg("num_sms"), arg("stream"),
-      "Paged attention of a batch by its plan, put on a stream, in the blocks that num_sms of the device's SMs hold at\n"
+      "Paged attention of a batch by its plan, put on a stream, in the blocks that num_sms of the device's SMs hold "
+      "at\n"
       "once. Nothing is allocated or waited for.");
 }

@@ -8,8 +8,8 @@
 // Grid    as many blocks as are resident at once, kNumThreads threads each: a warp per quarter of an SM
 // Shapes  AttentionParams (common/params.h), q, k_cache, v_cache, out in f16 or bf16; partial_lse in log2
 // Memory  merging a row of n splits reads 4 n (head_dim + 1) bytes and writes 2 head_dim
-// Limits  sm_80+; head_dim 64, 96, 128, 192, 256; any page_size and group_size; strides as launch_params.h checks; no
-//         invariance yet; keys and packed rows of a slice up to 2^31 - 129
+// Limits  sm_80+; head_dim 64, 96, 128, 192, 256; any page_size and group_size; strides as launch_params.h checks;
+//         keys and packed rows of a slice up to 2^31 - 129
 // Twins   triton_kernels/mixed_attention.py, csrc/cpu/mixed_attention-inl.h; truth ops/reference.py
 // Source  split keys: arXiv:2311.01282, section 3; merge of online-softmax states: arXiv:1805.02867
 #pragma once

@@ -66,7 +66,7 @@ BACKENDS_WITH = {
     "alibi_slopes": ("cpu", "triton", "cuda", "reference"),
     "sinks": ("cpu", "triton", "cuda", "reference"),
     "tree_mask": ("cpu", "triton", "cuda", "reference"),
-    "invariant": ("cpu", "triton"),
+    "invariant": ("cpu", "triton", "cuda"),
 }
 """The arguments that not every backend has, and the backends that have them."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mixattn import _C
 from mixattn.ops.attention_call import AttentionCall, attention_layout, native_sizes
+from mixattn.ops.kv_dtypes import split_scale
 from mixattn.ops.plan import Hardware, WorkPlan, plan
 from tests.cases import AttentionCase, AttentionInputs, make_inputs, plan_arguments
 from tests.cuda.emulation import NUM_SMS, Emulation
@@ -64,9 +65,11 @@ class AttentionRun:
         for tensor in (self.out, self.lse, self.partial_out, self.partial_lse):
             tensor.fill_(torch.nan)
         lse = self.lse if wants_lse else None
-        inputs = self.inputs
+        inputs, call = self.inputs, self.call()
         tensors = {
             **{name: getattr(inputs, name) for name in ("q", "k_cache", "v_cache")},
+            "k_scale": call.k_scale,
+            "v_scale": call.v_scale,
             **inputs.index_tensors,
             **{name: inputs.score_tensors.get(name) for name in ("alibi_slopes", "sinks", "tree_mask")},
             "out": self.out,
@@ -77,10 +80,8 @@ class AttentionRun:
             "tickets": self.tickets,
         }
         _C.cuda_attention(
-            **native_sizes(attention_layout(self.call(), self.out, lse)),
+            **native_sizes(attention_layout(call, self.out, lse)),
             **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
-            k_scale=0,
-            v_scale=0,
             plan_words=len(self.plan_words),
             num_partial_rows=self.partial_out.shape[0],
             num_tickets=len(self.tickets),
@@ -95,12 +96,18 @@ class AttentionRun:
         """The call of ``mixattn.attention`` that this is."""
         inputs = self.inputs
         missing = dict.fromkeys(name for name in AttentionCall._fields if name not in self.case.options)
+        k_scale, k_scale_value = split_scale("k_scale", inputs.k_scale)
+        v_scale, v_scale_value = split_scale("v_scale", inputs.v_scale)
         given = {
             "q": inputs.q,
             "k_cache": inputs.k_cache,
             "v_cache": inputs.v_cache,
             **inputs.index_tensors,
             **inputs.score_tensors,
+            "k_scale": k_scale,
+            "v_scale": v_scale,
+            "k_scale_value": k_scale_value,
+            "v_scale_value": v_scale_value,
             **self.case.options,
             "invariant": self.invariant,
             "sm_margin": 0,

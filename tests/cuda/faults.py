@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from tests.cases import KvFormat
 from tests.emu.build import ROOT
 
 
@@ -21,6 +24,7 @@ class Fault:
         caught_by: what shows it: ``result`` (not close to the truth, or NaN), ``tickets`` (not zero after the launch)
             or a regular expression of the emulator's report.
         capability: of the GPU that it is run on, 10 major + minor.
+        kv: what K and V are stored as; None: as q.
     """
 
     name: str
@@ -31,10 +35,12 @@ class Fault:
     caught_by: str = "result"
     capability: int = 80
     also: tuple[tuple[str, str], ...] = ()
+    kv: KvFormat | None = None
 
 
 SM80 = "sm80/mixed_attention.cuh"
 SM90 = "sm90/mixed_attention.cuh"
+QUANTISED = "sm80/quantised.cuh"
 TILE = "sm80/tile.cuh"
 FRAGMENTS = "fragments.cuh"
 PLAN = "mixed_attention.cuh"
@@ -47,6 +53,8 @@ LARGE_PREFIX = "prefix-of-40-decodes-page16-gqa4"
 MANY_ITEMS = "all-kinds-head-dim-128"
 LONG_CHUNK = "long-chunk-beside-decode-head-dim-128"
 WIDE = "all-kinds-head-dim-256"
+INT8 = KvFormat(torch.int8, "token")
+INT4 = KvFormat(torch.uint8, "token")
 """Of test_mixed_attention.py; the others are of tests/cases.py."""
 
 FAULTS = [
@@ -165,6 +173,13 @@ FAULTS = [
         "p.call.sinks == nullptr",
         "sinks-soft-cap-window-splits",
     ),
+    Fault(
+        "sink-in-every-split-of-larger-items",
+        SM80,
+        "if (item[kMergeIdx] >= 0) return {1.0f, lse_log2};",
+        "",
+        "sinks-soft-cap-window-splits",
+    ),
     Fault("tree-bit-off-by-one", FRAGMENTS, "word >> distance & 1", "word >> (distance + 1) & 1", "tree-gqa1"),
     Fault(
         "tree-tiles-not-masked",
@@ -179,6 +194,48 @@ FAULTS = [
         "if (kScores == Scores::kAny && place.is_hidden) offset = kNowhere;",
         "",
         "tree-keys-that-no-row-sees",
+    ),
+    *(
+        Fault(f"quantised-{name}", QUANTISED, right, wrong, case, kv=kv)
+        for name, right, wrong, case, kv in (
+            ("no-wait-for-k", "mx::cp_async_wait<1>();  // for K; V", "", CHUNK, INT8),
+            ("no-wait-for-v", "mx::cp_async_wait<1>();  // for V; K", "", CHUNK, INT8),
+            (
+                "k-overwritten-before-it-is-widened",
+                "mx::sync_warp();         // all lanes' copies of K have landed",
+                "mx::sync_warp(); if (next_begin < item[kKvEnd]) copy_k(place, next_begin);",
+                CHUNK,
+                INT8,
+            ),
+            ("lanes-do-not-wait-for-each-other", "mx::sync_warp();         // all lanes' copies of V", "", CHUNK, INT4),
+            ("no-barrier-before-k-is-read", "sync_tile<TileShape>();  // K is widened", "", CHUNK, INT8),
+            ("no-barrier-before-v-is-read", "sync_tile<TileShape>();  // V is widened", "", CHUNK, INT8),
+            ("no-barrier-before-q-is-read", "sync_team();  // Q and its scales", "", DECODE, INT8),
+            ("rows-scales-overwritten-before-they-are-read", "sync_team();  // scales of keys take", "", CHUNK, INT8),
+            ("scale-of-k-for-v", "mx::bits_of(scales.v)", "mx::bits_of(scales.k)", CHUNK, INT8),
+            (
+                "scale-of-the-wrong-slot",
+                "place.slot * scale.token_stride",
+                "place.slot * scale.head_stride",
+                CHUNK,
+                INT8,
+            ),
+            (
+                "scale-of-the-wrong-head",
+                "scale.data[item[kKvHead] * scale.head_stride]",
+                "scale.data[0]",
+                CHUNK,
+                KvFormat(torch.int8, "head"),
+            ),
+            ("key-in-the-wrong-place", "key % kNeighbours * kUnits", "key % kNeighbours", CHUNK, INT8),
+            (
+                "queries-not-scaled-back",
+                "(exponent - kLargestExponent) * kExponentOne",
+                "127 * kExponentOne",
+                CHUNK,
+                INT8,
+            ),
+        )
     ),
     *(
         Fault(f"sm90-{name}", SM90, right, wrong, LONG_CHUNK, caught_by=caught_by, capability=90)

@@ -16,7 +16,14 @@ from mixattn.ops import attention as attention_module
 from mixattn.ops import backends, cuda_images
 from mixattn.ops.attention import attention
 from mixattn.ops.plan import cpu_hardware
-from tests.cases import AttentionCase, AttentionInputs, KvFormat, assert_attention_close, make_inputs
+from tests.cases import (
+    QUANTIZED_FORMATS,
+    AttentionCase,
+    AttentionInputs,
+    KvFormat,
+    assert_attention_close,
+    make_inputs,
+)
 from tests.cuda.attention_run import hardware, prepare
 from tests.cuda.conftest import forget
 from tests.cuda.emulation import NUM_SMS, Emulation
@@ -185,11 +192,25 @@ def test_attention_that_no_kernel_takes_is_refused_before_anything_is_written(
     assert (out == 7.0).all()
 
 
-def test_attention_of_float32_and_of_int8_pages_is_refused(driver: Emulation) -> None:
+def test_attention_of_float32_and_of_pages_in_another_float_dtype_is_refused(driver: Emulation) -> None:
     with pytest.raises(NotImplementedError, match="float32 has no CUDA kernel; the nearest that has is bfloat16"):
         run(CASE, make_inputs(CASE, torch.float32))
-    with pytest.raises(NotImplementedError, match=r"k_cache is torch\.int8 and q is torch\.bfloat16: backend 'cuda'"):
-        run(CASE, make_inputs(CASE, torch.bfloat16, kv=KvFormat(torch.int8, "token")))
+    with pytest.raises(
+        NotImplementedError, match=r"k_cache is torch\.float16 and q is torch\.bfloat16: backend 'cuda'"
+    ):
+        run(CASE, make_inputs(CASE, torch.bfloat16, kv=KvFormat(torch.float16)))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kv", QUANTIZED_FORMATS, ids=lambda kv: kv.id)
+def test_attention_over_quantised_pages_without_a_plan_is_within_twice_eager(
+    kv: KvFormat, capability: int, driver: Emulation
+) -> None:
+    """By the kernel of one queue, on Hopper too."""
+    driver.configure(capability=capability)
+    forget()
+    run(CASE, make_inputs(CASE, torch.bfloat16, kv=kv))
+    assert driver.counts()["num_threads"] == 128 * NUM_SMS
 
 
 def test_attention_of_misaligned_queries_is_refused(driver: Emulation) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import mixattn
 from mixattn.ops.plan import H100, cpu_hardware
-from tests.cases import CASES, PREFIX_CASES, SCORE_CASES, assert_attention_close, make_inputs
+from tests.cases import CASES, PREFIX_CASES, SCORE_CASES, KvFormat, assert_attention_close, make_inputs
 from tests.cuda.attention_run import prepare
 from tests.cuda.conftest import forget
 from tests.cuda.emulation import Emulation, build_emulation
@@ -40,12 +40,14 @@ def faulty() -> Emulation:
     return build_emulation("emulated_faults", [sources])
 
 
-def outcome(emulation: Emulation, case_id: str, fault: int, seed: int, capability: int) -> str:
+def outcome(
+    emulation: Emulation, case_id: str, fault: int, seed: int, capability: int, kv: KvFormat | None = None
+) -> str:
     """``right``, ``result``, ``tickets``, or the emulator's report."""
     case = next(
         case for case in [*CASES, *SCORE_CASES, *PREFIX_CASES, *ALL_KINDS_CASES, LONG_CHUNK_CASE] if case.id == case_id
     )
-    inputs = make_inputs(case, torch.bfloat16)
+    inputs = make_inputs(case, torch.bfloat16, kv=kv)
     run = prepare(case, torch.bfloat16, inputs=inputs, capability=capability)
     try:
         run.launch(emulation, seed=seed, fault=fault)
@@ -61,15 +63,17 @@ def outcome(emulation: Emulation, case_id: str, fault: int, seed: int, capabilit
 @pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=lambda number: FAULTS[number - 1].name)
 def test_fault_shows(number: int, faulty: Emulation) -> None:
     fault: Fault = FAULTS[number - 1]
-    outcomes = [outcome(faulty, fault.case, number, seed, fault.capability) for seed in SEEDS]
+    outcomes = [outcome(faulty, fault.case, number, seed, fault.capability, fault.kv) for seed in SEEDS]
     caught = [found for found in outcomes if found != "right"]
     assert caught, "no schedule shows it"
     assert all(re.search(fault.caught_by, found) for found in caught), outcomes
 
 
-@pytest.mark.parametrize(("case_id", "capability"), sorted({(fault.case, fault.capability) for fault in FAULTS}))
-def test_no_fault_shows_where_none_is_on(case_id: str, capability: int, faulty: Emulation) -> None:
-    assert [outcome(faulty, case_id, 0, seed, capability) for seed in SEEDS] == ["right"] * len(SEEDS)
+@pytest.mark.parametrize(
+    ("case_id", "capability", "kv"), dict.fromkeys((fault.case, fault.capability, fault.kv) for fault in FAULTS)
+)
+def test_no_fault_shows_where_none_is_on(case_id: str, capability: int, kv: KvFormat | None, faulty: Emulation) -> None:
+    assert [outcome(faulty, case_id, 0, seed, capability, kv) for seed in SEEDS] == ["right"] * len(SEEDS)
 
 
 # ---- the planner ----------------------------------------------------------------------------------------------------

@@ -256,13 +256,6 @@ def test_mixed_attention_unsupported_call_names_the_nearest_supported(
         prepare(case, dtype).launch(emulation, seed=0)
 
 
-def test_mixed_attention_invariant_is_refused(emulation: Emulation) -> None:
-    run = prepare(SPLIT_CASE, torch.bfloat16)
-    run.invariant = True
-    with pytest.raises(NotImplementedError, match="invariant has no CUDA kernel"):
-        run.launch(emulation, seed=0)
-
-
 def test_mixed_attention_misaligned_tensors_are_refused(emulation: Emulation) -> None:
     run = prepare(SPLIT_CASE, torch.float16)
     inputs = run.inputs

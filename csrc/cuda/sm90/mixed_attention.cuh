@@ -185,12 +185,13 @@ MX_DEVICE void pass_turn(int consumer) {
 
 // One tile's scores to weights, in place.
 template <Scores kScores, int kHeadDim>
-MX_DEVICE Rescale apply_softmax(const LaunchParams& p, Item item, int consumer, int32_t tile_begin, Fragments& scores,
-                                RowState<kHeadDim>& state) {
+MX_DEVICE PerRow apply_softmax(const LaunchParams& p, Item item, int consumer, int32_t tile_begin, Fragments& scores,
+                               RowState<kHeadDim>& state) {
   const Thread thread = this_thread();
   const int32_t first_row = consumer * mx::kWgmmaRows + thread.warp * kMmaRows + thread.lane / 4;
   const bool is_edge = tile_begin < item[kFullBegin] || tile_begin + Tile::kKeys > item[kFullEnd];
-  const float scale = prepare_scores<kScores>(p, item, first_row, tile_begin + 2 * (thread.lane % 4), is_edge, scores);
+  const PerRow scale = prepare_scores<kScores>(p, item, first_row, tile_begin + 2 * (thread.lane % 4), is_edge,
+                                               {{p.score_scale, p.score_scale}}, scores);
   return weigh_scores(scores, scale, state.row_max, state.row_sum);
 }
 
@@ -213,7 +214,7 @@ MX_DEVICE void attend_item(const LaunchParams& p, Item item, int consumer, RingP
     mx::wgmma_wait<0>();  // for the scores
     release(ring.empty());
     ring.advance();
-    const Rescale rescale = apply_softmax<kScores>(p, item, consumer, tile_begin, scores, state);
+    const PerRow rescale = apply_softmax<kScores>(p, item, consumer, tile_begin, scores, state);
     rescale_sums(rescale, state.accumulator);
     PackedWeights weights;
     pack_weights<T>(scores, weights);
