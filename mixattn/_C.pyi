@@ -22,6 +22,7 @@ class PlanSpec:
         num_workers: int,
         block_rows: Sequence[int],
         row_granule: int,
+        packing_rows: int,
         split_tokens: int,
         fixed_split_tokens: int,  # 0: no invariant plan
         items_per_worker: int,
@@ -33,8 +34,9 @@ class PlanSpec:
         fs_per_kilobyte: int,
         fs_per_item: int,
     ) -> None: ...
-    def max_items(self, total_q: int, num_seqs: int) -> int: ...
-    def max_merges(self) -> int: ...
+    def max_groups(self, num_seqs: int) -> int: ...
+    def max_items(self, total_q: int, num_seqs: int, num_groups: int = 0) -> int: ...
+    def max_merges(self, num_groups: int = 0) -> int: ...
 
 def plan(
     spec: PlanSpec,
@@ -44,6 +46,9 @@ def plan(
     out: int,
     capacity_items: int,
     capacity_merges: int,
+    block_table: int = 0,  # [num_seqs, block_table_stride]; 0: none
+    block_table_stride: int = 0,
+    page_size: int = 0,
 ) -> None: ...
 def plan_cost(spec: PlanSpec, words: int) -> dict[str, int]: ...
 
@@ -301,6 +306,9 @@ def cuda_plan(
     cu_seqlens_q: int,
     seq_lens: int,
     num_seqs: int,
+    block_table: int,  # 0: none
+    block_table_stride: int,
+    page_size: int,
     out: int,
     scratch: int,
     capacity_items: int,
@@ -309,5 +317,5 @@ def cuda_plan(
     stream: int,
 ) -> None: ...  # every address is of device memory
 def cuda_attention(
-    *, image: CudaImage, device_plan: int, num_workers: int, stream: int, **call: Any
+    *, image: CudaImage, device_plan: int, num_sms: int, stream: int, **call: Any
 ) -> None: ...  # plan: on the host

@@ -40,6 +40,7 @@ class AttentionCase:
         alibi: whether there are ALiBi slopes, and whether one set for all sequences or one for each.
         has_sinks: whether each query head has a sink.
         tree_mask: the word of every row.
+        shared_pages: with how many pages of the sequence before it each sequence begins; () for none.
     """
 
     id: str
@@ -58,6 +59,7 @@ class AttentionCase:
     alibi: Literal["per-head", "per-seq"] | None = None
     has_sinks: bool = False
     tree_mask: tuple[int, ...] | None = None
+    shared_pages: tuple[int, ...] = ()
 
     @property
     def total_q(self) -> int:
@@ -192,28 +194,34 @@ def make_inputs(
         return torch.randn(*shape, generator=generator)
 
     pages_per_seq = [-(-kv_len // case.page_size) for kv_len in case.kv_lens]
+    shared_per_seq = case.shared_pages or (0,) * len(case.kv_lens)
     num_unread_pages = 2
-    num_pages = sum(pages_per_seq) + num_unread_pages
+    num_pages = sum(pages_per_seq) - sum(shared_per_seq) + num_unread_pages
     page_ids = torch.randperm(num_pages, generator=generator, dtype=torch.int32)
     block_table = torch.full((len(case.kv_lens), max([*pages_per_seq, 1]) + 1), UNUSED_BLOCK_ID, dtype=torch.int32)
     words = None if case.tree_mask is None else torch.tensor(case.tree_mask, dtype=torch.int64)
     cache_shape = (num_pages, case.page_size, case.num_kv_heads, case.head_dim)
     k_cache, v_cache = torch.full(cache_shape, torch.nan), torch.full(cache_shape, torch.nan)
     row = 0
-    for seq_idx, (q_len, kv_len, num_used) in enumerate(zip(case.q_lens, case.kv_lens, pages_per_seq, strict=True)):
-        pages, page_ids = page_ids[:num_used], page_ids[num_used:]
-        block_table[seq_idx, :num_used] = pages
+    lens = zip(case.q_lens, case.kv_lens, pages_per_seq, shared_per_seq, strict=True)
+    for seq_idx, (q_len, kv_len, num_used, num_shared) in enumerate(lens):
+        pages, page_ids = page_ids[: num_used - num_shared], page_ids[num_used - num_shared :]
+        if num_shared > 0:  # their keys are there already
+            assert num_shared * case.page_size <= min(case.kv_lens[seq_idx - 1 : seq_idx + 1])
+            block_table[seq_idx, :num_shared] = block_table[seq_idx - 1, :num_shared]
+        block_table[seq_idx, num_shared:num_used] = pages
         slice_words = None if words is None else words[row : row + q_len]
         mask = visible_keys(
             q_len, kv_len, causal=case.causal, window_left=case.window_left, tree_mask=slice_words
         )  # fmt: skip
         is_seen = mask.any(dim=0)
+        is_seen[: case.page_size * max(shared_per_seq[seq_idx : seq_idx + 2])] = True  # by a neighbour
         row += q_len
         for cache in (k_cache, v_cache):
             rows = normal(num_used * case.page_size, case.num_kv_heads, case.head_dim)
             rows[kv_len:] = torch.nan
             rows[:kv_len][~is_seen] = torch.nan
-            cache[pages.long()] = rows.unflatten(0, (num_used, case.page_size))
+            cache[pages.long()] = rows.unflatten(0, (num_used, case.page_size))[num_shared:]
     scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
     q = normal(case.total_q, case.num_q_heads, case.head_dim) * (case.logit_std / (scale * case.head_dim**0.5))
     cu_seqlens_q = torch.tensor([0, *case.q_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -233,6 +241,18 @@ def make_inputs(
         k_scale=k_scale,
         v_scale=v_scale,
     )
+
+
+MOST_ELEMENT_BYTES = 16
+"""That a plan can be priced for: reads are then so dear that to share any page is worth a group."""
+
+
+def plan_arguments(case: AttentionCase, inputs: AttentionInputs) -> dict[str, Any]:
+    """The keyword arguments of ``plan`` for a case's tensors: with its block table if it has shared pages."""
+    if not case.shared_pages:
+        return {**case.plan_options, "kv_element_bytes": inputs.k_cache.element_size()}
+    table = {"block_table": inputs.block_table.cpu(), "page_size": case.page_size}
+    return {**case.plan_options, "kv_element_bytes": MOST_ELEMENT_BYTES, **table}
 
 
 def _alibi_slopes(case: AttentionCase) -> Tensor | None:
@@ -401,8 +421,43 @@ SCORE_CASES = [
     ),
 ]  # fmt: skip
 """ALiBi, sinks and tree masks: the cases of the backends that have them (``attention_call.BACKENDS_WITH``)."""
-assert len({case.id for case in CASES + SCORE_CASES}) == len(CASES + SCORE_CASES)
-for _case in CASES + SCORE_CASES:
+
+PREFIX_CASES = [
+    # Decodes of a shared prefix: one page, many; groups of rows in a small, a medium and a large tile.
+    AttentionCase("prefix-of-1-page16-mha", (1, 1, 1), (17, 40, 20), num_q_heads=2, shared_pages=(0, 1, 1)),
+    AttentionCase("prefix-of-2-decodes-gqa4", (1, 1), (331, 270), num_q_heads=8, shared_pages=(0, 16)),
+    AttentionCase("prefix-of-9-decodes-page7-gqa3", (1,) * 9, tuple(range(120, 129)), num_q_heads=6, page_size=7,
+                  shared_pages=(0,) + (14,) * 8),
+    AttentionCase("prefix-of-40-decodes-page16-gqa4", (1,) * 40, tuple(100 + i for i in range(40)), num_q_heads=4,
+                  num_kv_heads=1, shared_pages=(0,) + (6,) * 39),
+    AttentionCase("prefix-gqa8-head-dim-128", (1,) * 5, (140, 150, 160, 129, 200), num_q_heads=16, head_dim=128,
+                  shared_pages=(0, 8, 8, 8, 8)),
+    AttentionCase("prefix-head-dim-256", (2,) * 20, (70,) * 20, num_q_heads=6, head_dim=256,
+                  shared_pages=(0,) + (4,) * 19),
+    AttentionCase("prefix-page1-head-dim-96", (1, 1, 1), (60, 61, 70), head_dim=96, page_size=1,
+                  shared_pages=(0, 59, 59)),
+    # Own keys: one behind the prefix, and as many as the longest of some.
+    AttentionCase("prefix-is-all-but-the-row", (1, 1, 1, 1), (129, 129, 129, 129), shared_pages=(0, 8, 8, 8)),
+    AttentionCase("prefix-splits", (1, 1, 1, 1), (600, 700, 530, 1300), num_workers=64, shared_pages=(0, 32, 32, 32)),
+    AttentionCase("prefix-splits-of-verify-rows", (3, 4, 1, 2), (600, 700, 530, 900), num_workers=64, has_sinks=True,
+                  shared_pages=(0, 30, 30, 30)),
+    # Beside what shares nothing, and longer prefixes within shorter ones.
+    AttentionCase("prefix-beside-chunk-and-decodes", (1, 1, 70, 1, 1, 1, 0, 1, 1),
+                  (90, 99, 150, 40, 200, 230, 9, 80, 99), num_q_heads=8, shared_pages=(0, 5, 4, 0, 0, 12, 0, 0, 4)),
+    AttentionCase("prefix-within-prefix", (1,) * 8, (200, 210, 330, 350, 340, 100, 90, 95),
+                  shared_pages=(0, 2, 2, 20, 20, 2, 5, 2)),
+    # Scores.
+    AttentionCase("prefix-sinks-soft-cap", (1, 2, 1, 1), (200, 170, 190, 300), has_sinks=True, soft_cap=5.0,
+                  logit_std=4.0, shared_pages=(0, 10, 10, 10)),
+    AttentionCase("prefix-non-causal", (1, 3, 2), (200, 170, 190), causal=False, shared_pages=(0, 10, 10)),
+    AttentionCase("prefix-trees-beside-chunk", (7, 7, 1, 40), (327, 400, 350, 380), shared_pages=(0, 20, 20, 20),
+                  tree_mask=(*SMALL_TREE, *SMALL_TREE, *causal_words(41))),
+    AttentionCase("prefix-tree-keys-that-no-row-sees", (8, 8), (328, 328), shared_pages=(0, 20),
+                  tree_mask=HIDDEN_KEYS[:8] * 2),
+]  # fmt: skip
+"""Sequences that begin with the same pages; plans that know the block table have groups of them."""
+assert len({case.id for case in CASES + SCORE_CASES + PREFIX_CASES}) == len(CASES + SCORE_CASES + PREFIX_CASES)
+for _case in CASES + SCORE_CASES + PREFIX_CASES:
     # An id says what is tested; a page size that is only in the name is not.
     for _named, _actual in (("page", _case.page_size), ("gqa", _case.num_q_heads // _case.num_kv_heads)):
         _found = re.search(rf"\b{_named}(\d+)", _case.id)

@@ -4,9 +4,8 @@
 # Method  persistent programs draw the items of a plan (ops/plan.py) from a counter; online softmax over KV tiles: first
 #         those that every row sees whole, without any mask code, then those that it does not; items of split rows leave
 #         float32 partials, and the last of them to finish merges them in split order
-# Grid    programs of 8 warps, as many as the SMs hold at once, or as the plan has workers; an item runs in the smallest
-#         tile of tiles.py that holds its rows: 128 or 16. Tiles are chosen by the compilers' output: no speed has been
-#         measured
+# Grid    programs of 8 warps, as many as the SMs hold at once, whatever the batch; an item runs in the smallest tile of
+#         tiles.py that holds its rows: 128 or 16. Tiles are chosen by the compilers' output: no speed has been measured
 # Shapes  q, out [total_q, num_q_heads, head_dim], k_cache, v_cache [num_pages, page_size, num_kv_heads, head_dim] in
 #         bf16, fp16 or fp32, the caches also in int8, fp8 and int4 (_quantized.py) with scales; lse [total_q,
 #         num_q_heads] fp32; partials [num_partial_rows, head_dim] fp32
@@ -73,6 +72,7 @@ MERGE_ROW_BEGIN = tl.constexpr(2)
 MERGE_NUM_ROWS = tl.constexpr(3)
 MERGE_PARTIAL_ROW = tl.constexpr(4)
 MERGE_NUM_SPLITS = tl.constexpr(5)
+MERGE_NUM_ITEMS = tl.constexpr(6)
 NUM_ROWS_MASK = tl.constexpr(0xFFFF)
 INT32_MAX = tl.constexpr(2**31 - 1)
 TREE_MASK_BITS = tl.constexpr(64)
@@ -546,7 +546,7 @@ def mixed_attention_kernel(
             # The barrier puts the partials of all threads before the ticket; its release publishes them, its acquire
             # shows the last finisher those of the others.
             tl.debug_barrier()
-            if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.load(merge + MERGE_NUM_SPLITS) - 1:
+            if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.load(merge + MERGE_NUM_ITEMS) - 1:
                 merge_item(
                     out, lse, partial_out, partial_lse, sinks, merge, cu_seqlens_q, stride_out_token, stride_out_head,
                     stride_lse_token, HEAD_DIM, BLOCK_D, GROUP_SIZE,

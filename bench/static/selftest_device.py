@@ -128,6 +128,9 @@ PRIMITIVES = [
     Primitive("unpack_f16", lambda rng: pack_pairs(rng, torch.float16), 64),
     Primitive("unpack_bf16", lambda rng: pack_pairs(rng, torch.bfloat16), 64),
     Primitive("rounded", floats(32, 4), 96),
+    Primitive("shared_vectors", words(32, 4), 128),
+    Primitive("permute_bytes", words(32, 3), 32),
+    Primitive("fma_pairs", lambda rng: np.stack([pack_pairs(rng, torch.float16)] * 3, 1), 32),
 ]
 
 

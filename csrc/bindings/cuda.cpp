@@ -79,17 +79,14 @@ py::dict cuda_instance(const AttentionParams& p, std::pair<int, int> capability)
   return describe(mixattn::cuda::instance_for(p, 10 * capability.first + capability.second));
 }
 
-// p.plan is on the host; device_plan has the same words where the kernel reads them. Of the blocks that the device
-// holds at once there are those that hold num_workers workers.
-void cuda_attention(AttentionParams p, Image& image, uintptr_t device_plan, int64_t num_workers, uintptr_t stream) {
+// p.plan is on the host; device_plan has the same words where the kernel reads them.
+void cuda_attention(AttentionParams p, Image& image, uintptr_t device_plan, int64_t num_sms, uintptr_t stream) {
   mixattn::cuda::check_call(p);
   mixattn::cuda::check_workspace(p, *reinterpret_cast<const PlanHeader*>(p.plan));
-  mixattn::check_range("num_workers", num_workers, 1, INT32_MAX);
+  mixattn::check_range("num_sms", num_sms, 1, image.num_sms());
   const Instance& instance = mixattn::cuda::instance_for(p, image.capability());
   Launch prepared = image.prepare(instance.name, instance.num_threads, instance.shared_bytes);
-  const int64_t num_held = int64_t{image.num_sms()} * instance.workers_per_sm;
-  const int64_t num_wanted = (num_workers * prepared.num_blocks + num_held - 1) / num_held;
-  if (num_wanted < prepared.num_blocks) prepared.num_blocks = static_cast<int>(num_wanted);
+  prepared.num_blocks = prepared.num_blocks / image.num_sms() * static_cast<int>(num_sms);
   p.plan = at<const int32_t>(device_plan);
   LaunchParams params = mixattn::cuda::make_launch_params(p);
   void* arguments[] = {&params};
@@ -98,21 +95,24 @@ void cuda_attention(AttentionParams p, Image& image, uintptr_t device_plan, int6
 
 // Of one block, whatever the batch. Addresses are of device memory.
 void cuda_plan(const PlanSpec& spec, Image& image, uintptr_t cu_seqlens_q, uintptr_t seq_lens, int64_t num_seqs,
-               uintptr_t out, uintptr_t scratch, int64_t capacity_items, int64_t capacity_merges, int num_threads,
-               uintptr_t stream) {
+               uintptr_t block_table, int64_t block_table_stride, int64_t page_size, uintptr_t out, uintptr_t scratch,
+               int64_t capacity_items, int64_t capacity_merges, int num_threads, uintptr_t stream) {
   const Kernel& kernel = mixattn::cuda::plan_kernel();
   mixattn::check_range("num_seqs", num_seqs, 0, INT32_MAX - 1);
   mixattn::check_range("capacity_items", capacity_items, 0, INT32_MAX / mixattn::kWorkItemWords);
   mixattn::check_range("capacity_merges", capacity_merges, 0, INT32_MAX / mixattn::kMergeWords);
   mixattn::check_range("num_threads", num_threads, mx::kWarpSize, kernel.num_threads);
-  mixattn::cuda::PlanLaunch params = {spec,
-                                      at<const int32_t>(cu_seqlens_q),
-                                      at<const int32_t>(seq_lens),
-                                      at<int32_t>(out),
-                                      at<int64_t>(scratch),
-                                      static_cast<int32_t>(num_seqs),
-                                      static_cast<int32_t>(capacity_items),
-                                      static_cast<int32_t>(capacity_merges)};
+  mixattn::check_range("page_size", page_size, block_table == 0 ? 0 : 1, INT32_MAX);
+  mixattn::cuda::PlanLaunch params = {
+      spec,
+      at<const int32_t>(cu_seqlens_q),
+      at<const int32_t>(seq_lens),
+      {at<const int32_t>(block_table), block_table_stride, static_cast<int32_t>(page_size)},
+      at<int32_t>(out),
+      at<int64_t>(scratch),
+      static_cast<int32_t>(num_seqs),
+      static_cast<int32_t>(capacity_items),
+      static_cast<int32_t>(capacity_merges)};
   Launch prepared = image.prepare(kernel.name, kernel.num_threads, kernel.shared_bytes);
   prepared.num_blocks = 1;
   prepared.num_threads = num_threads;
@@ -186,8 +186,8 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_plan_scratch_words", &mixattn::cuda::plan_scratch_words, arg("spec"), arg("num_seqs"),
         arg("capacity_items"), "int64 words of scratch that cuda_plan needs.");
   m.def("cuda_plan", &cuda_plan, py::kw_only(), arg("spec"), arg("image"), arg("cu_seqlens_q"), arg("seq_lens"),
-        arg("num_seqs"), arg("out"), arg("scratch"), arg("capacity_items"), arg("capacity_merges"), arg("num_threads"),
-        arg("stream"),
+        arg("num_seqs"), arg("block_table"), arg("block_table_stride"), arg("page_size"), arg("out"), arg("scratch"),
+        arg("capacity_items"), arg("capacity_merges"), arg("num_threads"), arg("stream"),
         "Puts the planner on a stream, to write the plan of a batch to out, on the device. Why a batch has no plan is "
         "in\n"
         "the header.");
@@ -211,7 +211,8 @@ void bind_cuda(py::module_& m) {
       m, "cuda_instance", &cuda_instance, arg("capability"),
       "The kernel of a call. NotImplementedError names the nearest call that has one. Addresses are not read.");
   mixattn::def_attention<Image&, uintptr_t, int64_t, uintptr_t>(
-      m, "cuda_attention", &cuda_attention, arg("image"), arg("device_plan"), arg("num_workers"), arg("stream"),
-      "Paged attention of a batch by its plan, put on a stream, in the blocks that hold num_workers workers, at most\n"
-      "those that the device holds at once. Nothing is allocated or waited for.");
+      m, "cuda_attention", &cuda_attention, arg("image"), arg("device_plan"), arg("num_sms"), arg("stream"),
+      "Paged attention of a batch by its plan, put on a stream, in the blocks that num_sms of the device's SMs hold "
+      "at\n"
+      "once. Nothing is allocated or waited for.");
 }

@@ -39,9 +39,9 @@ int32_t checked32(const char* name, int64_t value, int64_t low, int64_t high) {
 
 PlanSpec make_spec(int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t kv_element_bytes, bool causal,
                    int64_t window_left, int64_t num_workers, const std::array<int64_t, mixattn::kNumTileKinds>& rows,
-                   int64_t row_granule, int64_t split_tokens, int64_t fixed_split_tokens, int64_t items_per_worker,
-                   int64_t heads_per_bundle, int64_t workers_per_core, int64_t max_splits, bool separates_small,
-                   int64_t fs_per_kiloflop, int64_t fs_per_kilobyte, int64_t fs_per_item) {
+                   int64_t row_granule, int64_t packing_rows, int64_t split_tokens, int64_t fixed_split_tokens,
+                   int64_t items_per_worker, int64_t heads_per_bundle, int64_t workers_per_core, int64_t max_splits,
+                   bool separates_small, int64_t fs_per_kiloflop, int64_t fs_per_kilobyte, int64_t fs_per_item) {
   PlanSpec spec = {};
   spec.num_kv_heads = checked32("num_kv_heads", num_kv_heads, 1, kMostHeads);
   spec.num_q_heads = checked32("num_q_heads", num_q_heads, 1, kMostHeads);
@@ -69,6 +69,7 @@ PlanSpec make_spec(int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, 
     most_rows = rows[kind];
   }
   spec.row_granule = checked32("row_granule", row_granule, 0, kMostBlockRows);
+  spec.packing_rows = checked32("packing_rows", packing_rows, 0, kMostBlockRows);
   spec.split_tokens = checked32("split_tokens", split_tokens, 1, INT32_MAX);
   spec.fixed_split_tokens = checked32("fixed_split_tokens", fixed_split_tokens, 0, INT32_MAX);
   spec.max_splits = checked32("max_splits", max_splits, 1, INT32_MAX);
@@ -87,13 +88,16 @@ int64_t* thread_scratch(int64_t words) {
 }
 
 void plan(const PlanSpec& spec, uintptr_t cu_seqlens_q, uintptr_t seq_lens, int64_t num_seqs, uintptr_t out,
-          int64_t capacity_items, int64_t capacity_merges) {
+          int64_t capacity_items, int64_t capacity_merges, uintptr_t block_table, int64_t block_table_stride,
+          int64_t page_size) {
   const int32_t seqs = checked32("num_seqs", num_seqs, 0, INT32_MAX - 1);
   const int32_t items = checked32("capacity_items", capacity_items, 0, INT32_MAX / mixattn::kWorkItemWords);
   const int32_t merges = checked32("capacity_merges", capacity_merges, 0, INT32_MAX / mixattn::kMergeWords);
-  const mixattn::PlanStatus status =
-      mixattn::plan(spec, reinterpret_cast<const int32_t*>(cu_seqlens_q), reinterpret_cast<const int32_t*>(seq_lens),
-                    seqs, reinterpret_cast<int32_t*>(out), items, merges, thread_scratch(scratch_words(spec, items)));
+  mixattn::PageTable table = {reinterpret_cast<const int32_t*>(block_table), block_table_stride, 0};
+  if (table.pages != nullptr) table.page_size = checked32("page_size", page_size, 1, INT32_MAX);
+  const mixattn::PlanStatus status = mixattn::plan(
+      spec, reinterpret_cast<const int32_t*>(cu_seqlens_q), reinterpret_cast<const int32_t*>(seq_lens), seqs, table,
+      reinterpret_cast<int32_t*>(out), items, merges, thread_scratch(scratch_words(spec, num_seqs, items)));
   switch (status) {
     case mixattn::kPlanOk:
       return;
@@ -137,15 +141,20 @@ void bind_plan(py::module_& m) {
   py::class_<PlanSpec>(m, "PlanSpec", "What a plan is made for: the shape of the attention and one worker's speed.")
       .def(py::init(&make_spec), py::kw_only(), arg("num_q_heads"), arg("num_kv_heads"), arg("head_dim"),
            arg("kv_element_bytes"), arg("causal"), arg("window_left"), arg("num_workers"), arg("block_rows"),
-           arg("row_granule"), arg("split_tokens"), arg("fixed_split_tokens"), arg("items_per_worker"),
-           arg("heads_per_bundle"), arg("workers_per_core"), arg("max_splits"), arg("separates_small"),
-           arg("fs_per_kiloflop"), arg("fs_per_kilobyte"), arg("fs_per_item"))
-      .def("max_items", &mixattn::max_items, arg("total_q"), arg("num_seqs"),
+           arg("row_granule"), arg("packing_rows"), arg("split_tokens"), arg("fixed_split_tokens"),
+           arg("items_per_worker"), arg("heads_per_bundle"), arg("workers_per_core"), arg("max_splits"),
+           arg("separates_small"), arg("fs_per_kiloflop"), arg("fs_per_kilobyte"), arg("fs_per_item"))
+      .def("max_groups", &mixattn::max_groups, arg("num_seqs"),
+           "Groups of slices with a prefix in common that a batch of num_seqs slices with a block table can have.")
+      .def("max_items", &mixattn::max_items, arg("total_q"), arg("num_seqs"), arg("num_groups") = 0,
            "Items that a batch of num_seqs slices with total_q rows can need, if the plan is no invariant one.")
-      .def("max_merges", &mixattn::max_merges, "Merges that any batch can need, if the plan is no invariant one.");
+      .def("max_merges", &mixattn::max_merges, arg("num_groups") = 0,
+           "Merges that any batch with so many groups can need, if the plan is no invariant one.");
   m.def("plan", &plan, arg("spec"), arg("cu_seqlens_q"), arg("seq_lens"), arg("num_seqs"), arg("out"),
-        arg("capacity_items"), arg("capacity_merges"),
-        "Writes the plan of a batch to out: [16 + 8 capacity_items + 8 capacity_merges] int32. ValueError if the\n"
-        "slices are no slices, need more than the capacity, or cost too much to be counted.");
+        arg("capacity_items"), arg("capacity_merges"), arg("block_table") = 0, arg("block_table_stride") = 0,
+        arg("page_size") = 0,
+        "Writes the plan of a batch to out: [16 + 8 capacity_items + 8 capacity_merges] int32. With a block table,\n"
+        "[num_seqs, block_table_stride], slices that share a prefix are grouped. ValueError if the slices are no\n"
+        "slices, need more than the capacity, or cost too much to be counted.");
   m.def("plan_cost", &plan_cost, arg("spec"), arg("words"), "What the plan in words costs, in flops, bytes and fs.");
 }

@@ -28,6 +28,7 @@ struct PlanSpec {
   int32_t num_workers;
   int32_t block_rows[kNumTileKinds];  // descending
   int32_t row_granule;                // rows are priced rounded up to this; 0: up to the kind's block_rows
+  int32_t packing_rows;               // what a tile above the small kind takes per key besides its rows, in rows
   int32_t split_tokens;               // splits start and end at multiples of this token position
   int32_t fixed_split_tokens;         // > 0: at every multiple of this one, and nowhere else; 0: where it balances
   int32_t items_per_worker;
@@ -84,8 +85,9 @@ MIXATTN_HD inline int64_t total_fs(const PlanSpec& spec, const ItemCost& cost) {
 // Whether every item of at most num_rows x num_keys costs at most kMaxCost.
 MIXATTN_HD inline bool is_cost_bounded(const PlanSpec& spec, int64_t num_rows, int64_t num_keys) {
   const int64_t granule = spec.row_granule > 0 ? spec.row_granule : spec.block_rows[kTileLarge];
-  const int64_t flops = 4 * spec.head_dim * ceil_div(num_rows, granule) * granule * num_keys;
-  const int64_t bytes = int64_t{2} * spec.head_dim * spec.kv_element_bytes * (num_keys + num_rows);
+  const int64_t most_rows = ceil_div(num_rows + spec.packing_rows, granule) * granule;
+  const int64_t flops = 4 * spec.head_dim * most_rows * num_keys;
+  const int64_t bytes = int64_t{2} * spec.head_dim * spec.kv_element_bytes * (num_keys + most_rows);
   const int64_t room = kMaxCost - spec.fs_per_item;
   return flops / 1000 < room / spec.fs_per_kiloflop && bytes / 1000 < room / spec.fs_per_kilobyte;
 }

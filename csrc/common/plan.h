@@ -10,16 +10,25 @@
 //         to nearest. An invariant plan (fixed_split_tokens > 0) splits every tile into granules of fixed_split_tokens
 //         instead: the keys that are summed up together are then the same for a row whatever its batch, its chunk and
 //         the workers.
-// Method  Generation order is (slice, row tile, split, kv head): the kv heads of one KV range, which share its pages,
-//         stay neighbours. Items are sorted by cost, dearest first, ties in generation order (longest processing time
-//         first), or first those of larger kinds and then the small ones, where each have workers of their own
-//         (separates_small). All kv heads of a piece cost the same, so pieces are sorted and heads written out in the
-//         end.
-// Shapes  cu_seqlens_q [num_seqs + 1], seq_lens [num_seqs] int32; out: the words of work_item.h
-// Memory  reads 4 (2 num_seqs + 1) bytes twice, writes 4 (16 + 8 items + 8 merges) bytes; scratch_words() of scratch
+//         Groups. With a page table, neighbouring slices of a small tile each whose first P keys lie in the same pages
+//         may be one group: one tile of all their rows, a large one at most, over the keys [0, P), which every row
+//         sees, and a tile for each slice over the keys behind. A slice joins while more reads are saved, (slices - 1)
+//         P, than without it, unless the longest of their own keys would hold up the others (may_join); it leaves for
+//         a next slice with which it shares more than 2 P. A group is made if its shared tile costs less than that
+//         its slices read those keys one after the other (is_cheaper). Its first tile is split as others are, its
+//         slices' alike, by what they cost on average.
+// Method  Generation order is (slice, row tile, split, kv head), of a group first its shared keys' tile: the kv heads
+//         of one KV range, which share its pages, stay neighbours. Items are sorted by cost, dearest first, ties in
+//         generation order (longest processing time first), or first those of larger kinds and then the small ones,
+//         where each have workers of their own (separates_small). All kv heads of a piece cost the same, so pieces are
+//         sorted and heads written out in the end.
+// Shapes  cu_seqlens_q [num_seqs + 1], seq_lens [num_seqs] int32, PageTable; out: the words of work_item.h
+// Memory  reads 4 (2 num_seqs + 1) bytes twice, and of the pages what neighbours share; writes 4 (16 + 8 items + 8
+//         merges) bytes; scratch_words() of scratch
 // Limits  plan() is for one thread; O(n log n) in row tiles and pieces; no allocation
 // Twins   tests/ops/plan_twin.py, cuda/plan.cuh, which calls the functions here from a block of threads (bit-equal)
-// Source  longest processing time first, Graham 1969 (doi 10.1137/0117039); split-KV, arXiv:2311.01282
+// Source  longest processing time first, Graham 1969 (doi 10.1137/0117039); split-KV, arXiv:2311.01282; prefixes in
+//         common, arXiv:2402.05099, arXiv:2402.15220
 #pragma once
 
 #include "common/cost.h"
@@ -55,15 +64,50 @@ MIXATTN_HD inline int64_t balance_slots(const PlanSpec& spec) {
 //   partial rows = sum over n_i >= 2 of n_i * rows_i <= sum of 2 (n_i - 1) * b <= 2 b (slots - 1)
 // Merges and partial rows do not depend on the batch: their buffers can be made once. An invariant plan has none of
 // these bounds: every tile has as many pieces as its keys have granules.
-MIXATTN_HD inline int64_t max_items(const PlanSpec& spec, int64_t total_q, int64_t num_seqs) {
+//
+// Groups. A group of m >= 2 slices has m + 1 tiles per kv head instead of m, so that all tiles are at most num_kv_heads
+// * max_groups more. Its slices' tiles, which cost S, have n <= ceil(S / (m target)) pieces each, m (n - 1) < S /
+// target more than one: in the sum above they count as tiles that cost S. So
+//   items  <= tiles + num_kv_heads * max_groups + slots - 1
+//   merges <= slots - 1 + num_kv_heads * max_groups: those of groups need not have a tile of two pieces
+//   partial rows: a group of G <= b rows whose first tile has n_0 pieces has (n_0 + n) G <= 2 G + b (n_0 - 1 + m (n -
+//   1)),
+//           and all groups' 2 G are at most 2 total_q * num_q_heads: <= 2 b (slots - 1) + 2 total_q * num_q_heads
+// num_groups: max_groups() of a batch with a page table, 0 of one without.
+MIXATTN_HD inline int64_t max_items(const PlanSpec& spec, int64_t total_q, int64_t num_seqs, int64_t num_groups) {
   const int64_t group_size = spec.num_q_heads / spec.num_kv_heads;
-  const int64_t tiles = spec.num_kv_heads * (num_seqs + total_q * group_size / spec.block_rows[kTileLarge]);
-  return tiles + balance_slots(spec) - 1;
+  const int64_t rows = total_q * group_size / spec.block_rows[kTileLarge];
+  return spec.num_kv_heads * (num_seqs + num_groups + rows) + balance_slots(spec) - 1;
 }
 
-MIXATTN_HD inline int64_t max_merges(const PlanSpec& spec) {
-  return balance_slots(spec) - 1;
+MIXATTN_HD inline int64_t max_merges(const PlanSpec& spec, int64_t num_groups) {
+  return balance_slots(spec) - 1 + spec.num_kv_heads * num_groups;
 }
+
+// With a window keys that neighbours share leave one's sight before the other's; an invariant plan must not look at
+// neighbours.
+MIXATTN_HD inline bool has_groups(const PlanSpec& spec) {
+  return spec.window_left < 0 && spec.fixed_split_tokens == 0;
+}
+
+MIXATTN_HD inline int64_t max_groups(const PlanSpec& spec, int64_t num_seqs) {
+  return has_groups(spec) ? num_seqs / 2 : 0;
+}
+
+// Where the keys of a batch are. Of a sequence only the entries of the pages that it has are read.
+struct PageTable {
+  const int32_t* pages;  // [num_seqs, stride]; nullptr: not known, and no slices are a group
+  int64_t stride;
+  int32_t page_size;
+};
+
+// The slices [first_seq, end_seq), whose first prefix_tokens keys lie in the same pages and stand before their rows.
+struct PrefixGroup {
+  int32_t first_seq;
+  int32_t end_seq;
+  int32_t num_rows;  // packed, of all of them
+  int32_t prefix_tokens;
+};
 
 // A piece before its heads are written out: its place in the order.
 struct PlanKey {
@@ -71,11 +115,16 @@ struct PlanKey {
   int64_t piece_idx;
 };
 
-// int64 words of scratch that plan() needs: per piece one WorkItem and two keys (merge sort goes back and forth).
+// int64 words of scratch that plan() needs: per piece one WorkItem and two keys (merge sort goes back and forth); per
+// slice, for groups, half a PrefixGroup and one int32.
 constexpr int64_t kScratchWordsPerPiece = (sizeof(WorkItem) + 2 * sizeof(PlanKey)) / sizeof(int64_t);
 
-MIXATTN_HD inline int64_t scratch_words(const PlanSpec& spec, int64_t capacity_items) {
-  return capacity_items / spec.num_kv_heads * kScratchWordsPerPiece;
+MIXATTN_HD inline int64_t group_scratch_words(int64_t num_seqs) {
+  return num_seqs / 2 * static_cast<int64_t>(sizeof(PrefixGroup) / sizeof(int64_t)) + num_seqs / 2 + 1;
+}
+
+MIXATTN_HD inline int64_t scratch_words(const PlanSpec& spec, int64_t num_seqs, int64_t capacity_items) {
+  return capacity_items / spec.num_kv_heads * kScratchWordsPerPiece + group_scratch_words(num_seqs);
 }
 
 // The packed rows [row_begin, row_begin + num_rows) of a slice and the keys that they see, all together.
@@ -96,7 +145,14 @@ MIXATTN_HD inline int32_t num_row_tiles(const PlanSpec& spec, int32_t q_len) {
   return num_rows > 0 ? (num_rows - 1) / spec.block_rows[kTileLarge] + 1 : 0;
 }
 
-// Packed rows fit int32 (price_slices refuses others): 64-bit division is the slow part otherwise.
+// The smallest kind that holds so many rows.
+MIXATTN_HD inline int32_t kind_of(const PlanSpec& spec, int32_t num_rows) {
+  return num_rows > spec.block_rows[kTileMedium]  ? kTileLarge
+         : num_rows > spec.block_rows[kTileSmall] ? kTileMedium
+                                                  : kTileSmall;
+}
+
+// Packed rows fit int32 (check_slices refuses others): 64-bit division is the slow part otherwise.
 MIXATTN_HD inline RowTile row_tile(const PlanSpec& spec, int32_t q_len, int32_t kv_len, int32_t tile_idx) {
   const int32_t group_size = spec.num_q_heads / spec.num_kv_heads;
   const int32_t block = spec.block_rows[kTileLarge];
@@ -106,9 +162,7 @@ MIXATTN_HD inline RowTile row_tile(const PlanSpec& spec, int32_t q_len, int32_t 
   RowTile tile;
   tile.row_begin = row_begin;
   tile.num_rows = row_end - row_begin;
-  tile.kind = tile.num_rows > spec.block_rows[kTileMedium]  ? kTileLarge
-              : tile.num_rows > spec.block_rows[kTileSmall] ? kTileMedium
-                                                            : kTileSmall;
+  tile.kind = kind_of(spec, tile.num_rows);
   // With q_len > kv_len the first rows stand before key 0: positions are negative, and the range may be empty.
   const int64_t first_position = int64_t{kv_len} - q_len + row_begin / group_size;
   const int64_t last_position = int64_t{kv_len} - q_len + (row_end - 1) / group_size;
@@ -141,16 +195,187 @@ MIXATTN_HD inline bool is_slice(int64_t group_size, int32_t row_begin, int32_t r
   return q_len >= 0 && q_len * group_size <= INT32_MAX && kv_len >= 0;
 }
 
-// Cost of all row tiles, unsplit, over all kv heads, in *cost; their number, for one kv head, in *num_tiles.
-MIXATTN_HD inline PlanStatus price_slices(const PlanSpec& spec, const int32_t* cu_seqlens_q, const int32_t* seq_lens,
-                                          int32_t num_seqs, int64_t* cost, int64_t* num_tiles) {
+MIXATTN_HD inline PlanStatus check_slices(const PlanSpec& spec, const int32_t* cu_seqlens_q, const int32_t* seq_lens,
+                                          int32_t num_seqs) {
   const int64_t group_size = spec.num_q_heads / spec.num_kv_heads;
   int32_t longest_kv = 0;
   for (int32_t s = 0; s < num_seqs; ++s) {
     if (!is_slice(group_size, cu_seqlens_q[s], cu_seqlens_q[s + 1], seq_lens[s])) return kPlanBadSlice;
     if (seq_lens[s] > longest_kv) longest_kv = seq_lens[s];
   }
-  if (!is_cost_bounded(spec, spec.block_rows[kTileLarge], longest_kv)) return kPlanCostTooLarge;
+  return is_cost_bounded(spec, spec.block_rows[kTileLarge], longest_kv) ? kPlanOk : kPlanCostTooLarge;
+}
+
+// ---- groups of slices that share a prefix ---------------------------------------------------------------------------
+
+// What every tile of a group reads: its keys, once.
+MIXATTN_HD inline KeyShare unshared() {
+  return {1, 1};
+}
+
+// Whether a slice can be in a group: one small tile.
+MIXATTN_HD inline bool is_small_slice(const PlanSpec& spec, int32_t q_len) {
+  const int64_t num_rows = int64_t{q_len} * (spec.num_q_heads / spec.num_kv_heads);
+  return num_rows > 0 && num_rows <= spec.block_rows[kTileSmall];
+}
+
+// Leading entries that two rows of pages, [num_pages] each, have in common.
+MIXATTN_HD inline int32_t common_pages(const int32_t* a, const int32_t* b, int32_t num_pages) {
+  constexpr int32_t kStep = 16;  // without a branch inside: one vector
+  int32_t n = 0;
+  for (; n + kStep <= num_pages; n += kStep) {
+    int32_t difference = 0;
+    for (int32_t i = 0; i < kStep; ++i) difference |= a[n + i] ^ b[n + i];
+    if (difference != 0) break;
+  }
+  while (n < num_pages && a[n] == b[n]) ++n;
+  return n;
+}
+
+// The keys that slices s - 1 and s share and that all their rows see, in whole pages; 0 if either can be in no group.
+MIXATTN_HD inline int32_t shared_tokens(const PlanSpec& spec, const int32_t* cu_seqlens_q, const int32_t* seq_lens,
+                                        const PageTable& table, int32_t s) {
+  const int32_t first_q_len = cu_seqlens_q[s] - cu_seqlens_q[s - 1];
+  const int32_t second_q_len = cu_seqlens_q[s + 1] - cu_seqlens_q[s];
+  if (!is_small_slice(spec, first_q_len) || !is_small_slice(spec, second_q_len)) return 0;
+  const int32_t first_context = seq_lens[s - 1] - first_q_len;
+  const int32_t second_context = seq_lens[s] - second_q_len;
+  const int32_t context = first_context < second_context ? first_context : second_context;
+  if (context < table.page_size) return 0;  // it may be negative
+  const int32_t* const pages = table.pages + s * table.stride;
+  return common_pages(pages - table.stride, pages, context / table.page_size) * table.page_size;
+}
+
+MIXATTN_HD inline RowTile prefix_tile(const PlanSpec& spec, const PrefixGroup& group) {
+  return {0, group.num_rows, kind_of(spec, group.num_rows), 0, group.prefix_tokens};
+}
+
+// The tile of a slice of a group over its own keys.
+MIXATTN_HD inline RowTile suffix_tile(const PlanSpec& spec, const int32_t* cu_seqlens_q, const int32_t* seq_lens,
+                                      const PrefixGroup& group, int32_t s) {
+  RowTile tile = row_tile(spec, cu_seqlens_q[s + 1] - cu_seqlens_q[s], seq_lens[s], 0);
+  tile.kv_begin = group.prefix_tokens;
+  return tile;
+}
+
+// What it takes to write so many rows of partial results, float32 and an lse each, and to read them again. Bounded, for
+// a slow worker's could pass int64.
+MIXATTN_HD inline int64_t partials_fs(const PlanSpec& spec, int64_t num_partial_rows) {
+  const int64_t kilobytes = 2 * 4 * (int64_t{spec.head_dim} + 1) * num_partial_rows / 1000;
+  return kilobytes < kMaxCost / spec.fs_per_kilobyte ? kilobytes * spec.fs_per_kilobyte : kMaxCost;
+}
+
+// A key that another slice has just read comes from a cache: in about a third of the time that memory takes.
+constexpr int32_t kCacheSpeed = 3;
+
+// Whether the shared tile of a group, with at least two partial results of every row to merge, costs less than that its
+// slices read the shared keys one after the other. What they read besides costs the same either way.
+MIXATTN_HD inline bool is_cheaper(const PlanSpec& spec, const int32_t* cu_seqlens_q, const PrefixGroup& group) {
+  const RowTile tile = prefix_tile(spec, group);
+  const int32_t packing_rows = tile.kind == kTileSmall ? 0 : spec.packing_rows;
+  const ItemCost together = item_cost(spec, tile.num_rows + packing_rows, tile.kind, group.prefix_tokens, unshared());
+  int64_t saved = -total_fs(spec, together) - partials_fs(spec, 2 * int64_t{group.num_rows});
+  for (int32_t s = group.first_seq; s < group.end_seq && saved <= 0; ++s) {  // no further: the sum could pass int64
+    const int32_t num_rows = (cu_seqlens_q[s + 1] - cu_seqlens_q[s]) * (spec.num_q_heads / spec.num_kv_heads);
+    const ItemCost apart = item_cost(spec, num_rows, kTileSmall, group.prefix_tokens, unshared());
+    const int64_t memory_fs = s == group.first_seq ? apart.memory_fs : apart.memory_fs / kCacheSpeed;
+    saved += apart.compute_fs > memory_fs ? apart.compute_fs : memory_fs;
+  }
+  return saved > 0;
+}
+
+// A group in the making, with its slices' keys.
+struct PrefixRun {
+  PrefixGroup group;
+  int32_t longest_kv;
+  int64_t sum_kv;
+};
+
+MIXATTN_HD inline PrefixRun start_run(const PlanSpec& spec, const int32_t* cu_seqlens_q, const int32_t* seq_lens,
+                                      int32_t s) {
+  const int32_t num_rows = (cu_seqlens_q[s + 1] - cu_seqlens_q[s]) * (spec.num_q_heads / spec.num_kv_heads);
+  return {{s, s + 1, num_rows, 0}, seq_lens[s], seq_lens[s]};
+}
+
+// Whether the run, which has been given a slice more than `before`, is better than that one. even_share: keys that each
+// worker reads if no prefix is shared, so that to read as many takes no longer than a plan without groups. Where one
+// slice has more keys of its own than these, and half again as many as the average, which is what slices are split by,
+// its pieces would hold up the others, or the others' be empty.
+MIXATTN_HD inline bool may_join(const PlanSpec& spec, const PrefixRun& before, const PrefixRun& run,
+                                int64_t even_share) {
+  const int64_t num_seqs = run.group.end_seq - run.group.first_seq;
+  const int64_t prefix = run.group.prefix_tokens;
+  const int64_t longest_own = run.longest_kv - prefix;
+  const int64_t sum_own = run.sum_kv - num_seqs * prefix;
+  return prefix > 0 && run.group.num_rows <= spec.block_rows[kTileLarge] &&
+         (num_seqs - 1) * prefix >= (num_seqs - 2) * before.group.prefix_tokens &&
+         (longest_own <= even_share || 2 * longest_own * num_seqs <= 3 * sum_own);
+}
+
+// Finds the groups of a batch, in order; returns how many there are.
+//   shared  [num_seqs]: shared_tokens() of each slice but the first
+//   groups  [max_groups(spec, num_seqs)], written
+MIXATTN_HD inline int32_t find_groups(const PlanSpec& spec, const int32_t* cu_seqlens_q, const int32_t* seq_lens,
+                                      int32_t num_seqs, const int32_t* shared, PrefixGroup* groups) {
+  int64_t num_keys = 0;
+  for (int32_t s = 0; s < num_seqs; ++s) num_keys += cu_seqlens_q[s + 1] > cu_seqlens_q[s] ? seq_lens[s] : 0;
+  num_keys = clamp(num_keys, 0, kMaxCost / spec.num_kv_heads);
+  const int64_t even_share = num_keys * spec.num_kv_heads / spec.num_workers;
+  int32_t num_groups = 0;
+  const auto end_run = [&](const PrefixRun& run) {
+    if (run.group.end_seq - run.group.first_seq < 2) return;
+    if (is_cheaper(spec, cu_seqlens_q, run.group)) groups[num_groups++] = run.group;
+  };
+  PrefixRun run = {};
+  for (int32_t s = 0; s < num_seqs; ++s) {
+    PrefixRun next = start_run(spec, cu_seqlens_q, seq_lens, s);
+    if (s > 0 && shared[s] > 0) {
+      const int32_t prefix = run.group.prefix_tokens;
+      if (prefix > 0 && shared[s] > 2 * int64_t{prefix}) {
+        // The last slice goes on with this one.
+        PrefixRun rest = run;
+        const PrefixRun last = start_run(spec, cu_seqlens_q, seq_lens, s - 1);
+        rest.group.end_seq -= 1;
+        rest.group.num_rows -= last.group.num_rows;
+        end_run(rest);
+        run = last;
+      }
+      PrefixRun joined = run;
+      joined.group.end_seq = s + 1;
+      joined.group.num_rows += next.group.num_rows;
+      joined.group.prefix_tokens =
+          run.group.prefix_tokens == 0 || shared[s] < run.group.prefix_tokens ? shared[s] : run.group.prefix_tokens;
+      if (next.longest_kv > joined.longest_kv) joined.longest_kv = next.longest_kv;
+      joined.sum_kv += next.sum_kv;
+      if (may_join(spec, run, joined, even_share)) {
+        run = joined;
+        continue;
+      }
+    }
+    if (s > 0) end_run(run);
+    run = next;
+  }
+  if (num_seqs > 0) end_run(run);
+  return num_groups;
+}
+
+// The groups of a batch, for who goes through its slices in order.
+struct GroupCursor {
+  const PrefixGroup* next;
+  const PrefixGroup* end;
+
+  // That of slice s; nullptr if it is in none.
+  MIXATTN_HD const PrefixGroup* find(int32_t s) {
+    while (next != end && next->end_seq <= s) ++next;
+    return next != end && next->first_seq <= s ? next : nullptr;
+  }
+};
+
+// ---- prices and targets ---------------------------------------------------------------------------------------------
+
+// Cost of all row tiles, unsplit, over all kv heads, in *cost; their number, for one kv head, in *num_tiles.
+MIXATTN_HD inline PlanStatus price_slices(const PlanSpec& spec, const int32_t* cu_seqlens_q, const int32_t* seq_lens,
+                                          int32_t num_seqs, GroupCursor groups, int64_t* cost, int64_t* num_tiles) {
   const int64_t most_per_head = kMaxCost / spec.num_kv_heads;
   int64_t cost_per_head = 0;
   *num_tiles = 0;
@@ -158,8 +383,15 @@ MIXATTN_HD inline PlanStatus price_slices(const PlanSpec& spec, const int32_t* c
     const int32_t q_len = cu_seqlens_q[s + 1] - cu_seqlens_q[s];
     const int32_t tiles = num_row_tiles(spec, q_len);
     const KeyShare share = key_share(spec, q_len, seq_lens[s], tiles);
+    const PrefixGroup* const group = groups.find(s);
+    if (group != nullptr && group->first_seq == s) {
+      cost_per_head += tile_fs(spec, prefix_tile(spec, *group), group->prefix_tokens, unshared());
+      if (cost_per_head >= most_per_head) return kPlanCostTooLarge;
+      *num_tiles += 1;
+    }
     for (int32_t t = 0; t < tiles; ++t) {
-      const RowTile tile = row_tile(spec, q_len, seq_lens[s], t);
+      const RowTile tile = group != nullptr ? suffix_tile(spec, cu_seqlens_q, seq_lens, *group, s)
+                                            : row_tile(spec, q_len, seq_lens[s], t);
       cost_per_head += tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share);
       if (cost_per_head >= most_per_head) return kPlanCostTooLarge;
     }
@@ -241,10 +473,7 @@ MIXATTN_HD inline int64_t choose_cut(const PlanSpec& spec, const LargeCut (&cuts
     const int64_t wave_fs = ceil_div(cut.num_items, cores) * (large_fs / cut.num_items);  // at most large_fs
     const int64_t alone_fs = (cut.longest_fs > wave_fs ? cut.longest_fs : wave_fs) / spec.workers_per_core;
     const int64_t shared_fs = cost / spec.num_workers;
-    // Of float32, and a row's lse; bounded, for a slow worker's could pass int64.
-    const int64_t kilobytes = 2 * 4 * (int64_t{spec.head_dim} + 1) * cut.num_partial_rows / 1000;
-    const int64_t partial_fs =
-        kilobytes < kMaxCost / spec.fs_per_kilobyte ? kilobytes * spec.fs_per_kilobyte : kMaxCost;
+    const int64_t partial_fs = partials_fs(spec, cut.num_partial_rows);
     const int64_t end_fs = (alone_fs > shared_fs ? alone_fs : shared_fs) + partial_fs / spec.num_workers;
     if (end_fs >= best_fs) continue;
     best_target = cut.target;
@@ -255,23 +484,26 @@ MIXATTN_HD inline int64_t choose_cut(const PlanSpec& spec, const LargeCut (&cuts
 
 // The target of larger kinds.
 MIXATTN_HD inline int64_t choose_large_target(const PlanSpec& spec, const int32_t* cu_seqlens_q,
-                                              const int32_t* seq_lens, int32_t num_seqs, int64_t cost) {
+                                              const int32_t* seq_lens, int32_t num_seqs, GroupCursor groups,
+                                              int64_t cost) {
   if (spec.workers_per_core == 0) return target_fs(spec, cost, num_draws(spec));
   LargeCut cuts[kMaxLargeCuts] = {};
   const int num_cuts = start_cuts(spec, cost, cuts);
   int64_t large_fs = 0;
+  const auto add = [&](const RowTile& tile, const KeyShare& share) {
+    if (tile.kind == kTileSmall) return;
+    const int64_t fs = tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share);
+    large_fs += spec.num_kv_heads * fs;
+    for (int c = 0; c < num_cuts; ++c) add_tile(spec, tile, fs, &cuts[c]);
+  };
   for (int32_t s = 0; s < num_seqs; ++s) {
+    const PrefixGroup* const group = groups.find(s);
+    if (group != nullptr && group->first_seq == s) add(prefix_tile(spec, *group), unshared());
     const int32_t q_len = cu_seqlens_q[s + 1] - cu_seqlens_q[s];
     const int32_t tiles = num_row_tiles(spec, q_len);
     if (tiles == 0 || row_tile(spec, q_len, seq_lens[s], 0).kind == kTileSmall) continue;
     const KeyShare share = key_share(spec, q_len, seq_lens[s], tiles);
-    for (int32_t t = 0; t < tiles; ++t) {
-      const RowTile tile = row_tile(spec, q_len, seq_lens[s], t);
-      if (tile.kind == kTileSmall) continue;
-      const int64_t fs = tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share);
-      large_fs += spec.num_kv_heads * fs;
-      for (int c = 0; c < num_cuts; ++c) add_tile(spec, tile, fs, &cuts[c]);
-    }
+    for (int32_t t = 0; t < tiles; ++t) add(row_tile(spec, q_len, seq_lens[s], t), share);
   }
   return choose_cut(spec, cuts, num_cuts, large_fs, cost);
 }
@@ -298,21 +530,46 @@ MIXATTN_HD inline int32_t tile_splits(const PlanSpec& spec, const SplitRule& rul
   return static_cast<int32_t>(rule.is_fixed ? most : num_splits(spec, tile.kind, fs, target, most));
 }
 
-// Piece i of a tile, as of kv head 0. merge_idx and partial_row: where the tile's begin, if it is split.
+// The pieces that the tiles of a group's slices are split into, each.
+MIXATTN_HD inline int32_t suffix_splits(const PlanSpec& spec, const SplitRule& rule, const int32_t* cu_seqlens_q,
+                                        const int32_t* seq_lens, const PrefixGroup& group) {
+  int64_t fs = 0;
+  int64_t most_granules = 1;
+  for (int32_t s = group.first_seq; s < group.end_seq; ++s) {
+    const RowTile tile = suffix_tile(spec, cu_seqlens_q, seq_lens, group, s);
+    fs += tile_fs(spec, tile, tile.kv_end - tile.kv_begin, unshared());
+    const int64_t granules = granules_of(tile, rule.granule).count;
+    if (granules > most_granules) most_granules = granules;
+  }
+  const int64_t average_fs = ceil_div(fs, group.end_seq - group.first_seq);
+  return static_cast<int32_t>(
+      clamp(ceil_div(average_fs, rule.small_target), 1, clamp(most_granules, 1, spec.max_splits)));
+}
+
+// Where the pieces of a tile go, as of kv head 0.
+struct PieceTarget {
+  int32_t merge_idx;    // -1: the tile is one piece, which leaves finished rows
+  int32_t partial_row;  // of the first piece
+  int32_t row_step;     // from a piece's partial rows to the next one's
+};
+MIXATTN_HD inline PieceTarget no_merge() {
+  return {-1, 0, 0};
+}
+
+// Piece i of a tile, as of kv head 0.
 MIXATTN_HD inline void write_piece(const RowTile& tile, const Granules& granules, int32_t granule, int32_t seq_idx,
-                                   int32_t i, int32_t splits, int32_t merge_idx, int32_t partial_row, WorkItem* piece) {
+                                   int32_t i, int32_t splits, const PieceTarget& target, WorkItem* piece) {
   // Granule edges are token positions of the sequence: where a piece ends does not depend on the chunking.
   const int64_t edge_begin = (granules.first + granules.count * i / splits) * granule;
   const int64_t edge_end = (granules.first + granules.count * (i + 1) / splits) * granule;
-  const bool is_split = splits > 1;
   *piece = {seq_idx,
             0,
             tile.row_begin,
             tile.num_rows | tile.kind << 16,
             static_cast<int32_t>(clamp(edge_begin, tile.kv_begin, tile.kv_end)),
             static_cast<int32_t>(clamp(edge_end, tile.kv_begin, tile.kv_end)),
-            is_split ? merge_idx : -1,
-            is_split ? partial_row + i * tile.num_rows : 0};
+            target.merge_idx,
+            target.partial_row + i * target.row_step};
 }
 
 // What the items of a piece differ by, from one kv head to the next.
@@ -384,8 +641,8 @@ MIXATTN_HD inline int32_t first_small_item(const PlanSpec& spec, const PlanKey* 
 
 MIXATTN_HD inline PlanHeader plan_header(const PlanSpec& spec, const int32_t* cu_seqlens_q, int32_t num_seqs,
                                          int32_t num_items, int32_t num_merges, int32_t num_partial_rows,
-                                         int32_t capacity_items, int32_t capacity_merges, int32_t first_small,
-                                         PlanStatus status) {
+                                         int32_t capacity_items, int32_t capacity_merges, int32_t num_groups,
+                                         int32_t first_small, PlanStatus status) {
   return {
       status == kPlanOk ? kPlanMagic : status,
       num_items,
@@ -400,38 +657,99 @@ MIXATTN_HD inline PlanHeader plan_header(const PlanSpec& spec, const int32_t* cu
       spec.head_dim,
       spec.causal,
       spec.window_left,
-      spec.num_workers,
+      num_groups,
       spec.fixed_split_tokens,
       first_small,
   };
 }
 
+// The pieces of a batch while they are found, of kv head 0.
+struct PieceList {
+  WorkItem* pieces;  // [capacity]
+  PlanKey* keys;     // [capacity]
+  int64_t capacity;
+  int64_t count;
+};
+
+MIXATTN_HD inline void add_pieces(const PlanSpec& spec, const SplitRule& rule, const RowTile& tile,
+                                  const Granules& granules, const KeyShare& share, int32_t seq_idx, int32_t splits,
+                                  const PieceTarget& target, PieceList* list) {
+  for (int32_t i = 0; i < splits; ++i) {
+    WorkItem& piece = list->pieces[list->count];
+    write_piece(tile, granules, rule.granule, seq_idx, i, splits, target, &piece);
+    const int64_t fs = tile_fs(spec, tile, piece.kv_end - piece.kv_begin, share);
+    list->keys[list->count] = {sort_cost(spec, tile.kind, fs), list->count};
+    ++list->count;
+  }
+}
+
 // Writes the plan of a batch.
 //   out      [kPlanHeaderWords + kWorkItemWords * capacity_items + kMergeWords * capacity_merges] words, written
-//   scratch  [scratch_words(spec, capacity_items)], aligned to 8 bytes
+//   scratch  [scratch_words(spec, num_seqs, capacity_items)], aligned to 8 bytes
 // Never writes past either, whatever the slices; unless it returns kPlanOk, what it wrote is no plan.
 MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlens_q, const int32_t* seq_lens,
-                                  int32_t num_seqs, int32_t* out, int32_t capacity_items, int32_t capacity_merges,
-                                  int64_t* scratch) {
-  int64_t cost = 0;
-  int64_t num_tiles = 0;
-  const PlanStatus status = price_slices(spec, cu_seqlens_q, seq_lens, num_seqs, &cost, &num_tiles);
-  if (status != kPlanOk) return status;
+                                  int32_t num_seqs, const PageTable& table, int32_t* out, int32_t capacity_items,
+                                  int32_t capacity_merges, int64_t* scratch) {
   const int64_t heads = spec.num_kv_heads;
-  const int64_t capacity_pieces = capacity_items / heads;
-  if (num_tiles > capacity_pieces) return kPlanNoRoom;
-
-  WorkItem* const pieces = reinterpret_cast<WorkItem*>(scratch);  // as of kv head 0
-  PlanKey* const keys = reinterpret_cast<PlanKey*>(pieces + capacity_pieces);
+  PieceList list = {reinterpret_cast<WorkItem*>(scratch), nullptr, capacity_items / heads, 0};
+  list.keys = reinterpret_cast<PlanKey*>(list.pieces + list.capacity);
+  PrefixGroup* const groups = reinterpret_cast<PrefixGroup*>(list.keys + 2 * list.capacity);
+  int32_t* const shared = reinterpret_cast<int32_t*>(groups + num_seqs / 2);
   WorkItem* const items = reinterpret_cast<WorkItem*>(out + kPlanHeaderWords);
   Merge* const merges = reinterpret_cast<Merge*>(items + capacity_items);
+
+  const PlanStatus slices_status = check_slices(spec, cu_seqlens_q, seq_lens, num_seqs);
+  if (slices_status != kPlanOk) return slices_status;
+  int32_t num_groups = 0;
+  if (table.pages != nullptr && has_groups(spec)) {
+    for (int32_t s = 1; s < num_seqs; ++s) shared[s] = shared_tokens(spec, cu_seqlens_q, seq_lens, table, s);
+    num_groups = find_groups(spec, cu_seqlens_q, seq_lens, num_seqs, shared, groups);
+  }
+  GroupCursor cursor = {groups, groups + num_groups};
+  int64_t cost = 0;
+  int64_t num_tiles = 0;
+  const PlanStatus price_status = price_slices(spec, cu_seqlens_q, seq_lens, num_seqs, cursor, &cost, &num_tiles);
+  if (price_status != kPlanOk) return price_status;
+  if (num_tiles > list.capacity) return kPlanNoRoom;
+
   const bool is_fixed = spec.fixed_split_tokens > 0;
   const SplitRule rule =
-      split_rule(spec, cost, is_fixed ? 0 : choose_large_target(spec, cu_seqlens_q, seq_lens, num_seqs, cost));
-  int64_t num_pieces = 0;
+      split_rule(spec, cost, is_fixed ? 0 : choose_large_target(spec, cu_seqlens_q, seq_lens, num_seqs, cursor, cost));
   int32_t num_merges = 0;
   int32_t num_partial_rows = 0;
+  const auto has_room = [&](int64_t num_pieces, int64_t splits, int64_t num_rows) {
+    return list.count + num_pieces <= list.capacity && num_merges + (splits > 1 ? heads : 0) <= capacity_merges &&
+           num_partial_rows + (splits > 1 ? heads * splits * num_rows : 0) <= INT32_MAX;
+  };
+  const auto add_merges = [&](int32_t s, const RowTile& rows, int32_t splits, int32_t num_items, int32_t prefix) {
+    for (int32_t h = 0; h < heads; ++h) {
+      merges[num_merges++] = {s, h, rows.row_begin, rows.num_rows, num_partial_rows, splits, num_items, prefix};
+      num_partial_rows += splits * rows.num_rows;
+    }
+  };
   for (int32_t s = 0; s < num_seqs; ++s) {
+    const PrefixGroup* const group = cursor.find(s);
+    if (group != nullptr) {
+      const RowTile prefix = prefix_tile(spec, *group);
+      const Granules granules = granules_of(prefix, rule.granule);
+      const int64_t prefix_fs = tile_fs(spec, prefix, group->prefix_tokens, unshared());
+      const int32_t prefix_splits = tile_splits(spec, rule, prefix, granules, prefix_fs);
+      const int32_t own_splits = suffix_splits(spec, rule, cu_seqlens_q, seq_lens, *group);
+      const int64_t num_items = prefix_splits + int64_t{own_splits} * (group->end_seq - group->first_seq);
+      if (!has_room(num_items, int64_t{prefix_splits} + own_splits, group->num_rows)) return kPlanNoRoom;
+      PieceTarget target = {num_merges, num_partial_rows, group->num_rows};
+      add_pieces(spec, rule, prefix, granules, unshared(), s, prefix_splits, target, &list);
+      target.partial_row += prefix_splits * group->num_rows;
+      for (; s < group->end_seq; ++s) {
+        const RowTile own = suffix_tile(spec, cu_seqlens_q, seq_lens, *group, s);
+        add_pieces(spec, rule, own, granules_of(own, rule.granule), unshared(), s, own_splits, target, &list);
+        target.partial_row += own.num_rows;
+      }
+      --s;
+      add_merges(group->first_seq, prefix, prefix_splits + own_splits, static_cast<int32_t>(num_items),
+                 group->prefix_tokens);
+      continue;
+    }
     const int32_t q_len = cu_seqlens_q[s + 1] - cu_seqlens_q[s];
     const int32_t tiles = num_row_tiles(spec, q_len);
     const KeyShare share = key_share(spec, q_len, seq_lens[s], tiles);
@@ -440,34 +758,23 @@ MIXATTN_HD inline PlanStatus plan(const PlanSpec& spec, const int32_t* cu_seqlen
       const Granules granules = granules_of(tile, rule.granule);
       const int32_t splits =
           tile_splits(spec, rule, tile, granules, tile_fs(spec, tile, tile.kv_end - tile.kv_begin, share));
-      const bool is_split = splits > 1;
-      if (num_pieces + splits > capacity_pieces) return kPlanNoRoom;
-      if (is_split && num_merges + heads > capacity_merges) return kPlanNoRoom;
-      if (is_split && num_partial_rows + heads * splits * tile.num_rows > INT32_MAX) return kPlanNoRoom;
-      for (int32_t i = 0; i < splits; ++i) {
-        WorkItem& piece = pieces[num_pieces];
-        write_piece(tile, granules, rule.granule, s, i, splits, num_merges, num_partial_rows, &piece);
-        const int64_t piece_fs = tile_fs(spec, tile, piece.kv_end - piece.kv_begin, share);
-        keys[num_pieces] = {sort_cost(spec, tile.kind, piece_fs), num_pieces};
-        ++num_pieces;
-      }
-      for (int32_t h = 0; is_split && h < heads; ++h) {
-        merges[num_merges++] = {s, h, tile.row_begin, tile.num_rows, num_partial_rows, splits, 0, 0};
-        num_partial_rows += splits * tile.num_rows;
-      }
+      if (!has_room(splits, splits, tile.num_rows)) return kPlanNoRoom;
+      const PieceTarget target = splits > 1 ? PieceTarget{num_merges, num_partial_rows, tile.num_rows} : no_merge();
+      add_pieces(spec, rule, tile, granules, share, s, splits, target, &list);
+      if (splits > 1) add_merges(s, tile, splits, splits, 0);
     }
   }
 
-  const PlanKey* const sorted = merge_sort(keys, keys + capacity_pieces, num_pieces);
+  const PlanKey* const sorted = merge_sort(list.keys, list.keys + list.capacity, list.count);
   WorkItem* next = items;
-  for (int64_t p = 0; p < num_pieces; ++p) {
-    const WorkItem& piece = pieces[sorted[p].piece_idx];
+  for (int64_t p = 0; p < list.count; ++p) {
+    const WorkItem& piece = list.pieces[sorted[p].piece_idx];
     const HeadStep step = head_step(piece, merges);
     for (int32_t h = 0; h < heads; ++h) write_item(piece, step, h, next++);
   }
   *reinterpret_cast<PlanHeader*>(out) =
       plan_header(spec, cu_seqlens_q, num_seqs, static_cast<int32_t>(next - items), num_merges, num_partial_rows,
-                  capacity_items, capacity_merges, first_small_item(spec, sorted, num_pieces), kPlanOk);
+                  capacity_items, capacity_merges, num_groups, first_small_item(spec, sorted, list.count), kPlanOk);
   return kPlanOk;
 }
 

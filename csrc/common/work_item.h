@@ -14,7 +14,7 @@
 
 namespace mixattn {
 
-constexpr int32_t kPlanMagic = 0x6d780001;  // "mx", layout version 1
+constexpr int32_t kPlanMagic = 0x6d780002;  // "mx", layout version 2
 constexpr int32_t kPlanHeaderWords = 16;
 constexpr int32_t kWorkItemWords = 8;
 constexpr int32_t kMergeWords = 8;
@@ -34,9 +34,9 @@ struct PlanHeader {
   int32_t num_q_heads;  // what the plan was made for; kernels refuse another shape
   int32_t num_kv_heads;
   int32_t head_dim;
-  int32_t causal;       // 0 or 1
-  int32_t window_left;  // -1: no window
-  int32_t num_workers;
+  int32_t causal;              // 0 or 1
+  int32_t window_left;         // -1: no window
+  int32_t num_groups;          // of slices that share a prefix (plan.h); 0: every item's rows are of one slice
   int32_t fixed_split_tokens;  // > 0: an invariant plan (plan.h); 0: split where that balances the workers
   int32_t first_small;         // items from here on are of the small kind, none before; -1: the kinds are mixed
 };
@@ -47,6 +47,9 @@ static_assert(sizeof(PlanHeader) == kPlanHeaderWords * sizeof(int32_t), "header 
 // head kv_head * group_size + p % group_size.
 // Rows may see fewer keys than the range (causal edge, window): the kernel masks inside it. kv_begin == kv_end: no row
 // of the item sees a key; its rows get out 0 and lse -inf (when merge_idx < 0) or an empty partial.
+// An item over the keys that a group of neighbouring slices shares has the packed rows of all of them, seq_idx being
+// the first: packed rows of neighbours are neighbours, so that p / group_size goes on into the next slice. Every row
+// sees every key of it.
 struct WorkItem {
   int32_t seq_idx;
   int32_t kv_head;
@@ -59,8 +62,10 @@ struct WorkItem {
 };
 static_assert(sizeof(WorkItem) == kWorkItemWords * sizeof(int32_t), "item is 8 words");
 
-// The rows whose keys were split over num_splits items. Split i of the group wrote its num_rows rows at
-// partial_row + i * num_rows, splits in ascending kv order; whoever finishes last merges them in that order.
+// The rows whose keys were split into num_splits ranges. Split i wrote its num_rows rows at partial_row + i * num_rows,
+// splits in ascending kv order; whoever finishes the last of num_items items merges them in that order. The first
+// splits of a group of slices are of the keys [0, prefix_tokens), which they share, one item each; the others are of
+// the keys behind, each slice's own, and have an item for each slice, which writes the slice's rows of the split.
 struct Merge {
   int32_t seq_idx;
   int32_t kv_head;
@@ -68,8 +73,8 @@ struct Merge {
   int32_t num_rows;
   int32_t partial_row;
   int32_t num_splits;
-  int32_t reserved0;
-  int32_t reserved1;
+  int32_t num_items;
+  int32_t prefix_tokens;  // 0: no group
 };
 static_assert(sizeof(Merge) == kMergeWords * sizeof(int32_t), "merge is 8 words");
 

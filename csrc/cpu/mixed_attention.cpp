@@ -1,8 +1,7 @@
 // mixed_attention.cpp: paged attention over prefill chunks and decode rows in one parallel region, by a plan.
 // Method  Everything that the plan and the index arrays hold is checked. Then threads draw work items from a counter,
-// in
-//         the plan's order (dearest first), decodes of neighbouring kv heads together; whoever finishes the last split
-//         of a group merges the group, in split order, so that the result does not depend on who was when.
+//         in the plan's order (dearest first), decodes of neighbouring kv heads together; whoever finishes the last
+//         item of a merge merges, in split order, so that the result does not depend on who was when.
 // Shapes  as AttentionParams
 // Twins   triton_kernels/mixed_attention.py
 // Source  longest processing time first, Graham 1969 (doi 10.1137/0117039); split-KV, arXiv:2311.01282
@@ -98,6 +97,12 @@ PlanView check_header(const AttentionParams& p) {
   check_plan_field("head_dim", header->head_dim, p.head_dim);
   check_plan_field("causal", header->causal, p.causal ? 1 : 0);
   check_plan_field("window_left", header->window_left, p.window_left);
+  if (header->num_groups > 0 && p.alibi_slopes != nullptr) {
+    throw std::invalid_argument("alibi_slopes must be off with a plan in which slices share a prefix");
+  }
+  if (header->num_groups > 0 && (p.window_left >= 0 || p.invariant)) {
+    refuse_plan("slices share a prefix in it, which they do not with a window or invariance");
+  }
   check_plan_field("invariant", header->fixed_split_tokens > 0 ? 1 : 0, p.invariant ? 1 : 0);
   if (header->fixed_split_tokens < 0 || header->fixed_split_tokens % kInvariantMultiple != 0) {
     throw std::invalid_argument("plan's invariant_split_tokens must be a multiple of " +
@@ -130,15 +135,75 @@ Range visible_keys(const AttentionParams& p, int64_t seq_idx, int64_t row_begin,
   return {p.window_left < 0 ? 0 : std::clamp<int64_t>(first_position - p.window_left, 0, end), end};
 }
 
+int64_t slice_rows(const AttentionParams& p, int64_t seq_idx) {
+  const int64_t q_len = int64_t{p.cu_seqlens_q[seq_idx + 1]} - p.cu_seqlens_q[seq_idx];
+  return q_len * (p.num_q_heads / p.num_kv_heads);
+}
+
+// Keys before the slice's first row.
+int64_t context(const AttentionParams& p, int64_t seq_idx) {
+  return int64_t{p.seq_lens[seq_idx]} - p.cu_seqlens_q[seq_idx + 1] + p.cu_seqlens_q[seq_idx];
+}
+
 void check_rows(const AttentionParams& p, int64_t seq_idx, int64_t kv_head, int64_t row_begin, int64_t num_rows) {
   if (seq_idx < 0 || seq_idx >= p.num_seqs || kv_head < 0 || kv_head >= p.num_kv_heads) {
     refuse_plan("it names sequence " + std::to_string(seq_idx) + ", kv head " + std::to_string(kv_head));
   }
-  const int64_t q_len = int64_t{p.cu_seqlens_q[seq_idx + 1]} - p.cu_seqlens_q[seq_idx];
-  const int64_t slice_rows = q_len * (p.num_q_heads / p.num_kv_heads);
-  if (row_begin < 0 || num_rows < 1 || row_begin + num_rows > slice_rows) {
+  const int64_t most = slice_rows(p, seq_idx);
+  if (row_begin < 0 || num_rows < 1 || row_begin + num_rows > most) {
     refuse_plan("it names rows [" + std::to_string(row_begin) + ", " + std::to_string(row_begin + num_rows) +
-                ") of sequence " + std::to_string(seq_idx) + ", which has " + std::to_string(slice_rows));
+                ") of sequence " + std::to_string(seq_idx) + ", which has " + std::to_string(most));
+  }
+}
+
+[[noreturn]] void refuse_keys(const WorkItem& item, const Range& keys) {
+  refuse_plan("it reads the keys [" + std::to_string(item.kv_begin) + ", " + std::to_string(item.kv_end) +
+              ") of sequence " + std::to_string(item.seq_idx) + ", whose rows see [" + std::to_string(keys.begin) +
+              ", " + std::to_string(keys.end) + ")");
+}
+
+// Checks the group of slices whose rows a merge has: that there are such slices, and that they share its prefix.
+// Returns how many keys its items read, all together.
+int64_t check_group(const AttentionParams& p, const Merge& merge) {
+  check_rows(p, merge.seq_idx, merge.kv_head, merge.row_begin, 1);
+  const int32_t* const first_pages = p.block_table + merge.seq_idx * p.block_table_stride;
+  const int64_t num_pages = (int64_t{merge.prefix_tokens} + p.page_size - 1) / p.page_size;
+  int64_t rows_left = merge.num_rows, num_keys = merge.prefix_tokens;
+  int64_t s = merge.seq_idx;
+  for (; s < p.num_seqs && rows_left > 0; ++s) {
+    const int32_t* const pages = p.block_table + s * p.block_table_stride;
+    if (context(p, s) < merge.prefix_tokens) {
+      refuse_plan("sequence " + std::to_string(s) + " is not longer than the prefix that it is to share");
+    }
+    // Of all kv heads alike: once is enough.
+    if (merge.kv_head == 0 && s > merge.seq_idx && !std::equal(pages, pages + num_pages, first_pages)) {
+      refuse_plan("block_table[" + std::to_string(s) + "] does not begin with the pages of block_table[" +
+                  std::to_string(merge.seq_idx) + "]");
+    }
+    rows_left -= slice_rows(p, s);
+    num_keys += p.seq_lens[s] - merge.prefix_tokens;
+  }
+  if (merge.row_begin != 0 || rows_left != 0) {
+    refuse_plan("the rows that share a prefix are not those of slices from sequence " + std::to_string(merge.seq_idx) +
+                " on");
+  }
+  return num_keys;
+}
+
+// Checks an item of a group's merge; the group itself has been checked.
+void check_group_item(const AttentionParams& p, const WorkItem& item, const Merge& merge) {
+  const bool is_shared = item.kv_end <= merge.prefix_tokens && num_rows(item) == merge.num_rows;
+  const int64_t rows_before =
+      (int64_t{p.cu_seqlens_q[item.seq_idx]} - p.cu_seqlens_q[merge.seq_idx]) * (p.num_q_heads / p.num_kv_heads);
+  const Range keys = is_shared ? Range{0, merge.prefix_tokens} : Range{merge.prefix_tokens, p.seq_lens[item.seq_idx]};
+  const int64_t rows = is_shared ? merge.num_rows : slice_rows(p, item.seq_idx);
+  if (item.kv_begin < keys.begin || item.kv_end > keys.end) refuse_keys(item, keys);
+  if (item.kv_head != merge.kv_head || item.row_begin != 0 || num_rows(item) != rows || rows_before < 0 ||
+      rows_before + rows > merge.num_rows || (is_shared && item.seq_idx != merge.seq_idx) ||
+      item.partial_row < merge.partial_row ||
+      item.partial_row >= merge.partial_row + int64_t{merge.num_splits} * merge.num_rows ||
+      (item.partial_row - merge.partial_row) % merge.num_rows != rows_before) {
+    refuse_plan("an item of sequence " + std::to_string(item.seq_idx) + " passes its group or its partial rows");
   }
 }
 
@@ -146,52 +211,65 @@ void check_rows(const AttentionParams& p, int64_t seq_idx, int64_t kv_head, int6
 int64_t check_work(const AttentionParams& p, const PlanView& plan, std::vector<Range>* keys_read) {
   const int32_t num_merges = plan.header->num_merges, num_partial_rows = plan.header->num_partial_rows;
   keys_read->assign(p.num_seqs, {INT64_MAX, 0});
-  int64_t max_rows = 0, covered_rows = 0, split_keys = 0, num_splits = 0;
+  int64_t max_rows = 0, covered_rows = 0, split_keys = 0, split_rows = 0, num_parts = 0;
   for (int32_t m = 0; m < num_merges; ++m) {
     const Merge& merge = plan.merges[m];
-    check_rows(p, merge.seq_idx, merge.kv_head, merge.row_begin, merge.num_rows);
-    if (merge.num_splits < 2 || merge.partial_row < 0 ||
+    if (merge.num_splits < 2 || merge.num_items < merge.num_splits || merge.num_rows < 1 || merge.partial_row < 0 ||
         merge.partial_row + int64_t{merge.num_splits} * merge.num_rows > num_partial_rows) {
       refuse_plan("merge " + std::to_string(m) + " passes its partial rows");
     }
-    const Range keys = visible_keys(p, merge.seq_idx, merge.row_begin, merge.num_rows);
+    if (merge.prefix_tokens > 0) {
+      if (plan.header->num_groups < 1) refuse_plan("it has groups of slices that its header does not tell of");
+      split_keys += check_group(p, merge);
+    } else {
+      check_rows(p, merge.seq_idx, merge.kv_head, merge.row_begin, merge.num_rows);
+      const Range keys = visible_keys(p, merge.seq_idx, merge.row_begin, merge.num_rows);
+      split_keys += keys.end - keys.begin;
+    }
     covered_rows += merge.num_rows;
-    split_keys += keys.end - keys.begin;
-    num_splits += merge.num_splits;
+    split_rows += int64_t{merge.num_splits} * merge.num_rows;
+    num_parts += merge.num_items;
   }
   for (int32_t i = 0; i < plan.header->num_items; ++i) {
     const WorkItem& item = plan.items[i];
     const int64_t rows = num_rows(item);
-    check_rows(p, item.seq_idx, item.kv_head, item.row_begin, rows);
+    if (item.merge_idx >= num_merges) refuse_plan("item " + std::to_string(i) + " passes its merge");
+    const Merge* const merge = item.merge_idx < 0 ? nullptr : &plan.merges[item.merge_idx];
+    const bool is_of_group = merge != nullptr && merge->prefix_tokens > 0;
+    check_rows(p, item.seq_idx, item.kv_head, item.row_begin, is_of_group ? 1 : rows);
     max_rows = std::max(max_rows, rows);
-    const Range keys = visible_keys(p, item.seq_idx, item.row_begin, rows);
-    if (item.kv_begin > item.kv_end || item.kv_begin < keys.begin || item.kv_end > keys.end ||
-        (item.merge_idx < 0 && (item.kv_begin != keys.begin || item.kv_end != keys.end))) {
-      refuse_plan("it reads the keys [" + std::to_string(item.kv_begin) + ", " + std::to_string(item.kv_end) +
-                  ") of sequence " + std::to_string(item.seq_idx) + ", whose rows see [" + std::to_string(keys.begin) +
-                  ", " + std::to_string(keys.end) + ")");
+    if (item.kv_begin > item.kv_end) refuse_keys(item, {0, p.seq_lens[item.seq_idx]});
+    if (is_of_group) {
+      check_group_item(p, item, *merge);
+    } else {
+      const Range keys = visible_keys(p, item.seq_idx, item.row_begin, rows);
+      if (item.kv_begin < keys.begin || item.kv_end > keys.end ||
+          (merge == nullptr && (item.kv_begin != keys.begin || item.kv_end != keys.end))) {
+        refuse_keys(item, keys);
+      }
+      if (merge != nullptr &&
+          (item.partial_row < 0 || item.partial_row + rows > num_partial_rows || merge->num_rows != rows)) {
+        refuse_plan("item " + std::to_string(i) + " passes its merge or its partial rows");
+      }
     }
     // Items that cover every key once and never pass a multiple end at all of them.
     const int64_t fixed = plan.header->fixed_split_tokens;
     if (fixed > 0 && item.kv_begin < item.kv_end && item.kv_begin / fixed != (item.kv_end - 1) / fixed) {
       refuse_plan("an item passes a multiple of its invariant_split_tokens, " + std::to_string(fixed));
     }
-    if (item.merge_idx < 0) {
+    if (merge == nullptr) {
       covered_rows += rows;
     } else {
-      if (item.merge_idx >= num_merges || item.partial_row < 0 || item.partial_row + rows > num_partial_rows ||
-          plan.merges[item.merge_idx].num_rows != rows) {
-        refuse_plan("item " + std::to_string(i) + " passes its merge or its partial rows");
-      }
       split_keys -= item.kv_end - item.kv_begin;
-      num_splits -= 1;
+      split_rows -= rows;
+      num_parts -= 1;
     }
     if (item.kv_begin < item.kv_end) {
       Range& read = (*keys_read)[item.seq_idx];
       read = {std::min<int64_t>(read.begin, item.kv_begin), std::max<int64_t>(read.end, item.kv_end)};
     }
   }
-  if (covered_rows != p.total_q * p.num_q_heads || split_keys != 0 || num_splits != 0) {
+  if (covered_rows != p.total_q * p.num_q_heads || split_keys != 0 || split_rows != 0 || num_parts != 0) {
     refuse_plan("its items do not cover every row and key once");
   }
   return max_rows;
@@ -312,7 +390,7 @@ void run_bundles(void* context) {
       const Merge& merge = region.plan.merges[merge_idx];
       // Releases this item's partial rows to whoever comes last, and acquires everybody's if that is us.
       int32_t* const ticket = region.p.tickets + merge_idx;
-      if (__atomic_add_fetch(ticket, 1, __ATOMIC_ACQ_REL) == merge.num_splits) {
+      if (__atomic_add_fetch(ticket, 1, __ATOMIC_ACQ_REL) == merge.num_items) {
         region.kernels.merge_splits(region.p, merge);
         __atomic_store_n(ticket, 0, __ATOMIC_RELAXED);  // for the next call, which the end of the region orders
       }

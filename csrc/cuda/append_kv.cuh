@@ -15,7 +15,7 @@
 // Source  arXiv:2104.09864, equation 34; float8: arXiv:2209.05433
 #pragma once
 
-#include "common/params.h"
+#include "cuda/launch_params.h"
 #include "cuda/rows.cuh"
 
 namespace mixattn {
@@ -31,10 +31,6 @@ MIXATTN_HD constexpr float row_max(KvDType stored) {
          : stored == KvDType::kInt4       ? 7.0f
          : stored == KvDType::kFloat8E4M3 ? 448.0f
                                           : 57344.0f;
-}
-
-MIXATTN_HD constexpr bool is_quantised(KvDType stored) {
-  return stored != KvDType::kBFloat16 && stored != KvDType::kFloat16;
 }
 
 // x between the bounds; NaN stays.

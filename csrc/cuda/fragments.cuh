@@ -81,33 +81,38 @@ MX_DEVICE void subtract_alibi(const LaunchParams& p, Item item, int32_t first_ro
 // Scores of tanh's argument to those of tanh: tanh(x) = 1 - 2 / (exp(2x) + 1); score_scale holds 2 log2(e) / soft_cap.
 // exp2 = inf gives 1.
 template <int kScoreTiles>
-MX_DEVICE void cap_scores(const LaunchParams& p, float (&scores)[kScoreTiles][4]) {
+MX_DEVICE void cap_scores(const PerRow& score_scale, float (&scores)[kScoreTiles][4]) {
   MX_UNROLL
   for (auto& fragment : scores) {
     MX_UNROLL
-    for (float& score : fragment) score = 1.0f - 2.0f * mx::rcp(mx::ex2(score * p.score_scale) + 1.0f);
+    for (int j = 0; j < 4; ++j) {
+      fragment[j] = 1.0f - 2.0f * mx::rcp(mx::ex2(fragment[j] * score_scale.of_row[j / 2]) + 1.0f);
+    }
   }
 }
 
-// Products q k to scores, -inf where is_edge and the row does not see the key. Returns what the scores are yet to be
-// multiplied by to be logits in base 2.
+// Products q k, in units of score_scale, to scores, -inf where is_edge and the row does not see the key. Returns what
+// the scores are yet to be multiplied by to be logits in base 2.
 template <Scores kScores, int kScoreTiles>
-MX_DEVICE float prepare_scores(const LaunchParams& p, Item item, int32_t first_row, int32_t first_key, bool is_edge,
-                               float (&scores)[kScoreTiles][4]) {
-  float scale = kScores == Scores::kCapped ? p.score_cap : p.score_scale;
-  if constexpr (kScores == Scores::kCapped) cap_scores(p, scores);
+MX_DEVICE PerRow prepare_scores(const LaunchParams& p, Item item, int32_t first_row, int32_t first_key, bool is_edge,
+                                const PerRow& score_scale, float (&scores)[kScoreTiles][4]) {
+  PerRow scale = score_scale;
+  if constexpr (kScores == Scores::kCapped) {
+    cap_scores(score_scale, scores);
+    scale = {{p.score_cap, p.score_cap}};
+  }
   if constexpr (kScores == Scores::kAny) {
     if (p.call.soft_cap > 0.0f) {
-      cap_scores(p, scores);
-      scale = p.score_cap;
+      cap_scores(score_scale, scores);
+      scale = {{p.score_cap, p.score_cap}};
     }
     if (p.call.alibi_slopes != nullptr) {
       MX_UNROLL
       for (auto& fragment : scores) {
         MX_UNROLL
-        for (float& score : fragment) score *= scale;
+        for (int j = 0; j < 4; ++j) fragment[j] *= scale.of_row[j / 2];
       }
-      scale = 1.0f;
+      scale = {{1.0f, 1.0f}};
       subtract_alibi(p, item, first_row, first_key, scores);
     }
   }
@@ -117,7 +122,7 @@ MX_DEVICE float prepare_scores(const LaunchParams& p, Item item, int32_t first_r
 
 // Sums of 16 rows times what a step's new maxima ask for.
 template <int kColumnTiles>
-MX_DEVICE void rescale_sums(const Rescale& rescale, float (&sums)[kColumnTiles][4]) {
+MX_DEVICE void rescale_sums(const PerRow& rescale, float (&sums)[kColumnTiles][4]) {
   // After the first tiles a maximum seldom grows: most of the time there is nothing to rescale.
   if (!mx::any(rescale.of_row[0] != 1.0f || rescale.of_row[1] != 1.0f)) return;
   MX_UNROLL

@@ -7,6 +7,7 @@
 #include "cuda/append_kv.cuh"
 #include "cuda/merge_states.cuh"
 #include "cuda/plan.cuh"
+#include "cuda/sm80/quantised.cuh"
 #include "cuda/sm90/mixed_attention.cuh"
 
 namespace mixattn {
@@ -27,19 +28,33 @@ constexpr DType dtype_of(mx::f16) {
 #define MIXATTN_STRING(text) #text
 #define MIXATTN_NAME(name) MIXATTN_STRING(name)
 
+constexpr KvDType kv_dtype_of(DType dtype) {
+  return static_cast<KvDType>(dtype);
+}
+
 std::vector<Instance> make_instances() {
   std::vector<Instance> all;
 #define MIXATTN_ADD(element, kHeadDim, scores)                                                                    \
   all.push_back({MIXATTN_NAME(MIXATTN_SM90_NAME(element, kHeadDim, scores)), "sm90_mixed_attention_hd" #kHeadDim, \
-                 kSm90, kSm90, dtype_of(mx::element{}), kHeadDim, MIXATTN_SCORES(scores), sm90::kBlockThreads,    \
-                 static_cast<int>(sm90::Layout<kHeadDim>::kBytes), sm90::kWorkersPerSm, true});
+                 kSm90, kSm90, dtype_of(mx::element{}), kv_dtype_of(dtype_of(mx::element{})), kHeadDim,           \
+                 MIXATTN_SCORES(scores), sm90::kBlockThreads, static_cast<int>(sm90::Layout<kHeadDim>::kBytes),   \
+                 sm90::kWorkersPerSm, true});
   MIXATTN_SM90_INSTANCES(MIXATTN_ADD)
 #undef MIXATTN_ADD
 #define MIXATTN_ADD(element, kHeadDim, scores)                                                                    \
   all.push_back({MIXATTN_NAME(MIXATTN_SM80_NAME(element, kHeadDim, scores)), "sm80_mixed_attention_hd" #kHeadDim, \
-                 kSm80, kAnyCapability, dtype_of(mx::element{}), kHeadDim, MIXATTN_SCORES(scores), kNumThreads,   \
-                 static_cast<int>(sm80::kSharedBytes<kHeadDim>), sm80::kBlocksPerSm, false});
+                 kSm80, kAnyCapability, dtype_of(mx::element{}), kv_dtype_of(dtype_of(mx::element{})), kHeadDim,  \
+                 MIXATTN_SCORES(scores), kNumThreads, static_cast<int>(sm80::kSharedBytes<kHeadDim>),             \
+                 sm80::kBlocksPerSm, false});
   MIXATTN_SM80_INSTANCES(MIXATTN_ADD)
+#undef MIXATTN_ADD
+#define MIXATTN_ADD(element, stored, kStored, kHeadDim, scores)                                                     \
+  all.push_back({MIXATTN_NAME(MIXATTN_SM80_QUANTISED_NAME(element, stored, kHeadDim, scores)),                      \
+                 "sm80_quantised_hd" #kHeadDim, kSm80, kAnyCapability, dtype_of(mx::element{}), KvDType::kStored,   \
+                 kHeadDim, MIXATTN_SCORES(scores), kNumThreads,                                                     \
+                 static_cast<int>(sm80::kQuantisedSharedBytes<kHeadDim, MIXATTN_SCORES(scores), KvDType::kStored>), \
+                 sm80::kBlocksPerSm, false});
+  MIXATTN_SM80_QUANTISED_INSTANCES(MIXATTN_ADD)
 #undef MIXATTN_ADD
   return all;
 }
@@ -63,9 +78,11 @@ bool takes(Scores scores, const AttentionParams& p) {
 const Instance& instance_for(const AttentionParams& p, int capability) {
   const bool has_small_apart = p.plan == nullptr || reinterpret_cast<const PlanHeader*>(p.plan)->first_small >= 0;
   for (const Instance& instance : instances()) {
-    if (instance.separates_small && !has_small_apart) continue;
+    // Where small items have threads of their own, these sum up in another order than the others: no invariance.
+    if (instance.separates_small && (!has_small_apart || p.invariant)) continue;
     if (capability >= instance.least_capability && capability <= instance.most_capability &&
-        p.dtype == instance.dtype && p.head_dim == instance.head_dim && takes(instance.scores, p)) {
+        p.dtype == instance.dtype && p.kv_dtype == instance.kv_dtype && p.head_dim == instance.head_dim &&
+        takes(instance.scores, p)) {
       return instance;
     }
   }

@@ -25,6 +25,21 @@
   MIXATTN_SM80_INSTANCES_OF(X, 192) \
   MIXATTN_SM80_INSTANCES_OF(X, 256)
 
+// X(element, stored, kStored, head_dim, scores): stored and kStored as for append_kv, below. `any` serves soft caps.
+#define MIXATTN_SM80_QUANTISED_INSTANCES_BY(X, element, kHeadDim, scores) \
+  X(element, int8, kInt8, kHeadDim, scores)                               \
+  X(element, e4m3, kFloat8E4M3, kHeadDim, scores)                         \
+  X(element, e5m2, kFloat8E5M2, kHeadDim, scores)                         \
+  X(element, int4, kInt4, kHeadDim, scores)
+#define MIXATTN_SM80_QUANTISED_INSTANCES_OF(X, kHeadDim)        \
+  MIXATTN_SM80_QUANTISED_INSTANCES_BY(X, bf16, kHeadDim, plain) \
+  MIXATTN_SM80_QUANTISED_INSTANCES_BY(X, bf16, kHeadDim, any)   \
+  MIXATTN_SM80_QUANTISED_INSTANCES_BY(X, f16, kHeadDim, plain)  \
+  MIXATTN_SM80_QUANTISED_INSTANCES_BY(X, f16, kHeadDim, any)
+#define MIXATTN_SM80_QUANTISED_INSTANCES(X)  \
+  MIXATTN_SM80_QUANTISED_INSTANCES_OF(X, 64) \
+  MIXATTN_SM80_QUANTISED_INSTANCES_OF(X, 128)
+
 // Without capped at head_dim 128: its consumers would need 176 registers a thread.
 #define MIXATTN_SM90_INSTANCES_64(X) \
   X(bf16, 64, plain)                 \
@@ -46,6 +61,8 @@
 
 // The name of an instance's entry point, in its image and everywhere, and its Scores.
 #define MIXATTN_SM80_NAME(element, kHeadDim, scores) mixattn_sm80_##element##_hd##kHeadDim##_##scores
+#define MIXATTN_SM80_QUANTISED_NAME(element, stored, kHeadDim, scores) \
+  mixattn_sm80_##element##_##stored##_hd##kHeadDim##_##scores
 #define MIXATTN_SM90_NAME(element, kHeadDim, scores) mixattn_sm90_##element##_hd##kHeadDim##_##scores
 #define MIXATTN_SCORES(scores) mixattn::cuda::Scores::MIXATTN_SCORES_##scores
 #define MIXATTN_SCORES_plain kPlain
@@ -78,6 +95,7 @@ struct Instance {
   int least_capability;
   int most_capability;  // 10 major + minor, both ends included
   DType dtype;
+  KvDType kv_dtype;
   int head_dim;
   Scores scores;
   int num_threads;

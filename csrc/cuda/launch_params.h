@@ -23,6 +23,7 @@ struct LaunchParams {
   // a score times score_scale is twice tanh's argument, and tanh times score_cap the logit.
   float score_scale;
   float score_cap;
+  float value_scale;  // of what V's elements are as the kernel has them; 1 where they are not quantised
 };
 
 // What a kernel is compiled for.
@@ -32,8 +33,15 @@ enum class Scores {
   kAny,     // soft cap, ALiBi and tree mask where the call has them
 };
 
+MIXATTN_HD constexpr bool is_quantised(KvDType stored) {
+  return static_cast<int32_t>(stored) >= static_cast<int32_t>(KvDType::kInt8);
+}
+
 constexpr int64_t kHeadDims[] = {64, 96, 128, 192, 256};
-constexpr int64_t kVectorElements = 8;  // of 16 bytes: what one asynchronous copy moves
+constexpr int64_t kQuantisedHeadDims[] = {64, 128};
+constexpr float kE4M3Scale = 256.0f;    // of float8_e4m3fn as it is widened: sm80/quantised.cuh
+constexpr int64_t kVectorBytes = 16;    // that one asynchronous copy moves
+constexpr int64_t kVectorElements = 8;  // of q's dtype in them
 
 // Throws std::domain_error (Python: NotImplementedError), naming the nearest call that has a kernel, unless this one
 // has. What addresses hold is not read; an option is on if its address is not null.
@@ -41,26 +49,33 @@ inline void check_call(const AttentionParams& p) {
   if (p.dtype == DType::kFloat32) {
     throw std::domain_error("q.dtype float32 has no CUDA kernel; the nearest that has is bfloat16");
   }
-  if (static_cast<int32_t>(p.kv_dtype) != static_cast<int32_t>(p.dtype)) {
-    throw std::domain_error("k_cache in another dtype than q has no CUDA kernel; the nearest that has is q's");
+  const bool is_widened = is_quantised(p.kv_dtype);
+  if (!is_widened && static_cast<int32_t>(p.kv_dtype) != static_cast<int32_t>(p.dtype)) {
+    throw std::domain_error("k_cache in another float dtype than q has no CUDA kernel; the nearest that has is q's");
   }
-  const auto nearest = std::lower_bound(std::begin(kHeadDims), std::end(kHeadDims) - 1, p.head_dim);
-  if (*nearest != p.head_dim) {
-    throw std::domain_error("head_dim " + std::to_string(p.head_dim) + " has no CUDA kernel; the nearest that has is " +
-                            std::to_string(*nearest));
+  const int64_t* const head_dims = is_widened ? std::begin(kQuantisedHeadDims) : std::begin(kHeadDims);
+  const int64_t* const widest = (is_widened ? std::end(kQuantisedHeadDims) : std::end(kHeadDims)) - 1;
+  const int64_t nearest = *std::lower_bound(head_dims, widest, p.head_dim);
+  if (nearest != p.head_dim) {
+    throw std::domain_error("head_dim " + std::to_string(p.head_dim) + " has no CUDA kernel" +
+                            (is_widened ? " with quantised K and V" : "") + "; the nearest that has is " +
+                            std::to_string(nearest));
   }
-  if (p.invariant) throw std::domain_error("invariant has no CUDA kernel; the cpu backend has it");
+  // Strides of int4 count bytes, as those of int8 and float8 do.
+  const int64_t stored_vector = is_widened ? kVectorBytes : kVectorElements;
   const struct {
     const char* name;
     int64_t stride;
-  } strides[] = {{"q token", p.q_token_stride},       {"q head", p.q_head_stride},
-                 {"k_cache page", p.k_page_stride},   {"k_cache token", p.k_token_stride},
-                 {"k_cache head", p.k_head_stride},   {"v_cache page", p.v_page_stride},
-                 {"v_cache token", p.v_token_stride}, {"v_cache head", p.v_head_stride}};
+    int64_t multiple;
+  } strides[] = {{"q token", p.q_token_stride, kVectorElements},     {"q head", p.q_head_stride, kVectorElements},
+                 {"k_cache page", p.k_page_stride, stored_vector},   {"k_cache token", p.k_token_stride, stored_vector},
+                 {"k_cache head", p.k_head_stride, stored_vector},   {"v_cache page", p.v_page_stride, stored_vector},
+                 {"v_cache token", p.v_token_stride, stored_vector}, {"v_cache head", p.v_head_stride, stored_vector}};
   for (const auto& each : strides) {
-    if (each.stride % kVectorElements != 0) {
+    if (each.stride % each.multiple != 0) {
       throw std::domain_error(std::string(each.name) + " stride " + std::to_string(each.stride) +
-                              " has no CUDA kernel; the nearest that has is a multiple of 8 elements");
+                              " has no CUDA kernel; the nearest that has is a multiple of " +
+                              std::to_string(each.multiple) + " elements");
     }
   }
   // Results are stored two elements at a time.
@@ -93,8 +108,11 @@ inline LaunchParams make_launch_params(const AttentionParams& p) {
   launch.group_size = static_cast<int32_t>(p.group_size());
   launch.window_left = p.window_left < 0 ? INT32_MAX : static_cast<int32_t>(p.window_left);
   const bool has_soft_cap = p.soft_cap > 0.0f;
-  launch.score_scale = has_soft_cap ? 2.0f * p.softmax_scale * kBase2 / p.soft_cap : p.softmax_scale * kBase2;
+  const float code_scale = p.kv_dtype == KvDType::kFloat8E4M3 ? kE4M3Scale : 1.0f;
+  launch.score_scale = p.softmax_scale * kBase2 * p.k_scale.value * code_scale;
+  if (has_soft_cap) launch.score_scale *= 2.0f / p.soft_cap;
   launch.score_cap = p.soft_cap * kBase2;
+  launch.value_scale = p.v_scale.value * code_scale;
   return launch;
 }
 

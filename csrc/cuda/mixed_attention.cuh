@@ -3,13 +3,13 @@
 //         sinks, tree masks as ops/attention.py defines them. A sink enters once, where its row's sum is complete
 // Method  persistent blocks draw the items of a plan (ops/plan.py) from a counter; attend_item, which differs by
 //         architecture, leaves finished rows or, for rows whose keys are split, float32 partials; the last block to
-//         finish a split of some rows merges them in split order. Counter and tickets are zero again when the launch
+//         finish an item of some rows merges them in split order. Counter and tickets are zero again when the launch
 //         ends: a captured graph can be replayed with any plan.
 // Grid    as many blocks as are resident at once, kNumThreads threads each: a warp per quarter of an SM
 // Shapes  AttentionParams (common/params.h), q, k_cache, v_cache, out in f16 or bf16; partial_lse in log2
 // Memory  merging a row of n splits reads 4 n (head_dim + 1) bytes and writes 2 head_dim
-// Limits  sm_80+; head_dim 64, 96, 128, 192, 256; any page_size and group_size; strides as launch_params.h checks; no
-//         invariance yet; keys and packed rows of a slice up to 2^31 - 129
+// Limits  sm_80+; head_dim 64, 96, 128, 192, 256; any page_size and group_size; strides as launch_params.h checks;
+//         keys and packed rows of a slice up to 2^31 - 129
 // Twins   triton_kernels/mixed_attention.py, csrc/cpu/mixed_attention-inl.h; truth ops/reference.py
 // Source  split keys: arXiv:2311.01282, section 3; merge of online-softmax states: arXiv:1805.02867
 #pragma once
@@ -163,7 +163,7 @@ MX_DEVICE int32_t* queue_counter(const LaunchParams& p, Queue queue) {
   return p.call.tickets + (queue == Queue::kSmall ? 1 : 0);
 }
 
-// The ticket of a merge: splits that are done.
+// The ticket of a merge: items that are done, times the tickets of an item.
 MX_DEVICE int32_t* merge_ticket(const LaunchParams& p, int32_t merge_idx) {
   return p.call.tickets + kNumQueues + merge_idx;
 }
@@ -200,19 +200,20 @@ struct Team {
 };
 constexpr Team kOnlyTeam = {kTeamBarrier, kTicket};
 
-// Whether this team, with its partials written, is the last of those that have some of the merge's rows and keys to get
-// here; if so, it sees the partials of all of them.
-MX_DEVICE bool is_last_team(const LaunchParams& p, Item item, Team team, int32_t merge_idx, int32_t num_teams) {
+// Draws some of a merge's tickets. Whether this team, with its partials written, is the last of those that have some of
+// the merge's rows and keys to get here; if so, it sees the partials of all of them.
+MX_DEVICE bool is_last_team(const LaunchParams& p, Item item, Team team, int32_t merge_idx, int32_t tickets,
+                            int32_t merge_tickets) {
   // The barrier puts the partials of all threads before thread 0's fence, the fence before its ticket: whoever draws a
   // later ticket, and fences behind it, sees them. The other barrier hands that on to the team.
   sync_team(team.barrier);  // before the fence
   if (this_thread().idx == 0) {
     mx::fence_gpu();  // before the ticket
-    item.set(team.ticket, mx::atomic_add_relaxed(merge_ticket(p, merge_idx), 1));
+    item.set(team.ticket, mx::atomic_add_relaxed(merge_ticket(p, merge_idx), tickets));
     mx::fence_gpu();  // behind the ticket
   }
   sync_team(team.barrier);
-  return item[team.ticket] == num_teams - 1;
+  return item[team.ticket] == merge_tickets - tickets;
 }
 
 // The partials of all splits of some rows, in split order, to out and lse. A warp merges a row, a lane the dimensions
@@ -257,25 +258,27 @@ MX_DEVICE void merge_item(const LaunchParams& p, const Merge& merge) {
   }
 }
 
-// Behind the last store of an item's partials: whoever comes last merges. teams_per_item have some of its rows each.
+// Behind the last store of an item's partials: whoever comes last merges. Every item has item_tickets; this team draws
+// them all, or its share if it has only some of the rows.
 template <class T, int kHeadDim>
-MX_DEVICE void merge_if_last(const LaunchParams& p, Item item, Team team, int32_t teams_per_item) {
+MX_DEVICE void merge_if_last(const LaunchParams& p, Item item, Team team, int32_t tickets, int32_t item_tickets) {
   const int32_t merge_idx = item[kMergeIdx];
   if (merge_idx < 0) return;
   const Merge& merge = plan_merges(p, item)[merge_idx];
-  if (!is_last_team(p, item, team, merge_idx, merge.num_splits * teams_per_item)) return;
+  if (!is_last_team(p, item, team, merge_idx, tickets, merge.num_items * item_tickets)) return;
   merge_item<T, kHeadDim>(p, merge);
   // For the next launch: in this one nobody draws it again.
   if (this_thread().idx == 0) mx::st_global(merge_ticket(p, merge_idx), 0u);
 }
 
-// Draws items of the plan until none is left. Attend::item(p, item) computes the one that was drawn.
+// Draws items of the plan until none is left. Attend::item(p, item) computes the one that was drawn, which has
+// Attend::kItemTickets.
 template <class T, int kHeadDim, class Attend>
 MX_DEVICE void run_queue(const LaunchParams& p, Queue queue) {
   const Item item = {mx::shared_base()};
   while (draw_item(p, item, queue)) {
     Attend::item(p, item);
-    merge_if_last<T, kHeadDim>(p, item, kOnlyTeam, 1);
+    merge_if_last<T, kHeadDim>(p, item, kOnlyTeam, Attend::kItemTickets, Attend::kItemTickets);
   }
   if (this_thread().idx == 0) close_queue(p, item, queue);
 }

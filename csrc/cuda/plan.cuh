@@ -1,11 +1,14 @@
 // plan.cuh: the planner on the device: the words of common/plan.h, equal in every bit, without a copy to the host.
 // Math    common/plan.h, whose functions price, split and describe here, too: only the order of steps is another
-// Method  one block. A thread takes a slice, then a row tile, then a piece, then an item, each of which finds what it
-// is
-//         of by bisection in the prefix sums of the step before. Sums and maxima are of integers, so that their order
-//         does not matter; the sort is stable, as the host's is:
+// Method  one block. A thread takes a slice, then a row tile, then a piece, then an item; each finds what it is part of
+//         by bisection in the prefix sums of the step before. Sums and maxima are of integers, so that their order does
+//         not matter; the sort is stable, as the host's is:
 //           1 slices         are they slices, the longest kv_len            1 maximum
-//           2 slices         row tiles                                      prefix sums: the first tile of each
+//         with a page table:
+//             slices         keys shared with the slice before              -
+//             -              groups, by one thread as on the host           -
+//             slices         their groups                                   -
+//           2 slices         row tiles, of a group's first one more         prefix sums: the first tile of each
 //           3 tiles          rows and keys                                  prefix sums: keys, for what a slice reads
 //           4 tiles          cost                                           1 sum
 //           5 large tiles    what each target would cut them into           9 sums, 4 maxima
@@ -17,10 +20,10 @@
 //         steps take ceil(S / T), ceil(N / T), ceil(P / T), ceil(P H / T) rounds; a prefix sum is 10 shuffles and 2
 //         barriers per round; the sort log2(P) rounds of ceil(P / T) bisections of log2(P) reads each, a barrier apart
 // Shapes  as plan.h; scratch [plan_scratch_words(...)] int64
-// Memory  reads 4 (2 num_seqs + 1) bytes four times, writes 4 (16 + 8 items + 8 merges) bytes, the last of them first
-//         through scratch, which stays in L2: 64 bytes per tile, 64 per piece
-// Limits  as plan.h. A batch that has no plan gets a header without items whose magic says why (PlanStatus); of
-// several
+// Memory  reads 4 (2 num_seqs + 1) bytes four times, and of the pages what neighbours share; writes 4 (16 + 8 items + 8
+//         merges) bytes, the last of them first through scratch, which stays in L2: 48 bytes per tile, 64 per piece, 24
+//         per slice
+// Limits  as plan.h. A batch that has no plan gets a header without items whose magic says why (PlanStatus); of several
 //         reasons it may name another than the host does. Nothing is written past the capacity
 // Twins   csrc/common/plan.h; tests/ops/plan_twin.py
 // Source  as plan.h; merging by bisection: Cole 1988 (doi 10.1137/0217049) calls it cross-ranking
@@ -38,8 +41,9 @@ struct PlanLaunch {
   PlanSpec spec;
   const int32_t* cu_seqlens_q;  // [num_seqs + 1]
   const int32_t* seq_lens;      // [num_seqs]
-  int32_t* out;                 // [16 + 8 capacity_items + 8 capacity_merges]
-  int64_t* scratch;             // [plan_scratch_words(spec, num_seqs, capacity_items)]
+  PageTable table;
+  int32_t* out;      // [16 + 8 capacity_items + 8 capacity_merges]
+  int64_t* scratch;  // [plan_scratch_words(spec, num_seqs, capacity_items)]
   int32_t num_seqs;
   int32_t capacity_items;
   int32_t capacity_merges;
@@ -53,8 +57,10 @@ struct PlannedTile {
   int32_t tile_idx;  // in its slice
   int32_t splits;
   int32_t first_piece;
-  int32_t first_merge;
+  int32_t first_merge;  // of a group: its first tile's, as is the next
   int32_t first_partial_row;
+  int32_t group_idx;  // -1: the slice is in none
+  int32_t is_shared;  // 0 or 1: a group's first tile, of the rows of all its slices
 };
 static_assert(sizeof(PlannedTile) % sizeof(int64_t) == 0, "scratch is in words");
 
@@ -62,7 +68,9 @@ constexpr int64_t kPlanWordsPerPiece = kScratchWordsPerPiece + sizeof(PlannedTil
 
 // int64 words of scratch that a launch needs.
 inline int64_t plan_scratch_words(const PlanSpec& spec, int64_t num_seqs, int64_t capacity_items) {
-  return (capacity_items / spec.num_kv_heads + 1) * kPlanWordsPerPiece + num_seqs / 2 + 1;
+  const int64_t int32_words = (num_seqs + 1) + num_seqs + num_seqs / 2 + 1;
+  return (capacity_items / spec.num_kv_heads + 1) * kPlanWordsPerPiece + group_scratch_words(num_seqs) +
+         ceil_div(int32_words, 2);
 }
 
 // One launch's thread: what it was called with, where its block's scratch is, and the steps.
@@ -74,7 +82,11 @@ struct Planner {
   WorkItem* pieces;     // [capacity_pieces], of kv head 0
   PlanKey* keys;        // [capacity_pieces], and as many spare ones behind them
   PlannedTile* tiles;   // [capacity_pieces + 1]: of the one behind the last tile only keys_before is set
+  PrefixGroup* groups;  // [num_seqs / 2]
+  int32_t* shared;      // [num_seqs]: shared_tokens() of each slice but the first
   int32_t* first_tile;  // [num_seqs + 1]: of each slice
+  int32_t* group_of;    // [num_seqs]: each slice's; -1: it is in none
+  int32_t* own_splits;  // [num_seqs / 2], and the number of groups behind them
 
   MX_DEVICE explicit Planner(const PlanLaunch& launch)
       : p(launch),
@@ -84,18 +96,26 @@ struct Planner {
         pieces(reinterpret_cast<WorkItem*>(launch.scratch)),
         keys(reinterpret_cast<PlanKey*>(pieces + capacity_pieces)),
         tiles(reinterpret_cast<PlannedTile*>(keys + 2 * int64_t{capacity_pieces})),
-        first_tile(reinterpret_cast<int32_t*>(tiles + capacity_pieces + 1)) {}
+        groups(reinterpret_cast<PrefixGroup*>(tiles + capacity_pieces + 1)),
+        shared(reinterpret_cast<int32_t*>(groups + launch.num_seqs / 2)),
+        first_tile(shared + launch.num_seqs),
+        group_of(first_tile + launch.num_seqs + 1),
+        own_splits(group_of + launch.num_seqs) {}
 
   MX_DEVICE int32_t q_len(int32_t seq_idx) const { return p.cu_seqlens_q[seq_idx + 1] - p.cu_seqlens_q[seq_idx]; }
 
   MX_DEVICE RowTile rows_of(const PlannedTile& tile) const {
+    if (tile.is_shared) return prefix_tile(spec, groups[tile.group_idx]);
+    if (tile.group_idx >= 0) {
+      return suffix_tile(spec, p.cu_seqlens_q, p.seq_lens, groups[tile.group_idx], tile.seq_idx);
+    }
     return row_tile(spec, q_len(tile.seq_idx), p.seq_lens[tile.seq_idx], tile.tile_idx);
   }
 
-  // Of a slice that has tiles.
-  MX_DEVICE KeyShare share_of(int32_t seq_idx) const {
-    const int32_t first = first_tile[seq_idx];
-    const int32_t end = first_tile[seq_idx + 1];
+  MX_DEVICE KeyShare share_of(const PlannedTile& tile) const {
+    if (tile.group_idx >= 0) return unshared();
+    const int32_t first = first_tile[tile.seq_idx];
+    const int32_t end = first_tile[tile.seq_idx + 1];
     const int64_t distinct = int64_t{rows_of(tiles[end - 1]).kv_end} - rows_of(tiles[first]).kv_begin;
     return {distinct, tiles[end].keys_before - tiles[first].keys_before};
   }
@@ -113,12 +133,34 @@ struct Planner {
     return is_cost_bounded(spec, spec.block_rows[kTileLarge], longest_kv[0]) ? kPlanOk : kPlanCostTooLarge;
   }
 
+  // Sets groups and group_of; returns how many groups there are.
+  MX_DEVICE int32_t group_slices() const {
+    for (int32_t s = block.thread; s < p.num_seqs; s += block.num_threads) group_of[s] = -1;
+    if (p.table.pages == nullptr || !has_groups(spec)) return 0;  // whoever has set a slice's is the first to read it
+    for (int32_t s = block.thread + 1; s < p.num_seqs; s += block.num_threads) {
+      shared[s] = shared_tokens(spec, p.cu_seqlens_q, p.seq_lens, p.table, s);
+    }
+    int32_t* const num_groups = own_splits + p.num_seqs / 2;
+    mx::sync_threads();  // what slices share is there
+    if (block.thread == 0) *num_groups = find_groups(spec, p.cu_seqlens_q, p.seq_lens, p.num_seqs, shared, groups);
+    mx::sync_threads();  // the groups are there
+    for (int32_t g = block.thread; g < *num_groups; g += block.num_threads) {
+      for (int32_t s = groups[g].first_seq; s < groups[g].end_seq; ++s) group_of[s] = g;
+    }
+    mx::sync_threads();  // the slices' groups are there
+    return *num_groups;
+  }
+
+  MX_DEVICE bool is_first_of_group(int32_t seq_idx) const {
+    return group_of[seq_idx] >= 0 && groups[group_of[seq_idx]].first_seq == seq_idx;
+  }
+
   // Sets first_tile; returns the tiles of all slices, of which there may be more than room for.
   MX_DEVICE int64_t count_tiles() const {
     int64_t num_tiles[1] = {0};
     for (int32_t begin = 0; begin < p.num_seqs; begin += block.num_threads) {
       const int32_t s = begin + block.thread;
-      int64_t before[1] = {s < p.num_seqs ? num_row_tiles(spec, q_len(s)) : 0};
+      int64_t before[1] = {s < p.num_seqs ? num_row_tiles(spec, q_len(s)) + is_first_of_group(s) : 0};
       exclusive_sums(block, before, num_tiles);
       if (s < p.num_seqs) first_tile[s] = static_cast<int32_t>(before[0]);
     }
@@ -137,6 +179,8 @@ struct Planner {
       if (t < num_tiles) {
         tile.seq_idx = last_from(p.num_seqs, t, [&](int32_t s) { return first_tile[s]; });
         tile.tile_idx = t - first_tile[tile.seq_idx];
+        tile.group_idx = group_of[tile.seq_idx];
+        tile.is_shared = tile.tile_idx == 0 && is_first_of_group(tile.seq_idx);
         const RowTile rows = rows_of(tile);
         before[0] = rows.kv_end - rows.kv_begin;
       }
@@ -154,7 +198,7 @@ struct Planner {
     int64_t cost[1] = {0};
     for (int32_t t = block.thread; t < num_tiles; t += block.num_threads) {
       const RowTile rows = rows_of(tiles[t]);
-      tiles[t].fs = tile_fs(spec, rows, rows.kv_end - rows.kv_begin, share_of(tiles[t].seq_idx));
+      tiles[t].fs = tile_fs(spec, rows, rows.kv_end - rows.kv_begin, share_of(tiles[t]));
       cost[0] = add(cost[0], tiles[t].fs);
     }
     reduce(block, cost, 0, add);
@@ -191,9 +235,16 @@ struct Planner {
     return choose_cut(spec, cuts, num_cuts, large_fs[0], cost);
   }
 
+  MX_DEVICE void split_groups(int32_t num_groups, const SplitRule& rule) const {
+    for (int32_t g = block.thread; g < num_groups; g += block.num_threads) {
+      own_splits[g] = suffix_splits(spec, rule, p.cu_seqlens_q, p.seq_lens, groups[g]);
+    }
+    mx::sync_threads();  // the splits of the groups' slices are there
+  }
+
   struct Counts {
     int64_t pieces;
-    int64_t split_tiles;
+    int64_t merged_tiles;  // for one kv head
     int64_t partial_rows;  // of one kv head
   };
 
@@ -206,11 +257,16 @@ struct Planner {
       int64_t before[3] = {0, 0, 0};
       if (t < num_tiles) {
         const RowTile rows = rows_of(tiles[t]);
-        const int32_t splits = tile_splits(spec, rule, rows, granules_of(rows, rule.granule), tiles[t].fs);
+        const bool is_own = tiles[t].group_idx >= 0 && !tiles[t].is_shared;
+        const int32_t splits = is_own ? own_splits[tiles[t].group_idx]
+                                      : tile_splits(spec, rule, rows, granules_of(rows, rule.granule), tiles[t].fs);
+        const int64_t merged = tiles[t].is_shared      ? int64_t{splits} + own_splits[tiles[t].group_idx]
+                               : is_own || splits == 1 ? 0
+                                                       : splits;
         tiles[t].splits = splits;
         before[0] = splits;
-        before[1] = splits > 1;
-        before[2] = splits > 1 ? int64_t{splits} * rows.num_rows : 0;
+        before[1] = merged > 0;
+        before[2] = merged * rows.num_rows;
       }
       exclusive_sums(block, before, total);
       if (t < num_tiles) {
@@ -224,14 +280,27 @@ struct Planner {
     return {total[0], total[1], total[2]};
   }
 
+  // Of a tile whose keys are split, or of a group, where its pieces go.
+  MX_DEVICE PieceTarget target_of(const PlannedTile& tile, const RowTile& rows) const {
+    if (tile.group_idx < 0) {
+      return tile.splits > 1 ? PieceTarget{tile.first_merge, tile.first_partial_row, rows.num_rows} : no_merge();
+    }
+    const PrefixGroup& group = groups[tile.group_idx];
+    const PlannedTile& first = tiles[first_tile[group.first_seq]];
+    const int32_t tokens_before = p.cu_seqlens_q[tile.seq_idx] - p.cu_seqlens_q[group.first_seq];
+    const int32_t rows_before = tokens_before * (spec.num_q_heads / spec.num_kv_heads);
+    const int32_t own_rows = tile.is_shared ? 0 : first.splits * group.num_rows + rows_before;
+    return {first.first_merge, first.first_partial_row + own_rows, group.num_rows};
+  }
+
   MX_DEVICE void write_pieces(int32_t num_tiles, int32_t num_pieces, const SplitRule& rule) const {
     for (int32_t q = block.thread; q < num_pieces; q += block.num_threads) {
       const PlannedTile& tile = tiles[last_from(num_tiles, q, [&](int32_t t) { return tiles[t].first_piece; })];
       const RowTile rows = rows_of(tile);
       WorkItem& piece = pieces[q];
       write_piece(rows, granules_of(rows, rule.granule), rule.granule, tile.seq_idx, q - tile.first_piece, tile.splits,
-                  tile.first_merge, tile.first_partial_row, &piece);
-      const int64_t fs = tile_fs(spec, rows, piece.kv_end - piece.kv_begin, share_of(tile.seq_idx));
+                  target_of(tile, rows), &piece);
+      const int64_t fs = tile_fs(spec, rows, piece.kv_end - piece.kv_begin, share_of(tile));
       keys[q] = {sort_cost(spec, rows.kind, fs), q};
     }
   }
@@ -239,17 +308,22 @@ struct Planner {
   MX_DEVICE void write_merges(int32_t num_tiles, Merge* merges) const {
     for (int32_t t = block.thread; t < num_tiles; t += block.num_threads) {
       const PlannedTile& tile = tiles[t];
-      if (tile.splits == 1) continue;
+      int32_t splits = tile.splits;
+      int32_t num_items = tile.splits;
+      int32_t prefix_tokens = 0;
+      if (tile.is_shared) {
+        const PrefixGroup& group = groups[tile.group_idx];
+        splits += own_splits[tile.group_idx];
+        num_items += own_splits[tile.group_idx] * (group.end_seq - group.first_seq);
+        prefix_tokens = group.prefix_tokens;
+      } else if (tile.group_idx >= 0 || splits == 1) {
+        continue;
+      }
       const RowTile rows = rows_of(tile);
       for (int32_t h = 0; h < spec.num_kv_heads; ++h) {
-        merges[tile.first_merge + h] = {tile.seq_idx,
-                                        h,
-                                        rows.row_begin,
-                                        rows.num_rows,
-                                        tile.first_partial_row + h * tile.splits * rows.num_rows,
-                                        tile.splits,
-                                        0,
-                                        0};
+        merges[tile.first_merge + h] = {
+            tile.seq_idx, h,         rows.row_begin, rows.num_rows, tile.first_partial_row + h * splits * rows.num_rows,
+            splits,       num_items, prefix_tokens};
       }
     }
   }
@@ -296,6 +370,7 @@ MX_DEVICE PlanStatus write_plan(const PlanLaunch& p) {
   const PlanSpec& spec = p.spec;
   const PlanStatus status = planner.check_slices();
   if (status != kPlanOk) return status;
+  const int32_t num_groups = planner.group_slices();
   const int64_t tiles_needed = planner.count_tiles();
   if (tiles_needed > planner.capacity_pieces) return kPlanNoRoom;
   const int32_t num_tiles = static_cast<int32_t>(tiles_needed);
@@ -306,10 +381,11 @@ MX_DEVICE PlanStatus write_plan(const PlanLaunch& p) {
   const int64_t cost = cost_per_head * heads;
   const bool is_fixed = spec.fixed_split_tokens > 0;
   const SplitRule rule = split_rule(spec, cost, is_fixed ? 0 : planner.large_target(num_tiles, cost));
+  if (num_groups > 0) planner.split_groups(num_groups, rule);
   const Planner::Counts counts = planner.split_tiles(num_tiles, rule);
   // In this order: with few pieces nothing overflows in the lines behind.
   if (counts.pieces > planner.capacity_pieces) return kPlanNoRoom;
-  if (heads * counts.split_tiles > p.capacity_merges || heads * counts.partial_rows > INT32_MAX) return kPlanNoRoom;
+  if (heads * counts.merged_tiles > p.capacity_merges || heads * counts.partial_rows > INT32_MAX) return kPlanNoRoom;
 
   const int32_t num_pieces = static_cast<int32_t>(counts.pieces);
   WorkItem* const items = reinterpret_cast<WorkItem*>(p.out + kPlanHeaderWords);
@@ -324,8 +400,8 @@ MX_DEVICE PlanStatus write_plan(const PlanLaunch& p) {
   }
   if (planner.block.thread == 0) {
     *reinterpret_cast<PlanHeader*>(p.out) =
-        plan_header(spec, p.cu_seqlens_q, p.num_seqs, num_items, static_cast<int32_t>(heads * counts.split_tiles),
-                    static_cast<int32_t>(heads * counts.partial_rows), p.capacity_items, p.capacity_merges,
+        plan_header(spec, p.cu_seqlens_q, p.num_seqs, num_items, static_cast<int32_t>(heads * counts.merged_tiles),
+                    static_cast<int32_t>(heads * counts.partial_rows), p.capacity_items, p.capacity_merges, num_groups,
                     first_small_item(spec, sorted, num_pieces), kPlanOk);
   }
   return kPlanOk;
@@ -335,7 +411,7 @@ MX_DEVICE void plan_batch(const PlanLaunch& p) {
   const PlanStatus status = write_plan(p);
   if (status == kPlanOk || mx::thread_idx() != 0) return;
   *reinterpret_cast<PlanHeader*>(p.out) =
-      plan_header(p.spec, p.cu_seqlens_q, p.num_seqs, 0, 0, 0, p.capacity_items, p.capacity_merges, -1, status);
+      plan_header(p.spec, p.cu_seqlens_q, p.num_seqs, 0, 0, 0, p.capacity_items, p.capacity_merges, 0, -1, status);
 }
 
 }  // namespace cuda

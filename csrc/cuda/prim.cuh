@@ -187,6 +187,19 @@ MX_DEVICE float2 ld_shared_v2(uint32_t address) {
 MX_DEVICE void st_shared_v2(uint32_t address, float2 value) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(value.x), "f"(value.y) : "memory");
 }
+MX_DEVICE Words4 ld_shared_v4(uint32_t address) {
+  Words4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])
+               : "r"(address)
+               : "memory");
+  return value;
+}
+MX_DEVICE void st_shared_v4(uint32_t address, const Words4& value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.word[0]), "r"(value.word[1]),
+               "r"(value.word[2]), "r"(value.word[3])
+               : "memory");
+}
 
 // Global memory that other blocks write during the launch: through L2, because L1 may hold what was there before.
 MX_DEVICE float ld_global_cg(const float* address) {
@@ -295,6 +308,19 @@ MX_DEVICE float2 unpack2(uint32_t pair, f16) {
 MX_DEVICE float2 unpack2(uint32_t pair, bf16) {
   return {float_of(pair << 16), float_of(pair & 0xffff0000u)};
 }
+// Byte i of the result is that of the eight in (b, a), a's lowest the first, that digit i of the selector names; where
+// the digit has its bit 3 set, that byte's sign, eight times.
+MX_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+  return bytes;
+}
+// a b + c of either half, rounded once; subnormals are kept.
+MX_DEVICE uint32_t fma2_f16(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t pair;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+  return pair;
+}
 
 // Each rounded to nearest even by itself: products and sums are not fused, so that the bits are those of the host.
 MX_DEVICE float mul_rn(float a, float b) {
@@ -386,6 +412,14 @@ MX_DEVICE float2 ld_shared_v2(uint32_t address MX_SITE) {
 MX_DEVICE void st_shared_v2(uint32_t address, float2 value MX_SITE) {
   emu::store_shared(address, &value, sizeof value, site);
 }
+MX_DEVICE Words4 ld_shared_v4(uint32_t address MX_SITE) {
+  Words4 value;
+  emu::load_shared(address, &value, sizeof value, site);
+  return value;
+}
+MX_DEVICE void st_shared_v4(uint32_t address, const Words4& value MX_SITE) {
+  emu::store_shared(address, &value, sizeof value, site);
+}
 MX_DEVICE float ld_global_cg(const float* address MX_SITE) {
   float value;
   emu::load_global(address, &value, sizeof value, site);
@@ -456,6 +490,19 @@ MX_DEVICE float2 unpack2(uint32_t pair, f16) {
 }
 MX_DEVICE float2 unpack2(uint32_t pair, bf16) {
   return {float_of(pair << 16), float_of(pair & 0xffff0000u)};
+}
+MX_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = a | uint64_t{b} << 32;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = selector >> (4 * i) & 15;
+    const uint32_t byte = bytes >> (8 * (digit & 7)) & 0xff;
+    result |= (digit < 8 ? byte : (byte >> 7) * 0xff) << (8 * i);
+  }
+  return result;
+}
+MX_DEVICE uint32_t fma2_f16(uint32_t a, uint32_t b, uint32_t c) {
+  return emu::fma_f16(a, b, c) | uint32_t{emu::fma_f16(a >> 16, b >> 16, c >> 16)} << 16;
 }
 MX_DEVICE float mul_rn(float a, float b) {
   return a * b;

@@ -32,24 +32,25 @@ MX_DEVICE float finite_or_zero(float row_max) {
   return row_max == -INFINITY ? 0.0f : row_max;
 }
 
-// What one step found out about a lane's two rows.
-struct Rescale {
-  float of_row[2];  // the factor of everything summed before
+// A number for each of a lane's two rows.
+struct PerRow {
+  float of_row[2];
 };
 
 // Scores, -inf where masked and not yet scaled, become weights in float32, which row_max and this lane's row_sum take
-// in.
+// in. Returns the factor of everything summed before. unit_log2: of what the weights are to be multiplied with (V's
+// scales): they come out divided by the largest weight times unit so far, which row_max stands for.
 template <int kScoreTiles>
-MX_DEVICE Rescale weigh_scores(float (&scores)[kScoreTiles][4], float scale_log2, float (&row_max)[2],
-                               float (&row_sum)[2]) {
+MX_DEVICE PerRow weigh_scores(float (&scores)[kScoreTiles][4], const PerRow& scale_log2, float (&row_max)[2],
+                              float (&row_sum)[2], const PerRow& unit_log2 = {{0.0f, 0.0f}}) {
   float offset[2];
-  Rescale rescale;
+  PerRow rescale;
   MX_UNROLL
   for (int h = 0; h < 2; ++h) {
     float largest = -INFINITY;
     MX_UNROLL
     for (int i = 0; i < kScoreTiles; ++i) largest = fmaxf(largest, fmaxf(scores[i][2 * h], scores[i][2 * h + 1]));
-    const float new_row_max = fmaxf(row_max[h], quad_max(largest) * scale_log2);
+    const float new_row_max = fmaxf(row_max[h], quad_max(largest) * scale_log2.of_row[h] + unit_log2.of_row[h]);
     offset[h] = finite_or_zero(new_row_max);
     rescale.of_row[h] = mx::ex2(row_max[h] - offset[h]);
     row_max[h] = new_row_max;
@@ -59,8 +60,8 @@ MX_DEVICE Rescale weigh_scores(float (&scores)[kScoreTiles][4], float scale_log2
   for (int i = 0; i < kScoreTiles; ++i) {
     MX_UNROLL
     for (int h = 0; h < 2; ++h) {
-      scores[i][2 * h] = mx::ex2(scores[i][2 * h] * scale_log2 - offset[h]);
-      scores[i][2 * h + 1] = mx::ex2(scores[i][2 * h + 1] * scale_log2 - offset[h]);
+      scores[i][2 * h] = mx::ex2(scores[i][2 * h] * scale_log2.of_row[h] - offset[h]);
+      scores[i][2 * h + 1] = mx::ex2(scores[i][2 * h + 1] * scale_log2.of_row[h] - offset[h]);
       row_sum[h] += scores[i][2 * h] + scores[i][2 * h + 1];
     }
   }

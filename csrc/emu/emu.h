@@ -128,6 +128,7 @@ void wgmma(float* d, int num_column_tiles, LeftOperand a, uint64_t b, bool adds,
 float float16_value(uint16_t bits);
 uint16_t float16_bits(float value);
 uint16_t bfloat16_bits(float value);
+uint16_t fma_f16(uint32_t a, uint32_t b, uint32_t c);  // of the lower halves
 float flush_subnormal(float value);
 
 template <typename T>

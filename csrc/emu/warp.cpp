@@ -154,6 +154,13 @@ uint16_t bfloat16_bits(float value) {
   return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
+uint16_t fma_f16(uint32_t a, uint32_t b, uint32_t c) {
+  // The product is exact in double, and so, but for a c of very different size, is the sum.
+  const double sum =
+      double{float16_value(uint16_t(a))} * double{float16_value(uint16_t(b))} + double{float16_value(uint16_t(c))};
+  return uint16_t(to_bits(static_cast<_Float16>(sum)));
+}
+
 float flush_subnormal(float value) {
   return value > -1.17549435e-38f && value < 1.17549435e-38f ? 0.0f : value;  // FLT_MIN
 }

@@ -158,8 +158,9 @@ def attention(
         sm_margin: SMs of a GPU that the launch leaves free, for kernels that run beside it (communication); at least
             one must be left. Means nothing where there are no SMs: on a CPU it is accepted and changes nothing.
         plan: from ``mixattn.plan`` for these very lengths and options, made once per step and shared by its layers
-            (its ``buffer`` as a CPU tensor will do too); None makes one. On a GPU the launch has as many programs as
-            the plan has workers, or fewer if the SMs outside of ``sm_margin`` do not hold so many at once.
+            (its ``buffer`` as a CPU tensor will do too); None makes one. A plan that groups slices by ``block_table``
+            needs this very table, which on a GPU is not looked at; not with ``alibi_slopes``. The one that None makes
+            has such groups on the CPU only: on a GPU the table would have to be copied to the host first.
         out: written and returned; as q in shape, dtype and device. None allocates.
         return_lse: whether the log-sum-exp is returned too.
         backend: ``cpu``, ``triton``, ``cuda`` or ``reference``; None is the first here that takes the call (see
@@ -208,8 +209,7 @@ def device_hardware(device: torch.device, programs_per_sm: int | None = None, sm
     Args:
         programs_per_sm: of the Triton kernel on a GPU; None: of the backend that comes first, as for 16-bit q, k and v
             with heads up to 128.
-        sm_margin: SMs of a GPU that are left out: a launch has as many programs as its plan has workers. Where a
-            call's kernel has fewer programs per SM than that, its own ``sm_margin`` must say so, too. A CPU has none.
+        sm_margin: SMs of a GPU that ``attention`` is told to leave free, too. A CPU has none.
     Raises:
         ValueError: ``sm_margin`` is negative, or leaves no SM.
     """
@@ -244,6 +244,7 @@ def _default_plan(call: AttentionCall, backend: str, layout: AttentionLayout, ou
         hardware = with_workers(base, num_sms, _triton_tiles(call).programs_per_sm)
     else:
         hardware = cpu_hardware()
+    has_groups = not q.is_cuda and call.alibi_slopes is None
     work_plan = make_plan(
         call.cu_seqlens_q.cpu(),
         call.seq_lens.cpu(),
@@ -255,6 +256,8 @@ def _default_plan(call: AttentionCall, backend: str, layout: AttentionLayout, ou
         window_left=call.window_left,
         invariant=call.invariant,
         hardware=hardware,
+        block_table=call.block_table if has_groups else None,
+        page_size=call.k_cache.shape[1] if has_groups else None,
     )
     return torch.from_numpy(work_plan.buffer)
 
@@ -377,7 +380,6 @@ def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, o
     if call.invariant:
         check_fixed_splits(call.plan, header, max(MAX_BLOCK_N))
     tiles = _triton_tiles(call)
-    num_held = free_sms(num_sms(out.device), call.sm_margin) * tiles.programs_per_sm
     num_rows, device = header.num_partial_rows, out.device
     mixed_attention(
         call.q,
@@ -404,7 +406,7 @@ def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, o
         v_scale=call.v_scale_value if call.v_scale is None else call.v_scale,
         invariant=call.invariant,
         tiles=tiles,
-        num_programs=min(header.num_workers, num_held),
+        num_programs=free_sms(num_sms(out.device), call.sm_margin) * tiles.programs_per_sm,
     )
 
 

@@ -66,7 +66,7 @@ BACKENDS_WITH = {
     "alibi_slopes": ("cpu", "triton", "cuda", "reference"),
     "sinks": ("cpu", "triton", "cuda", "reference"),
     "tree_mask": ("cpu", "triton", "cuda", "reference"),
-    "invariant": ("cpu", "triton"),
+    "invariant": ("cpu", "triton", "cuda"),
 }
 """The arguments that not every backend has, and the backends that have them."""
 
@@ -112,7 +112,7 @@ class PlanHeader(NamedTuple):
     head_dim: int
     causal: int
     window_left: int
-    num_workers: int
+    num_groups: int
     fixed_split_tokens: int
     first_small: int
 
@@ -307,6 +307,12 @@ def check_plan(plan: Tensor, call: AttentionCall) -> PlanHeader:
             if made != called
         ]
         raise ValueError(f"plan was made for {differing[0]}")
+    if header.num_groups > 0 and call.alibi_slopes is not None:
+        # Its distances are those of one slice: a key of a shared prefix is at another from each row of the group.
+        raise NotImplementedError(
+            "alibi_slopes is not supported with a plan in which slices share a prefix; the nearest is a plan made "
+            "without the block_table of mixattn.plan"
+        )
     return header
 
 

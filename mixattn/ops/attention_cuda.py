@@ -18,6 +18,7 @@ from mixattn.ops.attention_call import (
     PlanHeader,
     address,
     check_block_rows,
+    check_fixed_splits,
     free_sms,
     native_sizes,
     plan_on_device,
@@ -26,6 +27,8 @@ from mixattn.ops.plan import Hardware, base_hardware, with_workers
 
 BLOCK_ROWS = (128, 64, 16)
 """Of the kernels' tiles: csrc/cuda/sm80/tile.cuh, csrc/cuda/sm90/tile.cuh."""
+INVARIANT_TILE_KEYS = 64
+"""Of the tile that every item of an invariant call is computed in; head_dim 192 and 256 have half of it."""
 WORKERS_PER_SM = 2
 """Of every kernel: two blocks, or the two sides of one."""
 ALIGNMENT = 16
@@ -88,12 +91,15 @@ def run(
         header, sizes: of the call's plan and layout.
     Raises:
         NotImplementedError: no kernel takes the call. Nothing has been written.
-        ValueError: the plan was made for larger tiles, or ``sm_margin`` leaves no SM.
+        ValueError: the plan was made for larger tiles, or has invariant splits that cut them; or ``sm_margin`` leaves
+            no SM.
         RuntimeError: the driver refuses the image or the launch.
     """
     assert call.plan is not None
     kernel = kernel_for(call, layout, out)
     check_block_rows(call.plan, header, BLOCK_ROWS)
+    if call.invariant:
+        check_fixed_splits(call.plan, header, INVARIANT_TILE_KEYS)
     num_sms = free_sms(cuda_images.devices()[_device_idx(out)]["num_sms"], call.sm_margin)
     num_rows, device = header.num_partial_rows, out.device
     device_plan = plan_on_device(call.plan, device)
@@ -105,8 +111,8 @@ def run(
         q=call.q.data_ptr(),
         k_cache=call.k_cache.data_ptr(),
         v_cache=call.v_cache.data_ptr(),
-        k_scale=0,
-        v_scale=0,
+        k_scale=address(call.k_scale),
+        v_scale=address(call.v_scale),
         out=out.data_ptr(),
         lse=address(lse),
         cu_seqlens_q=call.cu_seqlens_q.data_ptr(),
@@ -124,7 +130,7 @@ def run(
         num_tickets=tickets.shape[0],
         image=cuda_images.image(_device_idx(out), kernel["image"]),
         device_plan=device_plan.data_ptr(),
-        num_workers=min(header.num_workers, num_sms * kernel["workers_per_sm"]),
+        num_sms=num_sms,
         stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
     )
 

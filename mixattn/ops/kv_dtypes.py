@@ -47,7 +47,7 @@ QUANTIZED = {
 even index in the low nibble, value = nibble - 8."""
 
 KV_DTYPE_BACKENDS = ("cpu", "triton", "reference")
-"""The backends that keep K and V in another dtype than q, k and v come in."""
+"""The backends that keep K and V in any other dtype than q, k and v come in; cuda, in those of ``QUANTIZED``."""
 
 MIN_ROW_SCALE = 2.0**-126
 """The least scale of a row, the smallest normal float32: a row of zeros must have one to divide by."""
@@ -137,11 +137,12 @@ def check_caches(dims: Dims, k_cache: Layout, v_cache: Layout, of: str, other: L
 
 def check_kv_dtype_backend(kv_dtype: torch.dtype, of: str, dtype: torch.dtype, backend: str) -> None:
     """Raises NotImplementedError unless the backend takes caches of this dtype beside an argument ``of`` of that."""
-    if kv_dtype != dtype and backend not in KV_DTYPE_BACKENDS:
-        raise NotImplementedError(
-            f"k_cache is {kv_dtype} and {of} is {dtype}: backend {backend!r} supports caches in the dtype of {of}; "
-            f"backends that have the others: {', '.join(KV_DTYPE_BACKENDS)}"
-        )
+    if kv_dtype == dtype or backend in KV_DTYPE_BACKENDS or (backend == "cuda" and kv_dtype in QUANTIZED):
+        return
+    raise NotImplementedError(
+        f"k_cache is {kv_dtype} and {of} is {dtype}: backend {backend!r} supports caches in the dtype of {of} and "
+        f"quantised ones; backends that have the others: {', '.join(KV_DTYPE_BACKENDS)}"
+    )
 
 
 def check_scales(

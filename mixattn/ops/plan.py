@@ -42,12 +42,12 @@ MERGE_DTYPE = np.dtype(
         ("num_rows", "<i4"),
         ("partial_row", "<i4"),
         ("num_splits", "<i4"),
-        ("reserved0", "<i4"),
-        ("reserved1", "<i4"),
+        ("num_items", "<i4"),
+        ("prefix_tokens", "<i4"),
     ]
 )
 """struct Merge of work_item.h."""
-_HEADER_NUM_ITEMS, _HEADER_NUM_MERGES, _HEADER_NUM_PARTIAL_ROWS = 1, 2, 3
+_HEADER_NUM_ITEMS, _HEADER_NUM_MERGES, _HEADER_NUM_PARTIAL_ROWS, _HEADER_NUM_GROUPS = 1, 2, 3, 13
 
 _INT32_MAX = 2**31 - 1
 
@@ -77,6 +77,8 @@ class Hardware:
         max_splits: pieces that the keys of one row tile are split into at most.
         separates_small: whether items of the small kind come behind all others, because they are drawn by workers of
             their own beside those that draw the others.
+        packing_rows: what a key costs a tile above the small kind besides its rows, in rows: that a CPU copies K and V.
+            It decides whether slices that share a prefix are grouped.
     Raises:
         ValueError: naming the field and its bound.
     """
@@ -95,6 +97,7 @@ class Hardware:
     workers_per_core: int | None = None
     max_splits: int = 64
     separates_small: bool = False
+    packing_rows: int = 0
 
     def __post_init__(self) -> None:
         for name in ("flops_per_s", "bytes_per_s"):
@@ -135,7 +138,7 @@ def _make_spec(
 
     if window_left is not None and not 0 <= integer("window_left", window_left) <= _INT32_MAX:
         raise ValueError(f"window_left must be in [0, {_INT32_MAX}] or None, got {window_left}")
-    fields = ("num_workers", "split_tokens", "items_per_worker", "heads_per_bundle", "max_splits")
+    fields = ("num_workers", "packing_rows", "split_tokens", "items_per_worker", "heads_per_bundle", "max_splits")
     return _C.PlanSpec(
         num_q_heads=integer("num_q_heads", num_q_heads),
         num_kv_heads=integer("num_kv_heads", num_kv_heads),
@@ -189,6 +192,9 @@ reach 336 GFLOP/s and 23.8 GB/s). What a plan depends on is mostly their ratio."
 CPU_ITEM_OVERHEAD_S = 1e-6
 """An item of a single key took 0.3 us with 1 row and 1.4 us with 4 (8,192 items, head_dim 64, float32, AVX-512, one
 thread of the reference machine, 2026-11)."""
+CPU_PACKING_ROWS = 16
+"""Per key and head of 128, packed items took 63 ns + 4.4 ns a row in bfloat16, 125 + 5.5 in float32, 60 + 5.2 in int8
+(20 to 128 rows over 1k keys, one thread of a Zen 5, 2026-11)."""
 CPU_SPLIT_TOKENS = 64
 """32 KiB of K and V at head_dim 64 in float32: less is not worth an item."""
 CPU_HEADS_PER_BUNDLE = 16
@@ -208,6 +214,7 @@ def cpu_hardware(num_threads: int | None = None) -> Hardware:
         bytes_per_s=CPU_BYTES_PER_S,
         item_overhead_s=CPU_ITEM_OVERHEAD_S,
         row_granule=1,
+        packing_rows=CPU_PACKING_ROWS,
         split_tokens=CPU_SPLIT_TOKENS,
         heads_per_bundle=CPU_HEADS_PER_BUNDLE,
     )
@@ -280,7 +287,7 @@ class WorkPlan:
     Args:
         buffer: [num_words] int32, contiguous; header, items, merges (work_item.h). Not to be written.
         num_items: work items.
-        num_merges: row tiles whose keys are split over several items.
+        num_merges: row tiles and groups whose keys are split over several items.
         num_partial_rows: rows of the partial buffers that the items write.
         hardware: what it was balanced for.
         spec: the shape and the hardware as the planner took them.
@@ -294,6 +301,11 @@ class WorkPlan:
     hardware: Hardware
     spec: _C.PlanSpec
     capacity_items: int
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of neighbouring slices whose common prefix is read once for all of them."""
+        return int(self.buffer[_HEADER_NUM_GROUPS])
 
     def items(self) -> npt.NDArray[np.void]:
         """[num_items] of ``ITEM_DTYPE``, dearest first, of each kind if they are separate; a view of the buffer."""
@@ -333,8 +345,15 @@ def plan(
     window_left: int | None = None,
     invariant: bool = False,
     hardware: Hardware | None = None,
+    block_table: npt.ArrayLike | None = None,
+    page_size: int | None = None,
 ) -> WorkPlan:
     """The work items that compute attention of these slices, balanced over the hardware's workers.
+
+    With a block table, neighbouring slices of few rows whose sequences begin with the same pages (a system prompt,
+    forks of a request) become groups where that costs less: the keys that they share are read once for all of a group.
+    There are none with ``window_left`` and in invariant plans, and ``attention`` does not take them with
+    ``alibi_slopes``.
 
     The same arguments give the same words. Splits along the keys start and end at multiples of the hardware's
     ``split_tokens``, whatever the page size; those of an invariant plan at every multiple of
@@ -351,13 +370,17 @@ def plan(
         window_left: how many keys before its own position a row sees; None for all.
         invariant: whether the plan is for ``attention(invariant=True)``. It needs more partial rows: for each row as
             many as its keys have splits.
-        hardware: whose workers to balance over; None is this machine's CPU. For tensors on a GPU it must be the GPU's
-            (``mixattn.device_hardware``), since a launch has no more programs than its plan has workers.
+        hardware: whose workers to balance over; None is this machine's CPU. For tensors on a GPU take the GPU's
+            (``mixattn.device_hardware``): few items leave most of it idle.
+        block_table: [num_seqs, max_pages] int32, the page ids that ``attention`` will be called with, as a list, numpy
+            array or CPU tensor; of each sequence only the entries of pages that it has are read. None: no slices are
+            grouped.
+        page_size: tokens per page, >= 1; with ``block_table`` only.
     Raises:
         ValueError: naming the argument, its value and the bound.
     """
-    starts = _int32_vector("cu_seqlens_q", cu_seqlens_q)
-    lens = _int32_vector("seq_lens", seq_lens)
+    starts = _int32_array("cu_seqlens_q", cu_seqlens_q, 1)
+    lens = _int32_array("seq_lens", seq_lens, 1)
     num_seqs = len(lens)
     if len(starts) != num_seqs + 1:
         raise ValueError(
@@ -380,14 +403,19 @@ def plan(
     group_size = num_q_heads // num_kv_heads
     if total_q * group_size > _INT32_MAX:
         raise ValueError(f"cu_seqlens_q[{num_seqs}] must be at most (2^31 - 1) / {group_size}, got {total_q}")
-    capacity_items, capacity_merges = spec.max_items(total_q, num_seqs), spec.max_merges()
+    pages = _page_table(block_table, page_size, lens)
+    num_groups = 0 if pages is None else spec.max_groups(num_seqs)
+    capacity_items, capacity_merges = spec.max_items(total_q, num_seqs, num_groups), spec.max_merges(num_groups)
     if invariant:
         capacity_items, capacity_merges = _invariant_capacity(starts, lens, num_q_heads, num_kv_heads, hardware)
     num_words = _C.PLAN_HEADER_WORDS + capacity_items * _C.WORK_ITEM_WORDS + capacity_merges * _C.MERGE_WORDS
     if num_words > _INT32_MAX:
         raise ValueError(f"seq_lens: {num_seqs} slices of {total_q} rows can need {capacity_items} items, too many")
     buffer = np.empty(num_words, np.int32)
-    _C.plan(spec, starts.ctypes.data, lens.ctypes.data, num_seqs, buffer.ctypes.data, capacity_items, capacity_merges)
+    _C.plan(
+        spec, starts.ctypes.data, lens.ctypes.data, num_seqs, buffer.ctypes.data, capacity_items, capacity_merges,
+        *(() if pages is None else (pages.ctypes.data, pages.shape[1], page_size)),
+    )  # fmt: skip
     return WorkPlan(
         buffer=buffer,
         num_items=int(buffer[_HEADER_NUM_ITEMS]),
@@ -397,6 +425,29 @@ def plan(
         spec=spec,
         capacity_items=capacity_items,
     )
+
+
+def _page_table(block_table: npt.ArrayLike | None, page_size: int | None, lens: Words) -> Words | None:
+    """``plan``'s block table, [num_seqs, max_pages]; None if there is none, or nothing in it."""
+    if block_table is None and page_size is None:
+        return None
+    if block_table is None or page_size is None:
+        missing = "block_table" if block_table is None else "page_size"
+        raise ValueError(f"block_table and page_size must be given both or neither, got no {missing}")
+    if not isinstance(page_size, (int, np.integer)) or not 1 <= page_size <= _INT32_MAX:
+        raise ValueError(f"page_size must be an integer in [1, {_INT32_MAX}], got {page_size!r}")
+    pages = _int32_array("block_table", block_table, 2)
+    if len(pages) != len(lens):
+        raise ValueError(f"block_table must have a row for each of the {len(lens)} seq_lens, got {len(pages)} rows")
+    if len(lens) == 0:
+        return None
+    num_pages = -(-int(lens.max()) // page_size)
+    if pages.shape[1] < num_pages:
+        raise ValueError(
+            f"block_table must have max_pages >= {num_pages}, as seq_lens[{int(lens.argmax())}] is {lens.max()} and "
+            f"page_size {page_size}, got {pages.shape[1]}"
+        )
+    return pages if pages.size else None
 
 
 def _invariant_capacity(
@@ -428,23 +479,25 @@ def with_room(plan: WorkPlan) -> WorkPlan:
     return replace(plan, buffer=buffer, num_partial_rows=num_partial_rows, num_merges=num_merges)
 
 
-def _int32_vector(name: str, values: npt.ArrayLike) -> Words:
-    """[n] int32, contiguous, copied only if it is not so already; ValueError naming the argument."""
+def _int32_array(name: str, values: npt.ArrayLike, num_dims: int) -> Words:
+    """int32, contiguous, copied only if it is not so already; ValueError naming the argument."""
     try:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
+        form = "a vector" if num_dims == 1 else "a matrix"
         raise ValueError(
-            f"{name} must be a vector of integers on the CPU (mixattn.DevicePlan plans on a GPU): {error}"
+            f"{name} must be {form} of integers on the CPU (mixattn.DevicePlan plans on a GPU): {error}"
         ) from error
-    if array.ndim != 1:
-        raise ValueError(f"{name} must have 1 dimension, got shape {list(array.shape)}")
+    if array.ndim != num_dims:
+        plural = "s" if num_dims > 1 else ""
+        raise ValueError(f"{name} must have {num_dims} dimension{plural}, got shape {list(array.shape)}")
     if array.dtype == np.int32:
         return np.ascontiguousarray(array)
     if array.size == 0:
-        return np.empty(0, np.int32)
+        return np.empty(array.shape, np.int32)
     if array.dtype.kind not in "iu":
         raise ValueError(f"{name} must hold integers, got {array.dtype}")
     low, high = int(array.min()), int(array.max())
     if low < -_INT32_MAX - 1 or high > _INT32_MAX:
         raise ValueError(f"{name} must fit int32, got {low if low < -_INT32_MAX - 1 else high}")
-    return array.astype(np.int32)
+    return array.astype(np.int32, order="C")

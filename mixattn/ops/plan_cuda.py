@@ -23,9 +23,9 @@ _WHY_NO_PLAN = {
 class DevicePlan:
     """The plan of one step after the other, in the same buffer, written on the GPU by one block.
 
-    Its words are those of ``mixattn.plan`` for the same lengths and room, bit by bit. ``update`` only launches: a CUDA
-    graph can capture it, and be replayed with other lengths in the same tensors. A replay with fewer slices has empty
-    ones behind them: equal cu_seqlens_q, seq_lens 0.
+    Its words are those of ``mixattn.plan`` for the same lengths, block table and room, bit by bit. ``update`` only
+    launches: a CUDA graph can capture it, and be replayed with other lengths in the same tensors. A replay with fewer
+    slices has empty ones behind them: equal cu_seqlens_q, seq_lens 0.
 
     Args:
         max_num_seqs, max_total_q: slices and rows of the largest step. With more than there is room for a plan has no
@@ -35,6 +35,8 @@ class DevicePlan:
         hardware: whose workers to balance over (``mixattn.device_hardware``, or ``with_workers`` of ``H100`` or
             ``A100``).
         max_kv_len: keys of the longest sequence; an invariant plan has items for all of them, others need none.
+        page_size: tokens per page, >= 1; ``update`` then takes a block table, and slices that share a prefix are
+            grouped as by ``mixattn.plan``. None: none are.
         device: where the lengths are, and the plan.
     Attributes:
         buffer: [num_words] int32 on the device: header, items, merges (work_item.h). Words that a plan has no items or
@@ -59,6 +61,7 @@ class DevicePlan:
         invariant: bool = False,
         hardware: Hardware,
         max_kv_len: int | None = None,
+        page_size: int | None = None,
         device: torch.device | str = "cuda",
     ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_total_q", max_total_q)):
@@ -69,8 +72,12 @@ class DevicePlan:
         self._spec = make_spec(
             num_q_heads, num_kv_heads, head_dim, dtype, kv_element_bytes, causal, window_left, invariant, hardware
         )
-        self._hardware, self._max_num_seqs = hardware, max_num_seqs
-        items, merges = self._spec.max_items(max_total_q, max_num_seqs), self._spec.max_merges()
+        if page_size is not None and not 1 <= page_size <= _INT32_MAX:
+            raise ValueError(f"page_size must be in [1, {_INT32_MAX}] or None, got {page_size}")
+        self._hardware, self._max_num_seqs, self._page_size = hardware, max_num_seqs, page_size
+        num_groups = 0 if page_size is None else self._spec.max_groups(max_num_seqs)
+        items = self._spec.max_items(max_total_q, max_num_seqs, num_groups)
+        merges = self._spec.max_merges(num_groups)
         if invariant:
             if max_kv_len is None or max_kv_len < 1:
                 raise ValueError(f"max_kv_len must be >= 1 for an invariant plan, got {max_kv_len}")
@@ -97,12 +104,15 @@ class DevicePlan:
             shared_bytes=self._kernel["shared_bytes"],
         )
 
-    def update(self, cu_seqlens_q: Tensor, seq_lens: Tensor) -> None:
+    def update(self, cu_seqlens_q: Tensor, seq_lens: Tensor, block_table: Tensor | None = None) -> None:
         """Puts the planner on torch's current stream; nothing is waited for, allocated or copied to the host.
 
         Args:
             cu_seqlens_q: [num_seqs + 1] int32 on the device, from 0, not decreasing. Read when the stream comes to it.
             seq_lens: [num_seqs] int32 on the device: the keys of each sequence, this step's included.
+            block_table: [num_seqs, max_pages] int32 on the device, for as many pages as the sequences have: the one
+                that ``attention`` will be called with; of each sequence only the entries of pages that it has are read.
+                With ``page_size``, and only then.
         Raises:
             ValueError: shape, dtype or device is out of bounds. What the tensors hold is not looked at here: a batch
                 that has no plan gets one without items, for which ``read`` gives the reason.
@@ -121,12 +131,29 @@ class DevicePlan:
                 f"cu_seqlens_q must be [num_seqs + 1] = [{num_seqs + 1}] as seq_lens is [{num_seqs}], got "
                 f"[{cu_seqlens_q.shape[0]}]"
             )
+        if (block_table is None) != (self._page_size is None):
+            raise ValueError(
+                "block_table must be given, as the plan has a page_size"
+                if block_table is None
+                else "block_table must be None, as the plan was made without page_size"
+            )
+        if block_table is not None:
+            check_tensor("block_table", block_table)
+            if block_table.dim() != 2 or block_table.shape[0] != num_seqs:
+                raise ValueError(
+                    f"block_table must be [num_seqs, max_pages] = [{num_seqs}, max_pages], got shape "
+                    f"{list(block_table.shape)}"
+                )
+            check_index_layout("block_table", layout_of(block_table), torch.int32, "the plan", buffer)
         _C.cuda_plan(
             spec=self._spec,
             image=self._image,
             cu_seqlens_q=cu_seqlens_q.data_ptr(),
             seq_lens=seq_lens.data_ptr(),
             num_seqs=num_seqs,
+            block_table=0 if block_table is None else block_table.data_ptr(),
+            block_table_stride=0 if block_table is None else block_table.stride(0),
+            page_size=self._page_size or 0,
             out=self.buffer.data_ptr(),
             scratch=self._scratch.data_ptr(),
             capacity_items=self._capacity_items,

@@ -10,18 +10,15 @@ from torch import Tensor
 
 from mixattn import _C
 from mixattn.ops.attention_call import AttentionCall, attention_layout, native_sizes
+from mixattn.ops.kv_dtypes import split_scale
 from mixattn.ops.plan import Hardware, WorkPlan, plan
-from tests.cases import AttentionCase, AttentionInputs, make_inputs
+from tests.cases import AttentionCase, AttentionInputs, make_inputs, plan_arguments
 from tests.cuda.emulation import NUM_SMS, Emulation
 
 BLOCK_ROWS = (128, 64, 16)
 """Of the kernel's tiles: csrc/cuda/sm80/tile.cuh."""
 GARBAGE_WORD = 0x7F7F7F7F
 """Fills the plan past its items and merges: as an index it is out of every bound."""
-
-
-MANY_WORKERS = 1000
-"""More than the emulated device holds at once."""
 
 
 def hardware(num_workers: int, split_tokens: int, separates_small: bool = False) -> Hardware:
@@ -68,9 +65,11 @@ class AttentionRun:
         for tensor in (self.out, self.lse, self.partial_out, self.partial_lse):
             tensor.fill_(torch.nan)
         lse = self.lse if wants_lse else None
-        inputs = self.inputs
+        inputs, call = self.inputs, self.call()
         tensors = {
             **{name: getattr(inputs, name) for name in ("q", "k_cache", "v_cache")},
+            "k_scale": call.k_scale,
+            "v_scale": call.v_scale,
             **inputs.index_tensors,
             **{name: inputs.score_tensors.get(name) for name in ("alibi_slopes", "sinks", "tree_mask")},
             "out": self.out,
@@ -81,16 +80,14 @@ class AttentionRun:
             "tickets": self.tickets,
         }
         _C.cuda_attention(
-            **native_sizes(attention_layout(self.call(), self.out, lse)),
+            **native_sizes(attention_layout(call, self.out, lse)),
             **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
-            k_scale=0,
-            v_scale=0,
             plan_words=len(self.plan_words),
             num_partial_rows=self.partial_out.shape[0],
             num_tickets=len(self.tickets),
             image=emulation.image(capability=self.capability, num_sms=num_blocks, seed=seed, fault=fault),
             device_plan=self.plan_words.data_ptr(),
-            num_workers=MANY_WORKERS,
+            num_sms=num_blocks,
             stream=0,
         )
         return emulation.counts()
@@ -99,12 +96,18 @@ class AttentionRun:
         """The call of ``mixattn.attention`` that this is."""
         inputs = self.inputs
         missing = dict.fromkeys(name for name in AttentionCall._fields if name not in self.case.options)
+        k_scale, k_scale_value = split_scale("k_scale", inputs.k_scale)
+        v_scale, v_scale_value = split_scale("v_scale", inputs.v_scale)
         given = {
             "q": inputs.q,
             "k_cache": inputs.k_cache,
             "v_cache": inputs.v_cache,
             **inputs.index_tensors,
             **inputs.score_tensors,
+            "k_scale": k_scale,
+            "v_scale": v_scale,
+            "k_scale_value": k_scale_value,
+            "v_scale_value": v_scale_value,
             **self.case.options,
             "invariant": self.invariant,
             "sm_margin": 0,
@@ -125,12 +128,12 @@ def prepare(
     work_plan = plan(
         inputs.cu_seqlens_q,
         inputs.seq_lens,
-        **case.plan_options,
-        kv_element_bytes=inputs.q.element_size(),
+        **plan_arguments(case, inputs),
         hardware=hardware(case.num_workers or 4, split_tokens, separates_small=capability == 90),
     )
+    assert work_plan.num_groups > 0 or not case.shared_pages, "the case is to have groups"
     words = torch.full((len(work_plan.buffer),), GARBAGE_WORD, dtype=torch.int32)
-    items_begin = len(work_plan.buffer) - 8 * (work_plan.capacity_items + work_plan.spec.max_merges())
+    items_begin = _C.PLAN_HEADER_WORDS
     merges_begin = items_begin + 8 * work_plan.capacity_items
     for begin, end in (
         (0, items_begin + 8 * work_plan.num_items),

@@ -5,6 +5,7 @@
 #include "emulated_driver.h"
 
 MIXATTN_SM80_INSTANCES(MIXATTN_SM80_ENTRY)
+MIXATTN_SM80_QUANTISED_INSTANCES(MIXATTN_SM80_QUANTISED_ENTRY)
 MIXATTN_SM90_INSTANCES(MIXATTN_SM90_ENTRY)
 
 namespace {
@@ -30,12 +31,15 @@ std::vector<emu::Region> regions_of(const LaunchParams& launch) {
   const mixattn::AttentionParams& p = launch.call;
   const size_t element_bytes = 2;
   const Dim row = {p.head_dim, 1};
+  const bool is_stored_in_bytes = mixattn::cuda::is_quantised(p.kv_dtype);
+  const Dim stored_row = {p.kv_dtype == mixattn::KvDType::kInt4 ? p.head_dim / 2 : p.head_dim, 1};
   const auto rows = [&](int64_t token_stride, int64_t head_stride) {
     return span_bytes({{p.total_q, token_stride}, {p.num_q_heads, head_stride}, row}, element_bytes);
   };
   const auto pages = [&](int64_t page_stride, int64_t token_stride, int64_t head_stride) {
-    return span_bytes({{p.num_pages, page_stride}, {p.page_size, token_stride}, {p.num_kv_heads, head_stride}, row},
-                      element_bytes);
+    return span_bytes(
+        {{p.num_pages, page_stride}, {p.page_size, token_stride}, {p.num_kv_heads, head_stride}, stored_row},
+        is_stored_in_bytes ? 1 : element_bytes);
   };
   return {{"q", p.q, rows(p.q_token_stride, p.q_head_stride)},
           {"k_cache", p.k_cache, pages(p.k_page_stride, p.k_token_stride, p.k_head_stride)},
@@ -60,8 +64,12 @@ bool add(const char* name, void (*kernel)(LaunchParams)) {
 #define NAME(name) STRING(name)
 #define ADD_SM80(element, kHeadDim, scores) \
   add(NAME(MIXATTN_SM80_NAME(element, kHeadDim, scores)), MIXATTN_SM80_NAME(element, kHeadDim, scores)),
+#define ADD_SM80_QUANTISED(element, stored, kStored, kHeadDim, scores)      \
+  add(NAME(MIXATTN_SM80_QUANTISED_NAME(element, stored, kHeadDim, scores)), \
+      MIXATTN_SM80_QUANTISED_NAME(element, stored, kHeadDim, scores)),
 #define ADD_SM90(element, kHeadDim, scores) \
   add(NAME(MIXATTN_SM90_NAME(element, kHeadDim, scores)), MIXATTN_SM90_NAME(element, kHeadDim, scores)),
-[[maybe_unused]] const bool kAdded[] = {MIXATTN_SM80_INSTANCES(ADD_SM80) MIXATTN_SM90_INSTANCES(ADD_SM90)};
+[[maybe_unused]] const bool kAdded[] = {MIXATTN_SM80_INSTANCES(ADD_SM80) MIXATTN_SM80_QUANTISED_INSTANCES(
+    ADD_SM80_QUANTISED) MIXATTN_SM90_INSTANCES(ADD_SM90)};
 
 }  // namespace

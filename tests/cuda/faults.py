@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from tests.cases import KvFormat
 from tests.emu.build import ROOT
 
 
@@ -21,6 +24,7 @@ class Fault:
         caught_by: what shows it: ``result`` (not close to the truth, or NaN), ``tickets`` (not zero after the launch)
             or a regular expression of the emulator's report.
         capability: of the GPU that it is run on, 10 major + minor.
+        kv: what K and V are stored as; None: as q.
     """
 
     name: str
@@ -31,10 +35,12 @@ class Fault:
     caught_by: str = "result"
     capability: int = 80
     also: tuple[tuple[str, str], ...] = ()
+    kv: KvFormat | None = None
 
 
 SM80 = "sm80/mixed_attention.cuh"
 SM90 = "sm90/mixed_attention.cuh"
+QUANTISED = "sm80/quantised.cuh"
 TILE = "sm80/tile.cuh"
 FRAGMENTS = "fragments.cuh"
 PLAN = "mixed_attention.cuh"
@@ -42,9 +48,13 @@ SOFTMAX = "softmax.cuh"
 CHUNK = "q65-kv200-page16-gqa3"
 DECODE = "q1-kv4096-page16-gqa8"
 SPLITS = "splits-chunk-beside-decodes"
+PREFIX = "prefix-splits"
+LARGE_PREFIX = "prefix-of-40-decodes-page16-gqa4"
 MANY_ITEMS = "all-kinds-head-dim-128"
 LONG_CHUNK = "long-chunk-beside-decode-head-dim-128"
 WIDE = "all-kinds-head-dim-256"
+INT8 = KvFormat(torch.int8, "token")
+INT4 = KvFormat(torch.uint8, "token")
 """Of test_mixed_attention.py; the others are of tests/cases.py."""
 
 FAULTS = [
@@ -94,7 +104,17 @@ FAULTS = [
         "item-counter-not-reset", PLAN, "mx::st_global(queue_counter(p, queue), 0u);", "", SPLITS, caught_by="tickets"
     ),
     Fault("ticket-not-reset", PLAN, "mx::st_global(merge_ticket(p, merge_idx), 0u);", "", SPLITS, caught_by="tickets"),
-    Fault("merge-one-split-too-early", PLAN, "num_teams - 1", "num_teams - 2", SPLITS),
+    Fault("merge-one-split-too-early", PLAN, "merge_tickets - tickets", "merge_tickets - 2 * tickets", SPLITS),
+    Fault("merge-of-a-group-counts-splits", PLAN, "merge.num_items", "merge.num_splits", PREFIX),
+    Fault(
+        "small-item-draws-one-ticket-where-others-draw-two",
+        PLAN,
+        "merge_if_last<T, kHeadDim>(p, item, kOnlyTeam, Attend::kItemTickets, Attend::kItemTickets);",
+        "merge_if_last<T, kHeadDim>(p, item, kOnlyTeam, 1, Attend::kItemTickets);",
+        LARGE_PREFIX,
+        caught_by="result|tickets",
+        capability=90,
+    ),
     Fault("fragment-of-k-swapped", SM80, "keys[1]", "keys[2]", CHUNK),
     Fault(
         "v-not-transposed",
@@ -153,6 +173,13 @@ FAULTS = [
         "p.call.sinks == nullptr",
         "sinks-soft-cap-window-splits",
     ),
+    Fault(
+        "sink-in-every-split-of-larger-items",
+        SM80,
+        "if (item[kMergeIdx] >= 0) return {1.0f, lse_log2};",
+        "",
+        "sinks-soft-cap-window-splits",
+    ),
     Fault("tree-bit-off-by-one", FRAGMENTS, "word >> distance & 1", "word >> (distance + 1) & 1", "tree-gqa1"),
     Fault(
         "tree-tiles-not-masked",
@@ -167,6 +194,48 @@ FAULTS = [
         "if (kScores == Scores::kAny && place.is_hidden) offset = kNowhere;",
         "",
         "tree-keys-that-no-row-sees",
+    ),
+    *(
+        Fault(f"quantised-{name}", QUANTISED, right, wrong, case, kv=kv)
+        for name, right, wrong, case, kv in (
+            ("no-wait-for-k", "mx::cp_async_wait<1>();  // for K; V", "", CHUNK, INT8),
+            ("no-wait-for-v", "mx::cp_async_wait<1>();  // for V; K", "", CHUNK, INT8),
+            (
+                "k-overwritten-before-it-is-widened",
+                "mx::sync_warp();         // all lanes' copies of K have landed",
+                "mx::sync_warp(); if (next_begin < item[kKvEnd]) copy_k(place, next_begin);",
+                CHUNK,
+                INT8,
+            ),
+            ("lanes-do-not-wait-for-each-other", "mx::sync_warp();         // all lanes' copies of V", "", CHUNK, INT4),
+            ("no-barrier-before-k-is-read", "sync_tile<TileShape>();  // K is widened", "", CHUNK, INT8),
+            ("no-barrier-before-v-is-read", "sync_tile<TileShape>();  // V is widened", "", CHUNK, INT8),
+            ("no-barrier-before-q-is-read", "sync_team();  // Q and its scales", "", DECODE, INT8),
+            ("rows-scales-overwritten-before-they-are-read", "sync_team();  // scales of keys take", "", CHUNK, INT8),
+            ("scale-of-k-for-v", "mx::bits_of(scales.v)", "mx::bits_of(scales.k)", CHUNK, INT8),
+            (
+                "scale-of-the-wrong-slot",
+                "place.slot * scale.token_stride",
+                "place.slot * scale.head_stride",
+                CHUNK,
+                INT8,
+            ),
+            (
+                "scale-of-the-wrong-head",
+                "scale.data[item[kKvHead] * scale.head_stride]",
+                "scale.data[0]",
+                CHUNK,
+                KvFormat(torch.int8, "head"),
+            ),
+            ("key-in-the-wrong-place", "key % kNeighbours * kUnits", "key % kNeighbours", CHUNK, INT8),
+            (
+                "queries-not-scaled-back",
+                "(exponent - kLargestExponent) * kExponentOne",
+                "127 * kExponentOne",
+                CHUNK,
+                INT8,
+            ),
+        )
     ),
     *(
         Fault(f"sm90-{name}", SM90, right, wrong, LONG_CHUNK, caught_by=caught_by, capability=90)
@@ -204,8 +273,8 @@ FAULTS = [
             ("consumers-share-their-rows", "consumer * (mx::kWgmmaRows * mx::kSwizzledRowBytes)", "0", "result"),
             (
                 "merge-does-not-wait-for-the-other-consumer",
-                "item[kNumRows] > mx::kWgmmaRows ? kNumConsumers : 1",
-                "1",
+                "kItemTickets / kNumConsumers",
+                "kItemTickets",
                 "result|tickets",
             ),
             ("turn-kept-at-the-end", "if (has_turns) pass_turn(consumer);\n  release", "", "deadlock"),
@@ -271,7 +340,25 @@ PLAN_FAULTS = [
         "kv_len < longest_kv[0] ? kv_len : longest_kv[0]",
         "bad",
     ),
-    Fault("merges-past-their-room", PLANNER, "heads * counts.split_tiles > p.capacity_merges", "false", "no-room"),
+    Fault("no-barrier-before-groups-are-found", PLANNER, "mx::sync_threads();  // what slices share", "", "groups"),
+    Fault("no-barrier-before-groups-are-read", PLANNER, "mx::sync_threads();  // the groups are", "", "groups"),
+    Fault("no-barrier-before-slices-know-theirs", PLANNER, "mx::sync_threads();  // the slices' groups", "", "groups"),
+    Fault("no-barrier-before-own-splits-are-read", PLANNER, "mx::sync_threads();  // the splits of", "", "groups"),
+    Fault(
+        "rows-of-a-group-in-one-place",
+        PLANNER,
+        "first.splits * group.num_rows + rows_before",
+        "first.splits * group.num_rows",
+        "groups",
+    ),
+    Fault(
+        "shared-tile-left-out",
+        PLANNER,
+        "num_row_tiles(spec, q_len(s)) + is_first_of_group(s)",
+        "num_row_tiles(spec, q_len(s))",
+        "groups",
+    ),
+    Fault("merges-past-their-room", PLANNER, "heads * counts.merged_tiles > p.capacity_merges", "false", "no-room"),
 ]
 """Of the planner; cases of test_faults.py."""
 APPEND = "append_kv.cuh"

@@ -16,7 +16,14 @@ from mixattn.ops import attention as attention_module
 from mixattn.ops import backends, cuda_images
 from mixattn.ops.attention import attention
 from mixattn.ops.plan import cpu_hardware
-from tests.cases import AttentionCase, AttentionInputs, KvFormat, assert_attention_close, make_inputs
+from tests.cases import (
+    QUANTIZED_FORMATS,
+    AttentionCase,
+    AttentionInputs,
+    KvFormat,
+    assert_attention_close,
+    make_inputs,
+)
 from tests.cuda.attention_run import hardware, prepare
 from tests.cuda.conftest import forget
 from tests.cuda.emulation import NUM_SMS, Emulation
@@ -94,22 +101,21 @@ def test_attention_fills_the_device_once(driver: Emulation) -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_attention_of_a_plan_with_a_margin_leaves_sms_free(capability: int, driver: Emulation) -> None:
+def test_attention_leaves_the_sms_of_a_margin_free_whatever_the_plan(capability: int, driver: Emulation) -> None:
     driver.configure(capability=capability)
     forget()
     inputs = make_inputs(HOPPER_CASE, torch.bfloat16)
-    outs, num_blocks = [], []
-    for num_workers in (100, 2 * NUM_SMS, 2 * (NUM_SMS - 1), 1):
+    for num_workers in (100, 2 * NUM_SMS, 1):
         plan = mixattn.plan(
             inputs.cu_seqlens_q, inputs.seq_lens, **HOPPER_CASE.plan_options, kv_element_bytes=2,
             hardware=hardware(num_workers, 64, separates_small=capability == 90),
         )  # fmt: skip
-        run(HOPPER_CASE, inputs, plan=plan)
-        num_blocks.append(driver.counts()["num_blocks"])
-        outs.append(run(HOPPER_CASE, inputs, plan=plan, sm_margin=NUM_SMS - 1))
-        assert driver.counts()["num_blocks"] == 1
-        assert torch.equal(outs[-1], run(HOPPER_CASE, inputs, plan=plan)), "the grid has changed the bits"
-    assert num_blocks == [NUM_SMS, NUM_SMS, NUM_SMS - 1, 1]
+        whole = run(HOPPER_CASE, inputs, plan=plan)
+        blocks_per_sm = driver.counts()["num_blocks"] // NUM_SMS
+        assert blocks_per_sm >= 1 and driver.counts()["num_blocks"] == blocks_per_sm * NUM_SMS
+        rest = run(HOPPER_CASE, inputs, plan=plan, sm_margin=NUM_SMS - 1)
+        assert driver.counts()["num_blocks"] == blocks_per_sm
+        assert torch.equal(whole, rest), "the grid has changed the bits"
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -186,11 +192,25 @@ def test_attention_that_no_kernel_takes_is_refused_before_anything_is_written(
     assert (out == 7.0).all()
 
 
-def test_attention_of_float32_and_of_int8_pages_is_refused(driver: Emulation) -> None:
+def test_attention_of_float32_and_of_pages_in_another_float_dtype_is_refused(driver: Emulation) -> None:
     with pytest.raises(NotImplementedError, match="float32 has no CUDA kernel; the nearest that has is bfloat16"):
         run(CASE, make_inputs(CASE, torch.float32))
-    with pytest.raises(NotImplementedError, match=r"k_cache is torch\.int8 and q is torch\.bfloat16: backend 'cuda'"):
-        run(CASE, make_inputs(CASE, torch.bfloat16, kv=KvFormat(torch.int8, "token")))
+    with pytest.raises(
+        NotImplementedError, match=r"k_cache is torch\.float16 and q is torch\.bfloat16: backend 'cuda'"
+    ):
+        run(CASE, make_inputs(CASE, torch.bfloat16, kv=KvFormat(torch.float16)))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kv", QUANTIZED_FORMATS, ids=lambda kv: kv.id)
+def test_attention_over_quantised_pages_without_a_plan_is_within_twice_eager(
+    kv: KvFormat, capability: int, driver: Emulation
+) -> None:
+    """By the kernel of one queue, on Hopper too."""
+    driver.configure(capability=capability)
+    forget()
+    run(CASE, make_inputs(CASE, torch.bfloat16, kv=kv))
+    assert driver.counts()["num_threads"] == 128 * NUM_SMS
 
 
 def test_attention_of_misaligned_queries_is_refused(driver: Emulation) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import mixattn
 from mixattn.ops.plan import H100, cpu_hardware
-from tests.cases import CASES, SCORE_CASES, assert_attention_close, make_inputs
+from tests.cases import CASES, PREFIX_CASES, SCORE_CASES, KvFormat, assert_attention_close, make_inputs
 from tests.cuda.attention_run import prepare
 from tests.cuda.conftest import forget
 from tests.cuda.emulation import Emulation, build_emulation
@@ -26,6 +26,7 @@ from tests.emu.build import BUILD
 from tests.ops.test_append_kv import clone
 from tests.ops.test_append_kv import make_inputs as make_append_inputs
 from tests.ops.test_plan_invariants import Batch
+from tests.ops.test_plan_prefix import make_batch
 from tests.ops.test_quantized_kv import make_rows
 
 SEEDS = range(3)
@@ -39,10 +40,14 @@ def faulty() -> Emulation:
     return build_emulation("emulated_faults", [sources])
 
 
-def outcome(emulation: Emulation, case_id: str, fault: int, seed: int, capability: int) -> str:
+def outcome(
+    emulation: Emulation, case_id: str, fault: int, seed: int, capability: int, kv: KvFormat | None = None
+) -> str:
     """``right``, ``result``, ``tickets``, or the emulator's report."""
-    case = next(case for case in [*CASES, *SCORE_CASES, *ALL_KINDS_CASES, LONG_CHUNK_CASE] if case.id == case_id)
-    inputs = make_inputs(case, torch.bfloat16)
+    case = next(
+        case for case in [*CASES, *SCORE_CASES, *PREFIX_CASES, *ALL_KINDS_CASES, LONG_CHUNK_CASE] if case.id == case_id
+    )
+    inputs = make_inputs(case, torch.bfloat16, kv=kv)
     run = prepare(case, torch.bfloat16, inputs=inputs, capability=capability)
     try:
         run.launch(emulation, seed=seed, fault=fault)
@@ -58,21 +63,27 @@ def outcome(emulation: Emulation, case_id: str, fault: int, seed: int, capabilit
 @pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=lambda number: FAULTS[number - 1].name)
 def test_fault_shows(number: int, faulty: Emulation) -> None:
     fault: Fault = FAULTS[number - 1]
-    outcomes = [outcome(faulty, fault.case, number, seed, fault.capability) for seed in SEEDS]
+    outcomes = [outcome(faulty, fault.case, number, seed, fault.capability, fault.kv) for seed in SEEDS]
     caught = [found for found in outcomes if found != "right"]
     assert caught, "no schedule shows it"
     assert all(re.search(fault.caught_by, found) for found in caught), outcomes
 
 
-@pytest.mark.parametrize(("case_id", "capability"), sorted({(fault.case, fault.capability) for fault in FAULTS}))
-def test_no_fault_shows_where_none_is_on(case_id: str, capability: int, faulty: Emulation) -> None:
-    assert [outcome(faulty, case_id, 0, seed, capability) for seed in SEEDS] == ["right"] * len(SEEDS)
+@pytest.mark.parametrize(
+    ("case_id", "capability", "kv"), dict.fromkeys((fault.case, fault.capability, fault.kv) for fault in FAULTS)
+)
+def test_no_fault_shows_where_none_is_on(case_id: str, capability: int, kv: KvFormat | None, faulty: Emulation) -> None:
+    assert [outcome(faulty, case_id, 0, seed, capability, kv) for seed in SEEDS] == ["right"] * len(SEEDS)
 
 
 # ---- the planner ----------------------------------------------------------------------------------------------------
 
 
 MANY = Batch([(300, 2000), *[(1, 200 + 97 * i) for i in range(90)], (0, 9), (5, 70)], SHAPES[0], H100)
+GROUPS = make_batch(
+    [(1, 2000 + 7 * i) for i in range(90)], [0 if i % 13 == 0 else 120 for i in range(90)], shape=SHAPES[0],
+    hardware=H100,
+)  # fmt: skip
 TIES = Batch([(1, 300)] * 37, SHAPES[0], cpu_hardware(1))
 
 
@@ -87,9 +98,10 @@ def is_planned_right(emulation: Emulation, case: str, fault: int, seed: int) -> 
         room = host.num_items, host.num_merges - 1
         words = plan_on_device(image, host, SPLIT.cu_seqlens_q, SPLIT.seq_lens, 64, room)
         return words[STATUS_WORD] == NO_ROOM
-    batch = {"many": MANY, "ties": TIES}[case]
+    batch = {"many": MANY, "ties": TIES, "groups": GROUPS}[case]
     host = batch.plan()
-    assert_equal(plan_on_device(image, host, batch.cu_seqlens_q, batch.seq_lens, 64), host)
+    assert host.num_groups > 0 or batch is not GROUPS
+    assert_equal(plan_on_device(image, host, batch.cu_seqlens_q, batch.seq_lens, 64, pages=batch.pages), host)
     return True
 
 
@@ -114,7 +126,7 @@ def test_fault_of_the_planner_shows(fault: Fault, faulty: Emulation) -> None:
     assert not all(rights), "no schedule shows it"
 
 
-@pytest.mark.parametrize("case", ["many", "ties", "bad", "no-room"])
+@pytest.mark.parametrize("case", ["many", "ties", "groups", "bad", "no-room"])
 def test_planner_is_right_where_no_fault_is_on(case: str, faulty: Emulation) -> None:
     assert all(is_planned_right(faulty, case, 0, seed) for seed in SEEDS)
 

@@ -11,13 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import CASES, SCORE_CASES, AttentionCase, AttentionInputs, assert_attention_close, make_inputs
+from tests.cases import (
+    CASES,
+    PREFIX_CASES,
+    SCORE_CASES,
+    AttentionCase,
+    AttentionInputs,
+    assert_attention_close,
+    make_inputs,
+)
 from tests.cuda.attention_run import AttentionRun, prepare
 from tests.cuda.emulation import Emulation
 
 DTYPES = [torch.bfloat16, torch.float16]
 HEAD_DIMS = (64, 96, 128, 192, 256)
-SUPPORTED_CASES = [case for case in CASES + SCORE_CASES if case.head_dim in HEAD_DIMS]
+SUPPORTED_CASES = [case for case in CASES + SCORE_CASES + PREFIX_CASES if case.head_dim in HEAD_DIMS]
 SM90_HEAD_DIMS = (64, 96, 128)
 SM90_CASES = [
     case
@@ -246,13 +254,6 @@ def test_mixed_attention_unsupported_call_names_the_nearest_supported(
 ) -> None:
     with pytest.raises(NotImplementedError, match=message):
         prepare(case, dtype).launch(emulation, seed=0)
-
-
-def test_mixed_attention_invariant_is_refused(emulation: Emulation) -> None:
-    run = prepare(SPLIT_CASE, torch.bfloat16)
-    run.invariant = True
-    with pytest.raises(NotImplementedError, match="invariant has no CUDA kernel"):
-        run.launch(emulation, seed=0)
 
 
 def test_mixed_attention_misaligned_tensors_are_refused(emulation: Emulation) -> None:

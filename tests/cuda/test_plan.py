@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +16,9 @@ from mixattn.ops.plan import A100, H100, Hardware, WorkPlan, cpu_hardware, with_
 from tests.cases import AttentionCase, assert_attention_close, make_inputs
 from tests.cuda.attention_run import hardware
 from tests.cuda.emulation import Emulation
-from tests.ops.plan_twin import Shape
+from tests.ops.plan_twin import Pages, Shape
 from tests.ops.test_plan_invariants import Batch
+from tests.ops.test_plan_prefix import make_batch, make_pages
 
 GARBAGE = 0x7F7F7F7F
 GUARD_WORDS = 64
@@ -60,12 +62,22 @@ def random_batch(rng: np.random.Generator, max_slices: int) -> Batch:
             q_len = int(rng.integers(2, 600))
         slices.append((q_len, kv_len if rng.random() < 0.1 else max(kv_len, q_len)))
     shape = SHAPES[rng.integers(len(SHAPES))]
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         shape = replace(shape, window_left=int(rng.integers(0, 5000)))
     hardware = HARDWARE[rng.integers(len(HARDWARE))]
     if rng.random() < 0.3:
         hardware = replace(hardware, max_splits=int(rng.integers(1, 20)), split_tokens=int(rng.integers(1, 512)))
-    return Batch(slices, shape, hardware, invariant=bool(rng.random() < 0.15))
+    pages = random_pages(rng, slices) if rng.random() < 0.5 else None
+    return Batch(slices, shape, hardware, invariant=bool(rng.random() < 0.15), pages=pages)
+
+
+def random_pages(rng: np.random.Generator, slices: list[tuple[int, int]]) -> Pages:
+    """Most sequences begin as the one before, with anything from none to all of its pages."""
+    page_size = int(rng.choice([16, 64, 256]))
+    kv_lens = [kv_len for _, kv_len in slices]
+    shared = [int(rng.choice([0, rng.integers(0, 5), rng.integers(0, 200), 10**6], p=[0.2, 0.1, 0.3, 0.4]))
+              for _ in slices]  # fmt: skip
+    return make_pages(kv_lens, shared, page_size)
 
 
 def with_guard(num_words: int) -> Words:
@@ -79,6 +91,7 @@ def plan_on_device(
     seq_lens: list[int],
     num_threads: int,
     capacity: tuple[int, int] | None = None,
+    pages: Pages | None = None,
 ) -> Words:
     """The words that the kernel writes, with the room that the host's plan had or ``capacity``; looks past them."""
     capacity_items, capacity_merges = map(int, host.buffer[6:8]) if capacity is None else capacity
@@ -86,10 +99,13 @@ def plan_on_device(
     scratch_words = 2 * _C.cuda_plan_scratch_words(host.spec, len(seq_lens), capacity_items)
     out, scratch = with_guard(num_words), with_guard(scratch_words)
     starts, lens = np.array(cu_seqlens_q, np.int32), np.array(seq_lens, np.int32)
+    table = np.array([[]] if pages is None else pages.table, np.int32)
     _C.cuda_plan(
         spec=host.spec, image=image, cu_seqlens_q=starts.ctypes.data, seq_lens=lens.ctypes.data,
-        num_seqs=len(seq_lens), out=out.ctypes.data, scratch=scratch.ctypes.data, capacity_items=capacity_items,
-        capacity_merges=capacity_merges, num_threads=num_threads, stream=0,
+        num_seqs=len(seq_lens), block_table=0 if pages is None else table.ctypes.data,
+        block_table_stride=table.shape[-1], page_size=0 if pages is None else pages.page_size, out=out.ctypes.data,
+        scratch=scratch.ctypes.data, capacity_items=capacity_items, capacity_merges=capacity_merges,
+        num_threads=num_threads, stream=0,
     )  # fmt: skip
     assert (out[num_words:] == GARBAGE).all() and (scratch[scratch_words:] == GARBAGE).all(), "written past the end"
     return out[:num_words]
@@ -111,7 +127,8 @@ def check_random_batches(emulation: Emulation, seed: int, num_batches: int, max_
         batch = random_batch(rng, max_slices)
         host = batch.plan()
         image = emulation.image(seed=i)
-        words = plan_on_device(image, host, batch.cu_seqlens_q, batch.seq_lens, 32 * int(rng.integers(1, 4)))
+        num_threads = 32 * int(rng.integers(1, 4))
+        words = plan_on_device(image, host, batch.cu_seqlens_q, batch.seq_lens, num_threads, pages=batch.pages)
         assert_equal(words, host)
 
 
@@ -135,6 +152,34 @@ def test_plan_of_256_slices_is_the_same_with_any_number_of_warps(
     batch = Batch(slices, SHAPES[0], H100, invariant)
     host = batch.plan()
     assert_equal(plan_on_device(emulation.image(seed=1), host, batch.cu_seqlens_q, batch.seq_lens, num_threads), host)
+
+
+@pytest.mark.parametrize("num_threads", [32, 96, 512])
+def test_plan_of_256_slices_in_groups_is_the_same_with_any_number_of_warps(
+    num_threads: int, emulation: Emulation
+) -> None:
+    slices = [(1, 2000 + 16 * (37 * i % 50)) for i in range(256)]
+    batch = make_batch(slices, [0 if i % 40 == 0 else 120 for i in range(256)], shape=SHAPES[0], hardware=H100)
+    host = batch.plan()
+    assert host.num_groups == 13 and set(host.items()["kind"]) == {0, 1, 2}
+    words = plan_on_device(
+        emulation.image(seed=2), host, batch.cu_seqlens_q, batch.seq_lens, num_threads, pages=batch.pages
+    )
+    assert_equal(words, host)
+
+
+def test_plan_in_groups_without_room_says_so_and_with_just_enough_is_made(emulation: Emulation) -> None:
+    batch = make_batch([(1, 5000)] * 70, [0] + [300] * 69, shape=SHAPES[0], hardware=H100)
+    host = batch.plan()
+    arguments = (emulation.image(), host, batch.cu_seqlens_q, batch.seq_lens, 64)
+    room = host.num_items, host.num_merges
+    for items, merges in ((room[0] - 1, room[1]), (room[0], room[1] - 1), (0, 0)):
+        words = plan_on_device(*arguments, (items, merges), batch.pages)
+        assert words[STATUS_WORD] == NO_ROOM and not words[1:4].any()
+        assert (words[_C.PLAN_HEADER_WORDS :] == GARBAGE).all()
+    words = plan_on_device(*arguments, room, batch.pages)
+    assert words[STATUS_WORD] == _C.PLAN_MAGIC and words[13] == 3
+    assert (words[16 : 16 + 8 * host.num_items] == host.buffer[16 : 16 + 8 * host.num_items]).all()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -221,7 +266,7 @@ def device_plan(**options: object) -> mixattn.DevicePlan:
     )  # fmt: skip
 
 
-def as_tensor(values: list[int]) -> torch.Tensor:
+def as_tensor(values: list[Any]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
@@ -261,6 +306,17 @@ def test_device_plan_runs_attention(driver: Emulation) -> None:
     assert_attention_close(case, inputs, out, lse)
 
 
+def test_device_plan_with_a_block_table_is_the_hosts_with_it(driver: Emulation) -> None:
+    made = device_plan(page_size=16)
+    for num_groups, shared in ((1, [0] + [100] * 7), (0, [0] * 8), (2, [0, 80, 80, 0, 90, 90, 0, 0])):
+        batch = make_batch([(1, 2000)] * 8, shared, shape=SHAPES[0], hardware=H100)
+        assert batch.pages is not None
+        made.update(as_tensor(batch.cu_seqlens_q), as_tensor(batch.seq_lens), torch.tensor(batch.pages.table).int())
+        read, expected = made.read(), batch.plan()
+        assert read.num_groups == expected.num_groups == num_groups
+        assert (read.items() == expected.items()).all() and (read.merges() == expected.merges()).all()
+
+
 def test_device_plan_reads_why_there_is_none(driver: Emulation) -> None:
     made = device_plan(max_num_seqs=1, max_total_q=1, hardware=cpu_hardware(1))
     made.update(as_tensor([0, 2000]), as_tensor([2000]))
@@ -284,6 +340,7 @@ def test_device_plan_reads_why_there_is_none(driver: Emulation) -> None:
         ({"max_num_seqs": 2**28}, "max_num_seqs 268435456 and max_total_q 64 can need .* items, too many"),
         ({"invariant": True}, "max_kv_len must be >= 1 for an invariant plan, got None"),
         ({"num_q_heads": 30}, "num_q_heads must be a multiple of num_kv_heads"),
+        ({"page_size": 0}, r"page_size must be in \[1, 2147483647\] or None, got 0"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
     ],
 )
@@ -307,6 +364,23 @@ def test_device_plan_of_other_tensors_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         device_plan().update(cu_seqlens_q, seq_lens)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "block_table", "message"),
+    [
+        (16, None, "block_table must be given, as the plan has a page_size"),
+        (None, as_tensor([[1]]), "block_table must be None, as the plan was made without page_size"),
+        (16, as_tensor([[1], [2]]), r"block_table must be \[num_seqs, max_pages\] = \[1, max_pages\], got .*\[2, 1\]"),
+        (16, as_tensor([1]), r"block_table must be \[num_seqs, max_pages\] = \[1, max_pages\], got shape \[1\]"),
+        (16, torch.tensor([[1]]), r"block_table must be torch\.int32, got torch\.int64"),
+    ],
+)
+def test_device_plan_of_another_block_table_is_refused(
+    page_size: int | None, block_table: torch.Tensor | None, message: str, driver: Emulation
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        device_plan(page_size=page_size).update(as_tensor([0, 1]), as_tensor([9]), block_table)
 
 
 def test_device_plan_without_a_gpu_is_refused() -> None:

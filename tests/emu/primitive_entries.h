@@ -34,7 +34,10 @@
   X(move_vectors, move_vectors)           \
   X(unpack_f16, unpack<mx::f16>)          \
   X(unpack_bf16, unpack<mx::bf16>)        \
-  X(rounded, rounded)
+  X(rounded, rounded)                     \
+  X(shared_vectors, shared_vectors)       \
+  X(permute_bytes, permute_bytes)         \
+  X(fma_pairs, fma_pairs)
 
 #define PRIMITIVE_ENTRY(name, ...)                                     \
   extern "C" MX_KERNEL primitive_##name(uint32_t* in, uint32_t* out) { \

@@ -218,6 +218,28 @@ MX_KERNEL rounded(const uint32_t* in, uint32_t* out) {
   out[3 * thread_idx() + 2] = static_cast<uint32_t>(round_to_int(float_of(lane[3])));
 }
 
+// in: [lane][4 words]. out: the words of the lane after, by way of shared memory.
+MX_KERNEL shared_vectors(const uint32_t* in, uint32_t* out) {
+  Words4 words;
+  for (int i = 0; i < 4; ++i) words.word[i] = in[4 * thread_idx() + i];
+  st_shared_v4(shared_base() + 16 * thread_idx(), words);
+  sync_warp();
+  words = ld_shared_v4(shared_base() + 16 * ((thread_idx() + 1) % kWarpSize));
+  for (int i = 0; i < 4; ++i) out[4 * thread_idx() + i] = words.word[i];
+}
+
+// in: [lane][a, b, selector]. out: a word per lane.
+MX_KERNEL permute_bytes(const uint32_t* in, uint32_t* out) {
+  const uint32_t* const lane = in + 3 * thread_idx();
+  out[thread_idx()] = byte_perm(lane[0], lane[1], lane[2]);
+}
+
+// in: [lane][a, b, c], pairs of float16. out: a pair per lane.
+MX_KERNEL fma_pairs(const uint32_t* in, uint32_t* out) {
+  const uint32_t* const lane = in + 3 * thread_idx();
+  out[thread_idx()] = fma2_f16(lane[0], lane[1], lane[2]);
+}
+
 // ---- kernels that are wrong -----------------------------------------------------------------------------------------
 
 MX_KERNEL divergent(const uint32_t*, uint32_t*) {

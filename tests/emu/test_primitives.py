@@ -460,3 +460,30 @@ def test_products_and_sums_are_rounded_one_by_one_and_integers_to_nearest_even(p
     assert (results[:, 0].view(np.float32) == a * b + c).all() and results[0, 0].view(np.float32) == 0.0
     assert (np.ascontiguousarray(results[:, 1]).view(np.float32) == a / b).all()
     assert np.ascontiguousarray(results[:6, 2]).view(np.int32).tolist() == [0, 2, 2, 0, -2, 101]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_shared_vectors_of_16_bytes_move_whole(seed: int, primitives: ModuleType) -> None:
+    words = np.arange(128, dtype=np.uint32).reshape(32, 4) * 0x01010101
+    out, _, _ = run(primitives, "shared_vectors", words, 128, seed=seed)
+    assert (out.reshape(32, 4) == np.roll(words, -1, axis=0)).all()
+
+
+def test_byte_perm_picks_bytes_and_their_signs(primitives: ModuleType) -> None:
+    a, b = 0x83020100, 0x87060584
+    cases = {0x3210: a, 0x7654: b, 0x4140: 0x84018400, 0x9180: 0x00010000, 0xB3A2: 0xFF830002, 0xFEDC: 0xFF0000FF}
+    words = np.array([(a, b, selector) for selector in cases] * 6, np.uint32)[:32]
+    out, _, _ = run(primitives, "permute_bytes", words, 32)
+    assert [f"{word:#x}" for word in out] == [f"{word:#x}" for word in ([*cases.values()] * 6)[:32]]
+
+
+def test_fma2_f16_rounds_either_half_once_and_keeps_subnormals(primitives: ModuleType) -> None:
+    rng = np.random.default_rng(5)
+    a, b, c = rng.standard_normal((3, 64)).astype(np.float16)
+    a[0], b[0], c[0] = 1 + 2**-10, 1 + 2**-10, -1 - 2**-9  # unfused, the product would lose 2^-20
+    a[1], b[1], c[1] = 2**-12, 2**-12, 0
+    words = np.stack([np.ascontiguousarray(x).view(np.uint32) for x in (a, b, c)], 1)
+    out, _, _ = run(primitives, "fma_pairs", words, 32)
+    expected = (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float16)
+    assert expected[0] == np.float16(2.0**-20) and expected[1] == np.float16(2.0**-24)
+    np.testing.assert_array_equal(out.view(np.float16), expected)

@@ -17,6 +17,7 @@ from mixattn import _C, env
 from mixattn.ops.plan import Hardware, WorkPlan, cpu_hardware
 from tests.cases import (
     CASES,
+    PREFIX_CASES,
     QUANTIZED_FORMATS,
     SCORE_CASES,
     AttentionCase,
@@ -24,6 +25,7 @@ from tests.cases import (
     KvFormat,
     assert_attention_close,
     make_inputs,
+    plan_arguments,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -46,16 +48,16 @@ def splitting_hardware(num_workers: int) -> Hardware:
 
 
 def make_plan(case: AttentionCase, inputs: AttentionInputs) -> WorkPlan | None:
-    if case.num_workers is None:
+    if case.num_workers is None and not case.shared_pages:
         return None
     plan = mixattn.plan(
         inputs.cu_seqlens_q,
         inputs.seq_lens,
-        **case.plan_options,
-        kv_element_bytes=inputs.k_cache.element_size(),
-        hardware=splitting_hardware(case.num_workers),
+        **plan_arguments(case, inputs),
+        hardware=splitting_hardware(case.num_workers or 1),
     )
     assert plan.num_merges > 0, "a case that names its workers is there for its splits"
+    assert plan.num_groups > 0 or not case.shared_pages, "a case of shared pages is there for its groups"
     return plan
 
 
@@ -71,7 +73,7 @@ def run(case: AttentionCase, inputs: AttentionInputs, backend: str = "cpu") -> t
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES + SCORE_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES + SCORE_CASES + PREFIX_CASES, ids=lambda case: case.id)
 def test_attention_of_named_case_is_within_twice_eager(case: AttentionCase, dtype: torch.dtype, isa: str) -> None:
     inputs = make_inputs(case, dtype)
     out, lse = run(case, inputs)
@@ -89,7 +91,7 @@ def test_reference_backend_of_named_case_is_within_twice_eager(case: AttentionCa
 def quantized_cases() -> list[Any]:
     """Every case with two of the quantised dtypes, and those about splits, windows and page edges with all four."""
     made = []
-    for idx, case in enumerate(CASES + SCORE_CASES):
+    for idx, case in enumerate(CASES + SCORE_CASES + PREFIX_CASES):
         has_all = case.num_workers is not None or case.window_left is not None or len(set(case.kv_lens)) > 2
         for offset in range(4 if has_all else 2):
             kv = QUANTIZED_FORMATS[(5 * idx + offset) % len(QUANTIZED_FORMATS)]

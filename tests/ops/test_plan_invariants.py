@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mixattn import _C
 from mixattn.ops.plan import Hardware, WorkPlan, plan
 from mixattn.ops.reference import visible_keys
-from tests.ops.plan_twin import SMALL, Shape, plan_twin, visible_range
+from tests.ops.plan_twin import SMALL, Pages, Shape, plan_twin, visible_range
 
 CAPACITY_ITEMS, CAPACITY_MERGES = 6, 7
 """Words of the header."""
@@ -25,6 +25,7 @@ class Batch:
     shape: Shape
     hardware: Hardware
     invariant: bool = False
+    pages: Pages | None = None
 
     @property
     def cu_seqlens_q(self) -> list[int]:
@@ -47,6 +48,8 @@ class Batch:
             window_left=shape.window_left,
             invariant=self.invariant,
             hardware=self.hardware,
+            block_table=None if self.pages is None else self.pages.table,
+            page_size=None if self.pages is None else self.pages.page_size,
         )
 
 

@@ -12,7 +12,7 @@ from mixattn.ops.kv_dtypes import kv_format
 from mixattn.ops.plan import Hardware, WorkPlan, plan
 from mixattn.triton_kernels.mixed_attention import mixed_attention
 from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS
-from tests.cases import AttentionCase, AttentionInputs, KvFormat, make_inputs
+from tests.cases import AttentionCase, AttentionInputs, KvFormat, make_inputs, plan_arguments
 
 GARBAGE_WORD = 0x7F7F7F7F
 """Fills the plan past its items and merges: as an index it is out of every bound."""
@@ -96,11 +96,11 @@ def prepare(
     work_plan = plan(
         inputs.cu_seqlens_q,
         inputs.seq_lens,
-        **case.plan_options,
-        kv_element_bytes=inputs.k_cache.element_size(),
+        **plan_arguments(case, inputs),
         invariant=invariant,
         hardware=dataclasses.replace(hardware(case.num_workers or 4, split_tokens), invariant_split_tokens=128),
     )
+    assert work_plan.num_groups > 0 or not case.shared_pages or invariant, "the case is to have groups"
     words = torch.full((len(work_plan.buffer),), GARBAGE_WORD, dtype=torch.int32)
     items_begin = 16
     merges_begin = items_begin + 8 * work_plan.capacity_items

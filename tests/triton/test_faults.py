@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import CASES, SCORE_CASES, AttentionInputs, KvFormat, assert_attention_close, make_inputs
+from tests.cases import CASES, PREFIX_CASES, SCORE_CASES, AttentionInputs, KvFormat, assert_attention_close, make_inputs
 from tests.triton import attention_run
 from tests.triton.test_mixed_attention import FAR_CASE, FAR_PAGE_STRIDE, far_apart
 
@@ -62,9 +62,11 @@ FAULTS = [
           "load_keys(v_head, v_offsets, is_key, HEAD_DIM, BLOCK_D, KV_FORMAT, CAPABILITY, IS_PINNED, IS_EDGE)",
           "load_keys(v_head, v_offsets, is_key, HEAD_DIM, BLOCK_D, KV_FORMAT, CAPABILITY, IS_PINNED, False)", DECODE),
     Fault("sums-not-rescaled", ATTENTION, "v, accumulator * rescale)", "v, accumulator)", "scale-and-peaked-scores"),
-    Fault("merge-one-split-too-early", ATTENTION, "merge + MERGE_NUM_SPLITS) - 1", "merge + MERGE_NUM_SPLITS) - 2",
+    Fault("merge-one-split-too-early", ATTENTION, "merge + MERGE_NUM_ITEMS) - 1", "merge + MERGE_NUM_ITEMS) - 2",
           SPLITS),
-    Fault("merge-never", ATTENTION, "merge + MERGE_NUM_SPLITS) - 1", "merge + MERGE_NUM_SPLITS)", SPLITS),
+    Fault("merge-never", ATTENTION, "merge + MERGE_NUM_ITEMS) - 1", "merge + MERGE_NUM_ITEMS)", SPLITS),
+    Fault("merge-of-a-group-counts-splits", ATTENTION, "merge + MERGE_NUM_ITEMS) - 1", "merge + MERGE_NUM_SPLITS) - 1",
+          "prefix-splits"),
     Fault("merge-skips-a-split", ATTENTION, "tl.range(0, num_splits", "tl.range(1, num_splits", SPLITS),
     Fault("ticket-not-reset", ATTENTION, "tl.store(ticket, 0)", "pass", SPLITS, "tickets"),
     Fault("item-counter-not-reset", ATTENTION, "tl.store(tickets, 0)", "pass", DECODE, "tickets"),
@@ -122,7 +124,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
 
 def outcome(case_id: str, kv: KvFormat | None, device: torch.device) -> str:
     """``right``, ``result`` or ``tickets``."""
-    case = next(case for case in CASES + SCORE_CASES if case.id == case_id)
+    case = next(case for case in CASES + SCORE_CASES + PREFIX_CASES if case.id == case_id)
     inputs = make_inputs(case, torch.float16, kv=kv)
     run = attention_run.prepare(case, torch.float16, device, inputs=inputs)
     run.launch()

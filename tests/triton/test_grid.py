@@ -1,4 +1,4 @@
-"""The grid of ``attention(backend="triton")``: as many programs as the plan has workers, outside of ``sm_margin``."""
+"""The grid of ``attention(backend="triton")``: what the SMs hold at once, but for those of ``sm_margin``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(**options: Any) -> torch.Tensor:
     return out
 
 
-def test_grid_is_the_workers_of_the_plan_up_to_what_the_device_holds(grids: list[tuple[int, ...]]) -> None:
+def test_grid_fills_the_sms_outside_of_the_margin_whatever_the_plan(grids: list[tuple[int, ...]]) -> None:
     inputs = make_inputs(CASE, torch.bfloat16)
     for num_sms in (2 * NUM_SMS, NUM_SMS, NUM_SMS - 2):
         plan = mixattn.plan(
@@ -60,8 +60,7 @@ def test_grid_is_the_workers_of_the_plan_up_to_what_the_device_holds(grids: list
         )  # fmt: skip
         whole, rest = run(plan=plan), run(plan=plan, sm_margin=NUM_SMS - 1)
         assert torch.equal(whole, rest), "the grid has changed the bits"
-    full, fewer, least = 2 * NUM_SMS, 2 * (NUM_SMS - 2), PROGRAMS_PER_SM
-    assert grids == [(full,), (least,), (full,), (least,), (fewer,), (least,)]
+    assert grids == [(2 * NUM_SMS,), (PROGRAMS_PER_SM,)] * 3
 
 
 def test_grid_of_a_call_without_a_plan_leaves_the_margin_free(

@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import CASES, SCORE_CASES, AttentionCase, AttentionInputs, assert_attention_close, make_inputs
+from tests.cases import (
+    CASES,
+    PREFIX_CASES,
+    SCORE_CASES,
+    AttentionCase,
+    AttentionInputs,
+    assert_attention_close,
+    make_inputs,
+)
 from tests.triton.attention_run import AttentionRun, prepare
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,8 +45,10 @@ def test_mixed_attention_named_case_is_within_twice_eager(
     check(run, inputs)
 
 
-@pytest.mark.parametrize("case", SCORE_CASES, ids=lambda case: case.id)
-def test_mixed_attention_score_option_is_within_twice_eager(case: AttentionCase, device: torch.device) -> None:
+@pytest.mark.parametrize("case", SCORE_CASES + PREFIX_CASES, ids=lambda case: case.id)
+def test_mixed_attention_score_option_or_shared_prefix_is_within_twice_eager(
+    case: AttentionCase, device: torch.device
+) -> None:
     # In one dtype, the strictest: scores are float32 whatever that of q and K is.
     inputs = make_inputs(case, torch.float32)
     run = prepare(case, torch.float32, device, inputs=inputs)

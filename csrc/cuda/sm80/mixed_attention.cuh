@@ -9,7 +9,7 @@
 //         above head_dim 128 (64, 32) for large, twice, and medium, (16, 64) for small
 // Memory  an item reads 2 keys head_dim elements of K and V, and reads and writes rows head_dim; shared: tile.cuh
 // Static  nvcc 13.0, bf16, head_dim 128, registers and warp instructions per MMA-MFLOP of large / medium / small tiles:
-//         sm_80: 255; 962 / 1,331 / 2,590. sm_90a: 255; 949 / 1,305 / 2,552. No spills in any kernel, no bank conflicts
+//         sm_80: 254; 962 / 1,331 / 2,590. sm_90a: 255; 949 / 1,305 / 2,552. No spills in any kernel, no bank conflicts
 // Limits  as cuda/mixed_attention.cuh
 // Twins   triton_kernels/mixed_attention.py (the same names and order); truth ops/reference.py
 // Source  arXiv:2307.08691, section 3; GQA rows packed: arXiv:2305.13245; fragments: PTX ISA 8.7, section 9.7.14.5.8
@@ -140,32 +140,47 @@ MX_DEVICE void apply_softmax(const LaunchParams& p, Item item, int32_t tile_begi
   MX_UNROLL
   for (int r = 0; r < TileShape::kRowTiles; ++r) {
     const int32_t first_row = warp_row<TileShape>() + r * kMmaRows + thread.lane / 4;
-    const float scale = prepare_scores<kScores>(p, item, first_row, first_key, is_edge, scores[r]);
-    const Rescale rescale = weigh_scores(scores[r], scale, state.row_max[r], state.row_sum[r]);
+    const PerRow scale =
+        prepare_scores<kScores>(p, item, first_row, first_key, is_edge, {{p.score_scale, p.score_scale}}, scores[r]);
+    const PerRow rescale = weigh_scores(scores[r], scale, state.row_max[r], state.row_sum[r]);
     pack_weights<T>(scores[r], weights[r]);
     rescale_sums(rescale, state.accumulator[r]);
   }
 }
 
-// Rows that one warp has to itself.
+// How a row ends that is divided by its sum already: with its sink, unless its keys are split: then it enters at the
+// merge. There it comes in by the same steps, so that a row's bits do not tell whether it was split.
+MX_DEVICE RowEnd end_average(const LaunchParams& p, Item item, int32_t row, float lse_log2) {
+  if (item[kMergeIdx] >= 0) return {1.0f, lse_log2};
+  return finish_row_with_sink(lse_log2, lse_log2 == -INFINITY ? 0.0f : 1.0f, row_sink_log2(p, row_head(p, item, row)));
+}
+
+// Rows that one warp has to itself, to be multiplied with value_scale.
 template <class T, int kHeadDim, class TileShape>
-MX_DEVICE void store_rows(const LaunchParams& p, Item item, const RowState<kHeadDim, TileShape::kRowTiles>& state) {
+MX_DEVICE void store_rows(const LaunchParams& p, Item item, RowState<kHeadDim, TileShape::kRowTiles>& state,
+                          float value_scale = 1.0f) {
   const Thread thread = this_thread();
   MX_UNROLL
   for (int r = 0; r < TileShape::kRowTiles; ++r) {
     MX_UNROLL
     for (int h = 0; h < 2; ++h) {
       const int32_t row = warp_row<TileShape>() + r * kMmaRows + h * 8 + thread.lane / 4;
-      const RowEnd end = end_row(p, item, row, state.row_max[r][h], quad_sum(state.row_sum[r][h]));
-      store_row<T, kHeadDim>(p, item, row, 0, state.accumulator[r], h, end);
+      const RowEnd end = finish_row(state.row_max[r][h], quad_sum(state.row_sum[r][h]));
+      MX_UNROLL
+      for (auto& sums : state.accumulator[r]) {
+        sums[2 * h] *= end.inverse_sum * value_scale;
+        sums[2 * h + 1] *= end.inverse_sum * value_scale;
+      }
+      store_row<T, kHeadDim>(p, item, row, 0, state.accumulator[r], h, end_average(p, item, row, end.lse_log2));
     }
   }
 }
 
 // Rows whose keys the warps have split: each warp leaves its sums in shared memory, where K and V were, and adds up a
-// quarter of the columns over all warps, in their order.
+// quarter of the columns over all warps, in their order. To be multiplied with value_scale.
 template <class T, int kHeadDim, class TileShape>
-MX_DEVICE void merge_warps(const LaunchParams& p, Item item, const RowState<kHeadDim, 1>& state) {
+MX_DEVICE void merge_warps(const LaunchParams& p, Item item, const RowState<kHeadDim, 1>& state,
+                           float value_scale = 1.0f) {
   const Thread thread = this_thread();
   using Shared = Layout<kHeadDim, TileShape>;
   constexpr int kColumnTiles = kHeadDim / kMmaColumns / kNumWarps;
@@ -211,7 +226,9 @@ MX_DEVICE void merge_warps(const LaunchParams& p, Item item, const RowState<kHea
         total[i][2 * h + 1] = total[i][2 * h + 1] * factors.rescale + value.y * factors.weight;
       }
     }
-    store_row<T, kHeadDim>(p, item, row, first_column, total, h, end_row(p, item, row, row_max, row_sum));
+    RowEnd end = end_row(p, item, row, row_max, row_sum);
+    end.inverse_sum *= value_scale;
+    store_row<T, kHeadDim>(p, item, row, first_column, total, h, end);
   }
 }
 
@@ -280,32 +297,39 @@ MX_DEVICE void drop_rows(Item item, int32_t num_rows) {
   sync_team();  // the item is what is left
 }
 
-template <class T, int kHeadDim, Scores kScores>
-struct Attend {
-  using Shapes = Tiles<kHeadDim, kScores>;
+// Computes an item by Walk::attend<TileShape>(p, item), in the tile of its kind.
+template <class Shapes, class Walk>
+struct AttendByKind {
+  static constexpr int32_t kItemTickets = 1;
 
   static MX_DEVICE void item(const LaunchParams& p, Item item) {
-    const int32_t kind = item[kTileKindOf];
-    if (kind == kTileSmall) return attend_item<T, kHeadDim, typename Shapes::Small, kScores>(p, item);
-    if constexpr (!Shapes::kHasLarge) {
-      // The keys that all rows of the item see are seen by those below as well: some masks too many, none too few.
-      while (true) {
-        attend_item<T, kHeadDim, typename Shapes::Medium, kScores>(p, item);
-        if (item[kNumRows] <= Shapes::Medium::kRows) return;
-        drop_rows(item, Shapes::Medium::kRows);
-      }
-    } else if (kind == kTileLarge) {
-      attend_item<T, kHeadDim, typename Shapes::Large, kScores>(p, item);
-    } else {
-      attend_item<T, kHeadDim, typename Shapes::Medium, kScores>(p, item);
+    // Kinds sum up keys in different orders. An invariant call has one of them, which does not depend on a row's mates.
+    const int32_t kind = p.call.invariant ? kTileMedium : item[kTileKindOf];
+    if (kind == kTileSmall) return Walk::template attend<typename Shapes::Small>(p, item);
+    if constexpr (Shapes::kHasLarge) {
+      if (kind == kTileLarge) return Walk::template attend<typename Shapes::Large>(p, item);
     }
+    // The keys that all rows of the item see are seen by those below as well: some masks too many, none too few.
+    while (true) {
+      Walk::template attend<typename Shapes::Medium>(p, item);
+      if (item[kNumRows] <= Shapes::Medium::kRows) return;
+      drop_rows(item, Shapes::Medium::kRows);
+    }
+  }
+};
+
+template <class T, int kHeadDim, Scores kScores>
+struct Walk {
+  template <class TileShape>
+  static MX_DEVICE void attend(const LaunchParams& p, Item item) {
+    attend_item<T, kHeadDim, TileShape, kScores>(p, item);
   }
 };
 
 // The body of a kernel; its entry points are in entry.cuh.
 template <class T, int kHeadDim, Scores kScores>
 MX_DEVICE void mixed_attention(const LaunchParams& p) {
-  run_queue<T, kHeadDim, Attend<T, kHeadDim, kScores>>(p, Queue::kAll);
+  run_queue<T, kHeadDim, AttendByKind<Tiles<kHeadDim, kScores>, Walk<T, kHeadDim, kScores>>>(p, Queue::kAll);
 }
 
 }  // namespace sm80

@@ -34,6 +34,7 @@ struct Tile {
   static constexpr int kRows = kRowTiles * kMmaRows * kNumWarps / kKeyWarps;
   static constexpr int kKeys = kWarpKeys * kKeyWarps;
   static constexpr int kCopiedKeys = kKeys / kNumWarps;  // by one warp
+  static constexpr int kStoredBits = 0;                  // of an element of K and V; 0: they come as products take them
   static_assert(kKeyWarps == 1 || kKeyWarps == kNumWarps, "warps share all rows or none");
   // A warp that has its keys to itself copies exactly those: it needs no barrier with the others.
   static_assert(kKeyWarps == 1 || kCopiedKeys == kWarpKeys, "a warp copies the keys that it uses");
@@ -78,23 +79,33 @@ struct Layout {
   static constexpr int kRowLanes = power_of_two_from(kRowChunks);    // that copy a row; those past it are idle
   static constexpr uint32_t kQ = kControlBytes;                      // (kRows, kHeadDim)
   static constexpr uint32_t kK = kQ + TileShape::kRows * kRowBytes;  // (kKeys, kHeadDim)
-  static constexpr uint32_t kV = kK + TileShape::kKeys * kRowBytes;  // (kKeys, kHeadDim)
+  // (kKeys, kHeadDim). What is widened into the small tile takes turns there: its warps wait for nobody else.
+  static constexpr bool kIsWidened = TileShape::kStoredBits > 0;
+  static constexpr uint32_t kV = kIsWidened && TileShape::kKeyWarps > 1 ? kK : kK + TileShape::kKeys * kRowBytes;
+  // K and V as they are stored, and their scales per token, float32: (2, kKeys) each.
+  static constexpr uint32_t kStoredRowBytes = kHeadDim * TileShape::kStoredBits / 8;
+  static constexpr uint32_t kStored = kV + TileShape::kKeys * kRowBytes;
+  static constexpr uint32_t kKeyScales = kStored + 2 * TileShape::kKeys * kStoredRowBytes;
+  static constexpr uint32_t kKeyScaleBytes = kIsWidened ? 2 * TileShape::kKeys * sizeof(float) : 0;
   // What the warps of a small tile leave for each other in place of K and V: (kNumWarps, kMmaRows, kHeadDim) float32.
   // 8 words more than kHeadDim: the rows that half a warp stores at once start 8 banks apart.
   static constexpr uint32_t kSumRowBytes = (kHeadDim + 8) * sizeof(float);
   static constexpr uint32_t kSumBytes = TileShape::kKeyWarps > 1 ? kNumWarps * kMmaRows * kSumRowBytes : 0;
-  static constexpr uint32_t kTileBytes = 2 * TileShape::kKeys * kRowBytes;
+  static constexpr uint32_t kTileBytes = kKeyScales + kKeyScaleBytes - kK;
   static constexpr uint32_t kBytes = kK + (kTileBytes > kSumBytes ? kTileBytes : kSumBytes);
   // The bits of a chunk's place among 8 must be free in the address of its row: chunk_address xors them.
   static_assert(kQ % kSwizzleBytes == 0 && kRowBytes % kSwizzleBytes == 0, "rows start at a multiple of 8 chunks");
 };
 
+template <int kHeadDim, class Large, class Small>
+constexpr uint32_t kLargerBytes =
+    Layout<kHeadDim, Large>::kBytes > Layout<kHeadDim, Small>::kBytes ? Layout<kHeadDim, Large>::kBytes
+                                                                      : Layout<kHeadDim, Small>::kBytes;
+
 // Of a block: what the largest tile takes, which is large or small; a medium one is a part of a large one.
 template <int kHeadDim>
-constexpr uint32_t kSharedBytes = Layout<kHeadDim, typename Tiles<kHeadDim>::Large>::kBytes >
-                                          Layout<kHeadDim, typename Tiles<kHeadDim>::Small>::kBytes
-                                      ? Layout<kHeadDim, typename Tiles<kHeadDim>::Large>::kBytes
-                                      : Layout<kHeadDim, typename Tiles<kHeadDim>::Small>::kBytes;
+constexpr uint32_t kSharedBytes =
+    kLargerBytes<kHeadDim, typename Tiles<kHeadDim>::Large, typename Tiles<kHeadDim>::Small>;
 
 // Address of chunk c of row r of the tile at `tile`.
 template <int kRowBytes>
@@ -216,6 +227,15 @@ MX_DEVICE void copy_keys(const Cache<T>& cache, Item item, const KeyPlace& place
   }
 }
 
+// The chunk of a row that lies where chunk `place` would. Where keys are widened it is the first halves of what lanes
+// widen, one after another, and then the second halves: that is how lanes can store them without bank conflicts, and
+// sums over head_dim do not mind.
+template <int kHeadDim, class TileShape>
+MX_DEVICE constexpr int chunk_at(int place) {
+  constexpr int kHalf = Layout<kHeadDim, TileShape>::kRowChunks / 2;
+  return TileShape::kStoredBits == 0 ? place : place % kHalf * 2 + place / kHalf;
+}
+
 // Starts the copy of the item's rows of Q; rows past its last become 0.
 template <class T, int kHeadDim, class TileShape>
 MX_DEVICE void copy_queries(const LaunchParams& p, Item item, uint32_t tile) {
@@ -230,7 +250,8 @@ MX_DEVICE void copy_queries(const LaunchParams& p, Item item, uint32_t tile) {
     const RowPlace place = place_row(p, item[kFirstToken], item[kKvHead], item[kRowBegin] + (is_row ? row : 0));
     const T* const source =
         static_cast<const T*>(p.call.q) + place.token * p.call.q_token_stride + place.head * p.call.q_head_stride;
-    mx::cp_async16(chunk_address<Shared::kRowBytes>(tile, row, chunk), source + chunk * kVectorElements, is_row);
+    mx::cp_async16(chunk_address<Shared::kRowBytes>(tile, row, chunk),
+                   source + chunk_at<kHeadDim, TileShape>(chunk) * kVectorElements, is_row);
   }
 }
 

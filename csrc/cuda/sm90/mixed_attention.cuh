@@ -28,6 +28,8 @@ constexpr int kWorkersPerSm = 2;  // a queue for each side of the block
 constexpr int kDecodeRegisters = 152;
 constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 160;
+// Of a merge, for each item: a merge may have items of one consumer, of both, and of the team of small items.
+constexpr int32_t kItemTickets = kNumConsumers;
 static_assert(kDecodeRegisters + kProducerRegisters + kNumConsumers * kConsumerRegisters <= 512, "of an SM");
 
 // The first key of an item's first tile: tiles start at multiples of their size, wherever a window begins.
@@ -183,12 +185,13 @@ MX_DEVICE void pass_turn(int consumer) {
 
 // One tile's scores to weights, in place.
 template <Scores kScores, int kHeadDim>
-MX_DEVICE Rescale apply_softmax(const LaunchParams& p, Item item, int consumer, int32_t tile_begin, Fragments& scores,
-                                RowState<kHeadDim>& state) {
+MX_DEVICE PerRow apply_softmax(const LaunchParams& p, Item item, int consumer, int32_t tile_begin, Fragments& scores,
+                               RowState<kHeadDim>& state) {
   const Thread thread = this_thread();
   const int32_t first_row = consumer * mx::kWgmmaRows + thread.warp * kMmaRows + thread.lane / 4;
   const bool is_edge = tile_begin < item[kFullBegin] || tile_begin + Tile::kKeys > item[kFullEnd];
-  const float scale = prepare_scores<kScores>(p, item, first_row, tile_begin + 2 * (thread.lane % 4), is_edge, scores);
+  const PerRow scale = prepare_scores<kScores>(p, item, first_row, tile_begin + 2 * (thread.lane % 4), is_edge,
+                                               {{p.score_scale, p.score_scale}}, scores);
   return weigh_scores(scores, scale, state.row_max, state.row_sum);
 }
 
@@ -211,7 +214,7 @@ MX_DEVICE void attend_item(const LaunchParams& p, Item item, int consumer, RingP
     mx::wgmma_wait<0>();  // for the scores
     release(ring.empty());
     ring.advance();
-    const Rescale rescale = apply_softmax<kScores>(p, item, consumer, tile_begin, scores, state);
+    const PerRow rescale = apply_softmax<kScores>(p, item, consumer, tile_begin, scores, state);
     rescale_sums(rescale, state.accumulator);
     PackedWeights weights;
     pack_weights<T>(scores, weights);
@@ -256,7 +259,8 @@ MX_DEVICE void consume(const LaunchParams& p, int consumer) {
       clear(state);
       attend_item<T, kHeadDim, kScores>(p, item, consumer, ring, state);
       store_rows<T, kHeadDim>(p, item, consumer, state);
-      merge_if_last<T, kHeadDim>(p, item, team, item[kNumRows] > mx::kWgmmaRows ? kNumConsumers : 1);
+      const int32_t tickets = item[kNumRows] > mx::kWgmmaRows ? kItemTickets / kNumConsumers : kItemTickets;
+      merge_if_last<T, kHeadDim>(p, item, team, tickets, kItemTickets);
     } else {
       skip_item<kHeadDim>(item, ring);
     }
@@ -268,6 +272,8 @@ MX_DEVICE void consume(const LaunchParams& p, int consumer) {
 
 template <class T, int kHeadDim, Scores kScores>
 struct AttendSmall {
+  static constexpr int32_t kItemTickets = sm90::kItemTickets;
+
   static MX_DEVICE void item(const LaunchParams& p, Item item) {
     sm80::attend_item<T, kHeadDim, typename sm80::Tiles<kHeadDim>::Small, kScores>(p, item);
   }
