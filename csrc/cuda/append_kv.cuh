@@ -1,13 +1,11 @@
-// append_kv.cuh: this step's K (rotated) and V into their pages, quantised where the cache is, and Q rotated; one
-// launch. Math    (a, b) -> (a cos - b sin, b cos + a sin) for each pair (a, b) of the leading rotary_dim dimensions of
-// a head
+// append_kv.cuh: this step's K (rotated) and V into their pages, quantised where the cache is, and Q rotated.
+// Math    (a, b) -> (a cos - b sin, b cos + a sin) for each pair (a, b) of a head's leading rotary_dim dimensions
 //         Quantised: round(x / scale), scale given or a head's largest |x| / the largest stored value, at least 2^-126
 // Method  a lane takes 8 neighbouring dimensions of a head's row, 16 bytes, so that a warp reads and writes whole
 //         lines; the partner of a neox pair is read again, from L1. float32, rounded once, no product fused: what is
 //         stored are the bits of the reference. A row's largest magnitude is found by shuffles, as an integer
 // Grid    a row of num_heads = 2 num_kv_heads + num_q_heads per token and head takes head_dim / 8 lanes, rounded up to
-// a
-//         power of two; blocks of kAppendThreads
+//         a power of two; blocks of kAppendThreads
 // Shapes  as AppendKvParams; k, v, q in f16 or bf16
 // Memory  reads and writes each element once, cos and sin of a token once per head, from L1 and L2; no shared memory
 // Limits  as check_append_kv: addresses and strides in whole vectors of 8 elements; at most 2^31 - 1 blocks

@@ -1,8 +1,7 @@
 // merge_states.cuh: attention over the union of disjoint key sets, from the result over each; one launch.
 // Math    lse = log sum_i exp(lse_i); out = sum_i exp(lse_i - lse) out_i; 0 and -inf where every lse_i is -inf
 // Method  a lane takes 8 neighbouring dimensions of a row, 16 bytes; the largest lse first, then the states in
-// ascending
-//         order, float32; the out of a state with lse -inf is not read. Exponentials in base 2
+//         ascending order, float32; the out of a state with lse -inf is not read. Exponentials in base 2
 // Grid    a row of a token and head takes head_dim / 8 lanes, rounded up to a power of two; blocks of kMergeThreads
 // Shapes  as MergeStatesParams; outs and out in f16 or bf16
 // Memory  reads every state that is not empty once, writes once; lses twice, the second time from L1; no shared memory

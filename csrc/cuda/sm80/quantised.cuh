@@ -1,7 +1,6 @@
 // quantised.cuh: attention of one work item over K and V in int8, float8 or int4, and the kernel of all items, sm_80+.
 // Math    as mixed_attention.cuh, of real = stored * scale: scores times K's scale of their key, weights times V's;
-// what
-//         all keys of a head share goes into the scores' scale and behind the sums
+//         what all keys of a head share goes into the scores' scale and behind the sums
 // Method  A warp copies its quarter of a tile as it is stored, and widens that, exactly, to float16 in the tile that
 //         ldmatrix reads: once for all warps. Products are of float16 whatever q's element; a row of q becomes float16
 //         times a power of two. K and V have a place each as stored: both fly while the tile before is computed. e4m3
@@ -13,7 +12,7 @@
 // Shapes  as mixed_attention.cuh, K and V [.., head_dim] bytes, of int4 head_dim / 2; tiles of the same sizes
 // Memory  an item reads 2 keys head_dim bits / 8, and 8 keys of scales per token; shared: tile.cuh
 // Static  nvcc 13.0, bf16, head_dim 128, int8, scales of heads: 254 registers, 1,234 / 1,780 / 3,826 warp instructions
-//         per MMA-MFLOP on sm_80; other formats: csrc/cuda/README.md. No spills in any kernel, no bank conflicts
+//         per MMA-MFLOP on sm_80; other formats: docs/cuda.md. No spills in any kernel, no bank conflicts
 // Limits  head_dim 64 and 128; rows of K and V start at multiples of 16 bytes
 // Twins   triton_kernels/_quantized.py (the same codes to float16); truth ops/reference.py
 // Source  float8: arXiv:2209.05433; integers as the mantissa of 1024 + n: arXiv:2211.10017, section 3
