@@ -246,7 +246,7 @@ def device_hardware(device: torch.device, programs_per_sm: int | None = None, sm
 def _default_plan(call: AttentionCall, backend: str, layout: AttentionLayout, out: Tensor) -> Tensor:
     """The words of a plan for the backend's workers; on a GPU this waits for the lengths to arrive on the host."""
     q = call.q
-    if q.is_cuda:
+    if q.device.type != "cpu":
         check_not_captured()
     if backend == "cuda":
         hardware = attention_cuda.plan_hardware(call, layout, out)

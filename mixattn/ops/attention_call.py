@@ -446,7 +446,7 @@ def plan_on_device(plan: Tensor, device: torch.device) -> Tensor:
 
 
 def check_not_captured() -> None:
-    """Raises NotImplementedError while the current stream of a GPU captures a graph; for calls with a host's plan."""
+    """Raises NotImplementedError while the current stream of a GPU captures a graph; for plans from the host."""
     if torch.cuda.is_current_stream_capturing():
         raise NotImplementedError(
             "plan is copied to the GPU by the call, which a captured graph cannot repeat; the nearest is a "
