@@ -166,7 +166,8 @@ def attention(
             A ``mixattn.DevicePlan`` is read where it lies, by the kernels of ``cuda`` and ``triton`` alone: the call
             only launches, so that a graph can capture it behind ``update``. That the last update was of these very
             ``cu_seqlens_q``, ``seq_lens`` and, with ``page_size``, ``block_table`` is not looked at. Rows of out and
-            lse behind the last slice are left as they were, and all rows if the batch has no plan.
+            lse behind the last slice are not written, and none if the batch has no plan (``DevicePlan.read`` tells):
+            they are as they were, in new tensors anything.
         out: written and returned; as q in shape, dtype and device. None allocates.
         return_lse: whether the log-sum-exp is returned too.
         backend: ``cpu``, ``triton``, ``cuda`` or ``reference``; None is the first here that takes the call (see

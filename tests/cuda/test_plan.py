@@ -130,7 +130,12 @@ def check_random_batches(emulation: Emulation, seed: int, num_batches: int, max_
         host = batch.plan()
         image = emulation.image(seed=i)
         num_threads = 32 * int(rng.integers(1, 4))
-        words = plan_on_device(image, host, batch.cu_seqlens_q, batch.seq_lens, num_threads, pages=batch.pages)
+        num_groups = 0 if batch.pages is None else host.spec.max_groups(len(batch.seq_lens))
+        bound = host.spec.max_partial_rows(batch.cu_seqlens_q[-1], num_groups)
+        words = plan_on_device(
+            image, host, batch.cu_seqlens_q, batch.seq_lens, num_threads, pages=batch.pages,
+            capacity_partial_rows=host.num_partial_rows if batch.invariant else bound,
+        )  # fmt: skip
         assert_equal(words, host)
 
 
