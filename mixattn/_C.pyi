@@ -37,6 +37,7 @@ class PlanSpec:
     def max_groups(self, num_seqs: int) -> int: ...
     def max_items(self, total_q: int, num_seqs: int, num_groups: int = 0) -> int: ...
     def max_merges(self, num_groups: int = 0) -> int: ...
+    def max_partial_rows(self, total_q: int, num_groups: int = 0) -> int: ...
 
 def plan(
     spec: PlanSpec,
@@ -288,7 +289,9 @@ class CudaImage:
 def cuda_instances() -> list[CudaInstance]: ...
 
 # call: what ``attention`` takes, less num_threads and isa. NotImplementedError names the nearest call with a kernel.
-def cuda_instance(*, capability: tuple[int, int], **call: Any) -> CudaInstance: ...  # addresses: only whether 0
+def cuda_instance(
+    *, capability: tuple[int, int], has_small_apart: bool, **call: Any
+) -> CudaInstance: ...  # addresses: only whether 0
 
 # call: what ``append_kv`` takes, less num_threads and isa. NotImplementedError names the nearest call with a kernel.
 def cuda_append_kv_kernel(**call: Any) -> CudaInstance: ...
@@ -313,9 +316,10 @@ def cuda_plan(
     scratch: int,
     capacity_items: int,
     capacity_merges: int,
+    capacity_partial_rows: int,
     num_threads: int,
     stream: int,
 ) -> None: ...  # every address is of device memory
 def cuda_attention(
-    *, image: CudaImage, device_plan: int, num_sms: int, stream: int, **call: Any
-) -> None: ...  # plan: on the host
+    *, image: CudaImage, device_plan: int, has_small_apart: bool, num_sms: int, stream: int, **call: Any
+) -> None: ...  # plan: on the host; 0: only on the device, and whether the workspace is large enough is not checked

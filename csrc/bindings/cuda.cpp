@@ -74,17 +74,18 @@ void launch(const Image& image, const Launch& launch, uintptr_t stream, void** a
   image.launch(launch, reinterpret_cast<StreamHandle>(stream), arguments);
 }
 
-py::dict cuda_instance(const AttentionParams& p, std::pair<int, int> capability) {
+py::dict cuda_instance(const AttentionParams& p, std::pair<int, int> capability, bool has_small_apart) {
   mixattn::cuda::check_call(p);
-  return describe(mixattn::cuda::instance_for(p, 10 * capability.first + capability.second));
+  return describe(mixattn::cuda::instance_for(p, 10 * capability.first + capability.second, has_small_apart));
 }
 
-// p.plan is on the host; device_plan has the same words where the kernel reads them.
-void cuda_attention(AttentionParams p, Image& image, uintptr_t device_plan, int64_t num_sms, uintptr_t stream) {
+// p.plan is on the host, or nullptr; device_plan has the same words where the kernel reads them.
+void cuda_attention(AttentionParams p, Image& image, uintptr_t device_plan, bool has_small_apart, int64_t num_sms,
+                    uintptr_t stream) {
   mixattn::cuda::check_call(p);
-  mixattn::cuda::check_workspace(p, *reinterpret_cast<const PlanHeader*>(p.plan));
+  if (p.plan != nullptr) mixattn::cuda::check_workspace(p, *reinterpret_cast<const PlanHeader*>(p.plan));
   mixattn::check_range("num_sms", num_sms, 1, image.num_sms());
-  const Instance& instance = mixattn::cuda::instance_for(p, image.capability());
+  const Instance& instance = mixattn::cuda::instance_for(p, image.capability(), has_small_apart);
   Launch prepared = image.prepare(instance.name, instance.num_threads, instance.shared_bytes);
   prepared.num_blocks = prepared.num_blocks / image.num_sms() * static_cast<int>(num_sms);
   p.plan = at<const int32_t>(device_plan);
@@ -96,11 +97,13 @@ void cuda_attention(AttentionParams p, Image& image, uintptr_t device_plan, int6
 // Of one block, whatever the batch. Addresses are of device memory.
 void cuda_plan(const PlanSpec& spec, Image& image, uintptr_t cu_seqlens_q, uintptr_t seq_lens, int64_t num_seqs,
                uintptr_t block_table, int64_t block_table_stride, int64_t page_size, uintptr_t out, uintptr_t scratch,
-               int64_t capacity_items, int64_t capacity_merges, int num_threads, uintptr_t stream) {
+               int64_t capacity_items, int64_t capacity_merges, int64_t capacity_partial_rows, int num_threads,
+               uintptr_t stream) {
   const Kernel& kernel = mixattn::cuda::plan_kernel();
   mixattn::check_range("num_seqs", num_seqs, 0, INT32_MAX - 1);
   mixattn::check_range("capacity_items", capacity_items, 0, INT32_MAX / mixattn::kWorkItemWords);
   mixattn::check_range("capacity_merges", capacity_merges, 0, INT32_MAX / mixattn::kMergeWords);
+  mixattn::check_range("capacity_partial_rows", capacity_partial_rows, 0, INT32_MAX);
   mixattn::check_range("num_threads", num_threads, mx::kWarpSize, kernel.num_threads);
   mixattn::check_range("page_size", page_size, block_table == 0 ? 0 : 1, INT32_MAX);
   mixattn::cuda::PlanLaunch params = {
@@ -112,7 +115,8 @@ void cuda_plan(const PlanSpec& spec, Image& image, uintptr_t cu_seqlens_q, uintp
       at<int64_t>(scratch),
       static_cast<int32_t>(num_seqs),
       static_cast<int32_t>(capacity_items),
-      static_cast<int32_t>(capacity_merges)};
+      static_cast<int32_t>(capacity_merges),
+      static_cast<int32_t>(capacity_partial_rows)};
   Launch prepared = image.prepare(kernel.name, kernel.num_threads, kernel.shared_bytes);
   prepared.num_blocks = 1;
   prepared.num_threads = num_threads;
@@ -187,7 +191,7 @@ void bind_cuda(py::module_& m) {
         arg("capacity_items"), "int64 words of scratch that cuda_plan needs.");
   m.def("cuda_plan", &cuda_plan, py::kw_only(), arg("spec"), arg("image"), arg("cu_seqlens_q"), arg("seq_lens"),
         arg("num_seqs"), arg("block_table"), arg("block_table_stride"), arg("page_size"), arg("out"), arg("scratch"),
-        arg("capacity_items"), arg("capacity_merges"), arg("num_threads"), arg("stream"),
+        arg("capacity_items"), arg("capacity_merges"), arg("capacity_partial_rows"), arg("num_threads"), arg("stream"),
         "Puts the planner on a stream, to write the plan of a batch to out, on the device. Why a batch has no plan is "
         "in\n"
         "the header.");
@@ -207,11 +211,12 @@ void bind_cuda(py::module_& m) {
   mixattn::def_merge_states<Image&, uintptr_t>(
       m, "cuda_merge_states", &cuda_merge_states, arg("image"), arg("stream"),
       "Attention over a union of disjoint key sets, from the result over each, put on a stream.");
-  mixattn::def_attention<std::pair<int, int>>(
-      m, "cuda_instance", &cuda_instance, arg("capability"),
+  mixattn::def_attention<std::pair<int, int>, bool>(
+      m, "cuda_instance", &cuda_instance, arg("capability"), arg("has_small_apart"),
       "The kernel of a call. NotImplementedError names the nearest call that has one. Addresses are not read.");
-  mixattn::def_attention<Image&, uintptr_t, int64_t, uintptr_t>(
-      m, "cuda_attention", &cuda_attention, arg("image"), arg("device_plan"), arg("num_sms"), arg("stream"),
+  mixattn::def_attention<Image&, uintptr_t, bool, int64_t, uintptr_t>(
+      m, "cuda_attention", &cuda_attention, arg("image"), arg("device_plan"), arg("has_small_apart"), arg("num_sms"),
+      arg("stream"),
       "Paged attention of a batch by its plan, put on a stream, in the blocks that num_sms of the device's SMs hold "
       "at\n"
       "once. Nothing is allocated or waited for.");

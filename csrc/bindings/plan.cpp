@@ -149,7 +149,10 @@ void bind_plan(py::module_& m) {
       .def("max_items", &mixattn::max_items, arg("total_q"), arg("num_seqs"), arg("num_groups") = 0,
            "Items that a batch of num_seqs slices with total_q rows can need, if the plan is no invariant one.")
       .def("max_merges", &mixattn::max_merges, arg("num_groups") = 0,
-           "Merges that any batch with so many groups can need, if the plan is no invariant one.");
+           "Merges that any batch with so many groups can need, if the plan is no invariant one.")
+      .def("max_partial_rows", &mixattn::max_partial_rows, arg("total_q"), arg("num_groups") = 0,
+           "Rows of partial results that any batch of total_q rows with so many groups can need, if the plan is no\n"
+           "invariant one.");
   m.def("plan", &plan, arg("spec"), arg("cu_seqlens_q"), arg("seq_lens"), arg("num_seqs"), arg("out"),
         arg("capacity_items"), arg("capacity_merges"), arg("block_table") = 0, arg("block_table_stride") = 0,
         arg("page_size") = 0,

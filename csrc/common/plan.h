@@ -38,7 +38,7 @@ namespace mixattn {
 enum PlanStatus : int32_t {
   kPlanOk = 0,
   kPlanBadSlice = 1,      // a negative q_len or kv_len, or more than 2^31 - 1 packed rows
-  kPlanNoRoom = 2,        // more items or merges than the capacity
+  kPlanNoRoom = 2,        // more items, merges or partial rows than the capacity
   kPlanCostTooLarge = 3,  // the batch costs more than kMaxCost
 };
 
@@ -70,9 +70,11 @@ MIXATTN_HD inline int64_t balance_slots(const PlanSpec& spec) {
 // target more than one: in the sum above they count as tiles that cost S. So
 //   items  <= tiles + num_kv_heads * max_groups + slots - 1
 //   merges <= slots - 1 + num_kv_heads * max_groups: those of groups need not have a tile of two pieces
-//   partial rows: a group of G <= b rows whose first tile has n_0 pieces has (n_0 + n) G <= 2 G + b (n_0 - 1 + m (n -
-//   1)),
-//           and all groups' 2 G are at most 2 total_q * num_q_heads: <= 2 b (slots - 1) + 2 total_q * num_q_heads
+//   partial rows: a group of G <= b rows whose first tile has n_0 pieces has (n_0 + n) G, which is at most
+//           2 G + b (n_0 - 1 + m (n - 1)), and all groups' 2 G are at most 2 total_q * num_q_heads: in all, at most
+//           2 b (slots - 1) + 2 total_q * num_q_heads. Only small slices are in groups, at most 2 max_groups + 1 of
+//           them, of block_rows of the small kind each. And a row has at most max_splits partial rows, in a group twice
+//           as many
 // num_groups: max_groups() of a batch with a page table, 0 of one without.
 MIXATTN_HD inline int64_t max_items(const PlanSpec& spec, int64_t total_q, int64_t num_seqs, int64_t num_groups) {
   const int64_t group_size = spec.num_q_heads / spec.num_kv_heads;
@@ -82,6 +84,15 @@ MIXATTN_HD inline int64_t max_items(const PlanSpec& spec, int64_t total_q, int64
 
 MIXATTN_HD inline int64_t max_merges(const PlanSpec& spec, int64_t num_groups) {
   return balance_slots(spec) - 1 + spec.num_kv_heads * num_groups;
+}
+
+MIXATTN_HD inline int64_t max_partial_rows(const PlanSpec& spec, int64_t total_q, int64_t num_groups) {
+  const int64_t rows = total_q * spec.num_q_heads;
+  const int64_t of_small_slices = spec.num_kv_heads * (2 * num_groups + 1) * spec.block_rows[kTileSmall];
+  const int64_t of_groups = num_groups == 0 ? 0 : rows < of_small_slices ? rows : of_small_slices;
+  const int64_t by_slots = 2 * spec.block_rows[kTileLarge] * (balance_slots(spec) - 1) + 2 * of_groups;
+  const bool has_few_rows = rows + of_groups <= by_slots / spec.max_splits;  // the product could pass int64
+  return has_few_rows ? (rows + of_groups) * spec.max_splits : by_slots;
 }
 
 // With a window keys that neighbours share leave one's sight before the other's; an invariant plan must not look at

@@ -23,7 +23,8 @@ constexpr int32_t kMergeWords = 8;
 enum TileKind : int32_t { kTileLarge = 0, kTileMedium = 1, kTileSmall = 2, kNumTileKinds = 3 };
 
 struct PlanHeader {
-  int32_t magic;  // of a batch that has no plan, which a device can only write down here: its PlanStatus (plan.h)
+  int32_t magic;  // of a batch that has no plan, which a device can only write down here: its PlanStatus (plan.h). Such
+                  // a plan has no items, merges and groups, and kernels that run it write nothing
   int32_t num_items;
   int32_t num_merges;
   int32_t num_partial_rows;  // rows of the partial buffers that the items of this plan write

@@ -75,8 +75,7 @@ bool takes(Scores scores, const AttentionParams& p) {
 
 }  // namespace
 
-const Instance& instance_for(const AttentionParams& p, int capability) {
-  const bool has_small_apart = p.plan == nullptr || reinterpret_cast<const PlanHeader*>(p.plan)->first_small >= 0;
+const Instance& instance_for(const AttentionParams& p, int capability, bool has_small_apart) {
   for (const Instance& instance : instances()) {
     // Where small items have threads of their own, these sum up in another order than the others: no invariance.
     if (instance.separates_small && (!has_small_apart || p.invariant)) continue;

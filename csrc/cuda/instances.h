@@ -109,9 +109,9 @@ constexpr int kAnyCapability = INT32_MAX;
 // The best kernel comes first.
 const std::vector<Instance>& instances();
 
-// The kernel for a call that check_call has passed, on a GPU of this capability: for its plan, or without one for a
-// plan that suits the kernel. Throws std::domain_error when there is none.
-const Instance& instance_for(const AttentionParams& p, int capability);
+// The kernel for a call that check_call has passed, on a GPU of this capability, with a plan that has its small items
+// apart or has not. The plan is not read. Throws std::domain_error when there is none.
+const Instance& instance_for(const AttentionParams& p, int capability, bool has_small_apart);
 
 // A kernel beside attention; its fields as in Instance.
 struct Kernel {

@@ -47,6 +47,7 @@ struct PlanLaunch {
   int32_t num_seqs;
   int32_t capacity_items;
   int32_t capacity_merges;
+  int32_t capacity_partial_rows;  // of the buffers that the plan's items write
 };
 
 // What the steps have found of a row tile.
@@ -385,7 +386,9 @@ MX_DEVICE PlanStatus write_plan(const PlanLaunch& p) {
   const Planner::Counts counts = planner.split_tiles(num_tiles, rule);
   // In this order: with few pieces nothing overflows in the lines behind.
   if (counts.pieces > planner.capacity_pieces) return kPlanNoRoom;
-  if (heads * counts.merged_tiles > p.capacity_merges || heads * counts.partial_rows > INT32_MAX) return kPlanNoRoom;
+  if (heads * counts.merged_tiles > p.capacity_merges || heads * counts.partial_rows > p.capacity_partial_rows) {
+    return kPlanNoRoom;
+  }
 
   const int32_t num_pieces = static_cast<int32_t>(counts.pieces);
   WorkItem* const items = reinterpret_cast<WorkItem*>(p.out + kPlanHeaderWords);
@@ -411,7 +414,8 @@ MX_DEVICE void plan_batch(const PlanLaunch& p) {
   const PlanStatus status = write_plan(p);
   if (status == kPlanOk || mx::thread_idx() != 0) return;
   *reinterpret_cast<PlanHeader*>(p.out) =
-      plan_header(p.spec, p.cu_seqlens_q, p.num_seqs, 0, 0, 0, p.capacity_items, p.capacity_merges, 0, -1, status);
+      plan_header(p.spec, p.cu_seqlens_q, p.num_seqs, 0, 0, 0, p.capacity_items, p.capacity_merges, 0,
+                  first_small_item(p.spec, nullptr, 0), status);
 }
 
 }  // namespace cuda

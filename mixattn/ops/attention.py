@@ -14,17 +14,18 @@ from mixattn.ops import attention_cuda
 from mixattn.ops.attention_call import (
     AttentionCall,
     AttentionLayout,
+    DevicePlanTerms,
     PlanHeader,
+    Workspace,
     address,
     attention_layout,
     check_attention,
-    check_block_rows,
     check_features,
-    check_fixed_splits,
+    check_not_captured,
     check_plan,
     free_sms,
     native_sizes,
-    plan_on_device,
+    place_plan,
 )
 from mixattn.ops.backends import choose_backend, first_backend
 from mixattn.ops.checks import (
@@ -37,6 +38,7 @@ from mixattn.ops.kv_dtypes import Scale, kv_format, split_scale
 from mixattn.ops.library import is_plain, register_op
 from mixattn.ops.plan import Hardware, WorkPlan, base_hardware, cpu_hardware, with_workers
 from mixattn.ops.plan import plan as make_plan
+from mixattn.ops.plan_cuda import DevicePlan
 from mixattn.ops.reference import attention_reference
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def attention(
     v_scale: Scale = None,
     invariant: bool = False,
     sm_margin: int = 0,
-    plan: WorkPlan | Tensor | None = None,
+    plan: WorkPlan | DevicePlan | Tensor | None = None,
     out: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
@@ -90,7 +92,7 @@ def attention(
     v_scale: Scale = None,
     invariant: bool = False,
     sm_margin: int = 0,
-    plan: WorkPlan | Tensor | None = None,
+    plan: WorkPlan | DevicePlan | Tensor | None = None,
     out: Tensor | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
@@ -116,7 +118,7 @@ def attention(
     v_scale: Scale = None,
     invariant: bool = False,
     sm_margin: int = 0,
-    plan: WorkPlan | Tensor | None = None,
+    plan: WorkPlan | DevicePlan | Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
@@ -161,6 +163,11 @@ def attention(
             (its ``buffer`` as a CPU tensor will do too); None makes one. A plan that groups slices by ``block_table``
             needs this very table, which on a GPU is not looked at; not with ``alibi_slopes``. The one that None makes
             has such groups on the CPU only: on a GPU the table would have to be copied to the host first.
+            A ``mixattn.DevicePlan`` is read where it lies, by the kernels of ``cuda`` and ``triton`` alone: the call
+            only launches, so that a graph can capture it behind ``update``. That the last update was of these very
+            ``cu_seqlens_q``, ``seq_lens`` and, with ``page_size``, ``block_table`` is not looked at. Rows of out and
+            lse behind the last slice are not written, and none if the batch has no plan (``DevicePlan.read`` tells):
+            they are as they were, in new tensors anything.
         out: written and returned; as q in shape, dtype and device. None allocates.
         return_lse: whether the log-sum-exp is returned too.
         backend: ``cpu``, ``triton``, ``cuda`` or ``reference``; None is the first here that takes the call (see
@@ -177,7 +184,13 @@ def attention(
         ("block_table", block_table),
     ):  # fmt: skip
         check_tensor(name, tensor)
-    words = torch.from_numpy(plan.buffer) if isinstance(plan, WorkPlan) else plan
+    workspace: Workspace | tuple[None, None, None] = (None, None, None)
+    device_plan = None
+    words: Tensor | None
+    if isinstance(plan, DevicePlan):
+        words, workspace, device_plan = plan.buffer, plan.workspace, plan.terms
+    else:
+        words = torch.from_numpy(plan.buffer) if isinstance(plan, WorkPlan) else plan
     if words is not None:
         check_tensor("plan", words)
     for name, optional in (("alibi_slopes", alibi_slopes), ("sinks", sinks), ("tree_mask", tree_mask)):
@@ -191,7 +204,7 @@ def attention(
     )  # fmt: skip
     scores = (k_scale_value, v_scale_value, softmax_scale, causal, window_left, soft_cap)
     inputs = (*tensors, *scores, invariant, sm_margin, backend)
-    if out is None and return_lse:
+    if out is None and return_lse and device_plan is None:
         new_out, new_lse = torch.ops.mixattn.attention(*inputs)
         return new_out, new_lse
     if out is None:
@@ -199,7 +212,7 @@ def attention(
     check_tensor("out", out)
     lse = _new_lse(q) if return_lse else None
     run = _attention_out if is_plain(*tensors, out) else torch.ops.mixattn.attention_out
-    run(*inputs, out, lse)
+    run(*inputs, out, lse, *workspace, device_plan)
     return out if lse is None else (out, lse)
 
 
@@ -234,6 +247,8 @@ def device_hardware(device: torch.device, programs_per_sm: int | None = None, sm
 def _default_plan(call: AttentionCall, backend: str, layout: AttentionLayout, out: Tensor) -> Tensor:
     """The words of a plan for the backend's workers; on a GPU this waits for the lengths to arrive on the host."""
     q = call.q
+    if q.device.type != "cpu":
+        check_not_captured()
     if backend == "cuda":
         hardware = attention_cuda.plan_hardware(call, layout, out)
     elif backend == "triton":
@@ -282,17 +297,19 @@ def _run(call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
     check_no_grad(call.q, call.k_cache, call.v_cache, call.alibi_slopes, call.sinks)
     backend = choose_backend(call.q.device.type, call.backend, lambda name: _why_not(name, call, layout, out))
     check_features(call, backend)
-    # With a plan, compiled code checks all that index tensors hold, plan included, as it reads it.
-    if call.q.device.type == "cpu" and (backend != "cpu" or call.plan is None):
+    # With a plan, compiled code checks all that index tensors hold, plan included, as it reads it. A plan on a device
+    # comes with lengths that are the device's, too.
+    if call.q.device.type == "cpu" and call.device_plan is None and (backend != "cpu" or call.plan is None):
         check_lengths(call.cu_seqlens_q, call.seq_lens, sizes["total_q"], sizes["max_pages"] * sizes["page_size"])
     if call.plan is None and backend != "reference":
         call = call._replace(plan=_default_plan(call, backend, layout, out))
-    header = None if call.plan is None else check_plan(call.plan, call)
+    header = None if call.plan is None or call.device_plan is not None else check_plan(call.plan, call)
     if sizes["total_q"] == 0:
         return
-    if header is None or backend == "reference":
+    if backend == "reference":
         _run_reference(call, out, lse)
     elif backend == "cpu":
+        assert header is not None
         _run_cpu(call, header, sizes, out, lse)
     elif backend == "cuda":
         attention_cuda.run(call, layout, header, sizes, out, lse)
@@ -371,16 +388,14 @@ def _run_cpu(
     )
 
 
-def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, out: Tensor, lse: Tensor | None) -> None:
+def _run_triton(
+    call: AttentionCall, header: PlanHeader | None, softmax_scale: float, out: Tensor, lse: Tensor | None
+) -> None:
     from mixattn.triton_kernels.mixed_attention import mixed_attention, num_sms
     from mixattn.triton_kernels.tiles import MAX_BLOCK_N, PLAN_BLOCK_ROWS
 
-    assert call.plan is not None
-    check_block_rows(call.plan, header, PLAN_BLOCK_ROWS)
-    if call.invariant:
-        check_fixed_splits(call.plan, header, max(MAX_BLOCK_N))
+    words, workspace = place_plan(call, header, PLAN_BLOCK_ROWS, max(MAX_BLOCK_N))
     tiles = _triton_tiles(call)
-    num_rows, device = header.num_partial_rows, out.device
     mixed_attention(
         call.q,
         call.k_cache,
@@ -388,12 +403,10 @@ def _run_triton(call: AttentionCall, header: PlanHeader, softmax_scale: float, o
         call.cu_seqlens_q,
         call.seq_lens,
         call.block_table,
-        plan_on_device(call.plan, device),
+        words,
         out,
         lse,
-        torch.empty((num_rows, header.head_dim), dtype=torch.float32, device=device),
-        torch.empty(num_rows, dtype=torch.float32, device=device),
-        torch.zeros(header.num_merges + 1, dtype=torch.int32, device=device),
+        *workspace,
         softmax_scale=softmax_scale,
         causal=call.causal,
         window_left=call.window_left,
@@ -436,13 +449,22 @@ def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _attention_out(*arguments: Any) -> None:
     """``mixattn::attention_out``: into the caller's tensors."""
-    *inputs, out, lse = arguments
-    _run(AttentionCall(*inputs), out, lse)
+    call, out, lse = _call_into(*arguments)
+    _run(call, out, lse)
 
 
 def _attention_out_fake(*arguments: Any) -> None:
-    *inputs, out, lse = arguments
-    check_attention(attention_layout(AttentionCall(*inputs), out, lse))
+    check_attention(attention_layout(*_call_into(*arguments)))
+
+
+def _call_into(*arguments: Any) -> tuple[AttentionCall, Tensor, Tensor | None]:
+    """(the call, out, lse) of the arguments of ``mixattn::attention_out``."""
+    *inputs, out, lse, partial_out, partial_lse, tickets, device_plan = arguments
+    call = AttentionCall(*inputs)
+    if device_plan is not None:
+        workspace = Workspace(partial_out, partial_lse, tickets)
+        call = call._replace(workspace=workspace, device_plan=DevicePlanTerms._make(device_plan))
+    return call, out, lse
 
 
 _INPUTS = (
@@ -452,4 +474,9 @@ _INPUTS = (
     "float? softmax_scale, bool causal, int? window_left, float? soft_cap, bool invariant, int sm_margin, str? backend"
 )
 register_op(f"attention({_INPUTS}) -> (Tensor out, Tensor lse)", _attention, _attention_fake)
-register_op(f"attention_out({_INPUTS}, Tensor(a!) out, Tensor(b!)? lse) -> ()", _attention_out, _attention_out_fake)
+_WORKSPACE = "Tensor(c!)? partial_out, Tensor(d!)? partial_lse, Tensor(e!)? tickets, int[]? device_plan"
+register_op(
+    f"attention_out({_INPUTS}, Tensor(a!) out, Tensor(b!)? lse, {_WORKSPACE}) -> ()",
+    _attention_out,
+    _attention_out_fake,
+)

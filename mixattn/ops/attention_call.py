@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -36,8 +36,51 @@ from mixattn.ops.kv_dtypes import (
 from mixattn.ops.library import DTYPE_NAMES
 
 
+class Workspace(NamedTuple):
+    """What a launch on a GPU writes on its way to out and lse."""
+
+    partial_out: Tensor
+    """[at least the plan's num_partial_rows, head_dim] float32, contiguous."""
+    partial_lse: Tensor
+    """[at least the plan's num_partial_rows] float32."""
+    tickets: Tensor
+    """[at least 2 + the plan's num_merges] int32, zeros between launches."""
+
+
+def new_workspace(num_partial_rows: int, num_merges: int, head_dim: int, device: torch.device) -> Workspace:
+    """A workspace for plans that need no more than this."""
+    return Workspace(
+        torch.empty((num_partial_rows, head_dim), dtype=torch.float32, device=device),
+        torch.empty(num_partial_rows, dtype=torch.float32, device=device),
+        torch.zeros(num_merges + 2, dtype=torch.int32, device=device),
+    )
+
+
+class DevicePlanTerms(NamedTuple):
+    """What all plans of a ``DevicePlan`` are made for, known without a look at them; ints in the op's schema."""
+
+    max_num_seqs: int
+    max_total_q: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    kv_element_bytes: int
+    causal: int
+    window_left: int
+    """-1: no window."""
+    fixed_split_tokens: int
+    """0: not invariant."""
+    large_rows: int
+    medium_rows: int
+    small_rows: int
+    separates_small: int
+    page_size: int
+    """Of the block table that slices are grouped by; 0: none are."""
+    max_groups: int
+
+
 class AttentionCall(NamedTuple):
-    """The arguments of ``mixattn::attention``, in the order of its schema."""
+    """The arguments of ``mixattn::attention``, in the order of its schema, and what a ``DevicePlan`` has besides."""
 
     q: Tensor
     k_cache: Tensor
@@ -60,6 +103,8 @@ class AttentionCall(NamedTuple):
     invariant: bool
     sm_margin: int
     backend: str | None
+    workspace: Workspace | None = None
+    device_plan: DevicePlanTerms | None = None
 
 
 BACKENDS_WITH = {
@@ -94,6 +139,7 @@ class AttentionLayout(NamedTuple):
     soft_cap: float | None
     invariant: bool
     sm_margin: int
+    device_plan: DevicePlanTerms | None
 
 
 class PlanHeader(NamedTuple):
@@ -140,6 +186,7 @@ def attention_layout(call: AttentionCall, out: Tensor | None, lse: Tensor | None
         call.soft_cap,
         call.invariant,
         call.sm_margin,
+        call.device_plan,
     )
 
 
@@ -178,12 +225,16 @@ def check_attention(layout: AttentionLayout) -> None:
         raise ValueError(f"sm_margin must be >= 0, got {layout.sm_margin}")
     _check_score_options(layout, dims)
     plan = layout.plan
-    if plan is not None and (
+    if layout.device_plan is not None:
+        assert plan is not None
+        check_device("plan", plan, "q", q)
+        _check_terms(layout.device_plan, layout)
+    elif plan is not None and (
         len(plan.shape) != 1 or plan.dtype != torch.int32 or plan.device.type != "cpu" or plan.strides != (1,)
     ):
         raise ValueError(
-            f"plan must be a WorkPlan or its words, 1-dimensional contiguous int32 on the CPU, got {list(plan.shape)} "
-            f"{plan.dtype} on {plan.device}"
+            "plan must be a WorkPlan or its words, 1-dimensional contiguous int32 on the CPU, or a DevicePlan, got "
+            f"{list(plan.shape)} {plan.dtype} on {plan.device}"
         )
     if layout.out is not None:
         dims.check("out", layout.out, ("total_q", "num_q_heads", "head_dim"))
@@ -197,6 +248,45 @@ def check_attention(layout: AttentionLayout) -> None:
         check_device("lse", layout.lse, "q", q)
         check_last_contiguous("lse", layout.lse)
         check_no_overlap("lse", layout.lse)
+
+
+def _check_terms(terms: DevicePlanTerms, layout: AttentionLayout) -> None:
+    """Raises unless the plans of a device are made for a call of this layout, as far as that can be told from here."""
+    num_seqs, (total_q, num_q_heads, head_dim) = layout.seq_lens.shape[0], layout.q.shape
+    for name, most, size in (
+        ("num_seqs", terms.max_num_seqs, num_seqs),
+        ("total_q", terms.max_total_q, total_q),
+    ):
+        if size > most:
+            raise ValueError(f"plan was made for max_{name} {most}, this call has {name} {size}")
+    page_size, num_kv_heads = layout.k_cache.shape[1:3]
+    _check_made_for(
+        ("num_q_heads", terms.num_q_heads, num_q_heads),
+        ("num_kv_heads", terms.num_kv_heads, num_kv_heads),
+        ("head_dim", terms.head_dim, head_dim),
+        ("kv_element_bytes", terms.kv_element_bytes, layout.k_cache.dtype.itemsize),
+        ("causal", bool(terms.causal), layout.causal),
+        ("window_left", None if terms.window_left < 0 else terms.window_left, layout.window_left),
+        ("invariant", terms.fixed_split_tokens > 0, layout.invariant),
+        ("page_size", terms.page_size or page_size, page_size),
+    )
+    if terms.max_groups > 0 and layout.alibi_slopes is not None:
+        _refuse_alibi_slopes()
+
+
+def _check_made_for(*terms: tuple[str, object, object]) -> None:
+    """Raises ValueError unless what the plan was made for is what the call has; (name, made for, called with) each."""
+    for name, made, called in terms:
+        if made != called:
+            raise ValueError(f"plan was made for {name} {made}, this call has {name} {called}")
+
+
+def _refuse_alibi_slopes() -> NoReturn:
+    """Distances are those of one slice: a key of a shared prefix is at another from each row of the group."""
+    raise NotImplementedError(
+        "alibi_slopes is not supported with a plan in which slices share a prefix; the nearest is a plan made "
+        "without the block_table of mixattn.plan or the page_size of mixattn.DevicePlan"
+    )
 
 
 def _check_score_options(layout: AttentionLayout, dims: Dims) -> None:
@@ -230,6 +320,11 @@ def check_features(call: AttentionCall, backend: str) -> None:
             raise NotImplementedError(
                 f"{name} is not supported by backend {backend!r}; backends that have it: {', '.join(having)}"
             )
+    if call.device_plan is not None and backend not in ("triton", "cuda"):
+        raise NotImplementedError(
+            f"plan on a device is not supported by backend {backend!r}, which reads it on the host; the nearest is "
+            "DevicePlan.read()"
+        )
 
 
 @functools.lru_cache(maxsize=256)
@@ -288,32 +383,49 @@ def check_plan(plan: Tensor, call: AttentionCall) -> PlanHeader:
     )
     if num_words != expected_words:
         raise ValueError(f"plan must have the {expected_words} words that its header tells, got {num_words} words")
-    made_for = (
-        *header[4:6],
-        *header[8:11],
-        bool(header.causal),
-        None if header.window_left < 0 else header.window_left,
-        header.fixed_split_tokens > 0,
-    )
-    num_seqs, num_kv_heads = call.seq_lens.shape[0], call.k_cache.shape[2]
     total_q, num_q_heads, head_dim = call.q.shape
-    shape = (num_seqs, total_q, num_q_heads, num_kv_heads, head_dim)
-    called_with = (*shape, call.causal, call.window_left, call.invariant)
-    if made_for != called_with:
-        names = ("num_seqs", "total_q", "num_q_heads", "num_kv_heads", "head_dim", "causal", "window_left", "invariant")
-        differing = [
-            f"{name} {made}, this call has {called}"
-            for name, made, called in zip(names, made_for, called_with, strict=True)
-            if made != called
-        ]
-        raise ValueError(f"plan was made for {differing[0]}")
+    _check_made_for(
+        ("num_seqs", header.num_seqs, call.seq_lens.shape[0]),
+        ("total_q", header.total_q, total_q),
+        ("num_q_heads", header.num_q_heads, num_q_heads),
+        ("num_kv_heads", header.num_kv_heads, call.k_cache.shape[2]),
+        ("head_dim", header.head_dim, head_dim),
+        ("causal", bool(header.causal), call.causal),
+        ("window_left", None if header.window_left < 0 else header.window_left, call.window_left),
+        ("invariant", header.fixed_split_tokens > 0, call.invariant),
+    )
     if header.num_groups > 0 and call.alibi_slopes is not None:
-        # Its distances are those of one slice: a key of a shared prefix is at another from each row of the group.
-        raise NotImplementedError(
-            "alibi_slopes is not supported with a plan in which slices share a prefix; the nearest is a plan made "
-            "without the block_table of mixattn.plan"
-        )
+        _refuse_alibi_slopes()
     return header
+
+
+def place_plan(
+    call: AttentionCall, header: PlanHeader | None, block_rows: tuple[int, int, int], tile_keys: int
+) -> tuple[Tensor, Workspace]:
+    """(the plan's words where a kernel of these tiles reads them, a workspace); a device plan is not looked at.
+
+    Args:
+        header: of a plan on the host.
+        tile_keys: of the tile that the items of an invariant call are computed in.
+    Raises:
+        ValueError: the plan was made for larger tiles, or has invariant splits that cut them.
+        NotImplementedError: a graph is being captured, and the plan is on the host.
+    """
+    assert call.plan is not None
+    if call.device_plan is not None:
+        assert call.workspace is not None
+        rows = (call.device_plan.large_rows, call.device_plan.medium_rows, call.device_plan.small_rows)
+        if any(planned > most for planned, most in zip(rows, block_rows, strict=True)):
+            raise ValueError(f"plan must be made for hardware with block_rows {block_rows}, it was made for {rows}")
+        _check_granule(call.device_plan.fixed_split_tokens, tile_keys)
+        return call.plan, call.workspace
+    assert header is not None
+    check_block_rows(call.plan, header, block_rows)
+    if call.invariant:
+        check_fixed_splits(call.plan, header, tile_keys)
+    device = call.q.device
+    words = plan_on_device(call.plan, device)
+    return words, new_workspace(header.num_partial_rows, header.num_merges, header.head_dim, device)
 
 
 def plan_on_device(plan: Tensor, device: torch.device) -> Tensor:
@@ -329,12 +441,17 @@ def plan_on_device(plan: Tensor, device: torch.device) -> Tensor:
     """
     if device.type == "cpu":
         return plan
+    check_not_captured()
+    return plan.pin_memory().to(device, non_blocking=True)
+
+
+def check_not_captured() -> None:
+    """Raises NotImplementedError while the current stream of a GPU captures a graph; for plans from the host."""
     if torch.cuda.is_current_stream_capturing():
         raise NotImplementedError(
-            "plan is copied to the GPU by the call, which a captured graph cannot repeat; the nearest is to capture "
-            "mixattn.triton_kernels.mixed_attention.mixed_attention, whose plan_words are on the GPU already"
+            "plan is copied to the GPU by the call, which a captured graph cannot repeat; the nearest is a "
+            "mixattn.DevicePlan, whose update and attention can both be captured"
         )
-    return plan.pin_memory().to(device, non_blocking=True)
 
 
 def free_sms(num_sms: int, sm_margin: int) -> int:
@@ -347,13 +464,17 @@ def free_sms(num_sms: int, sm_margin: int) -> int:
 def check_fixed_splits(plan: Tensor, header: PlanHeader, tile_keys: int) -> None:
     """Raises ValueError if an invariant plan, on the CPU, has splits inside of tiles or items across splits."""
     granule = header.fixed_split_tokens
-    if granule % tile_keys:
-        raise ValueError(f"plan's invariant_split_tokens must be a multiple of {tile_keys}, got {granule}")
+    _check_granule(granule, tile_keys)
     begin = _C.PLAN_HEADER_WORDS
     items = plan[begin : begin + header.num_items * _C.WORK_ITEM_WORDS].view(-1, _C.WORK_ITEM_WORDS)
     kv_begin, kv_end = items[:, 4], items[:, 5]
     if (kv_end > (kv_begin // granule + 1) * granule).any():
         raise ValueError(f"plan is not invariant: an item passes a multiple of its invariant_split_tokens, {granule}")
+
+
+def _check_granule(granule: int, tile_keys: int) -> None:
+    if granule % tile_keys:
+        raise ValueError(f"plan's invariant_split_tokens must be a multiple of {tile_keys}, got {granule}")
 
 
 def check_block_rows(plan: Tensor, header: PlanHeader, block_rows: tuple[int, int, int]) -> None:

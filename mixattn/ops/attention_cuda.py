@@ -17,11 +17,9 @@ from mixattn.ops.attention_call import (
     AttentionLayout,
     PlanHeader,
     address,
-    check_block_rows,
-    check_fixed_splits,
     free_sms,
     native_sizes,
-    plan_on_device,
+    place_plan,
 )
 from mixattn.ops.plan import Hardware, base_hardware, with_workers
 
@@ -35,8 +33,10 @@ ALIGNMENT = 16
 """What any kernel asks of an address is a divisor of this."""
 
 
-def kernel_for(call: AttentionCall, layout: AttentionLayout, out: Tensor) -> _C.CudaInstance:
-    """The kernel that takes the call.
+def kernel_for(
+    call: AttentionCall, layout: AttentionLayout, out: Tensor, has_small_apart: bool = True
+) -> _C.CudaInstance:
+    """The kernel that takes the call, with a plan whose small items are apart (``Hardware.separates_small``) or not.
 
     Raises:
         NotImplementedError: there is none; the message names the nearest call that has one.
@@ -46,12 +46,12 @@ def kernel_for(call: AttentionCall, layout: AttentionLayout, out: Tensor) -> _C.
     if reason is not None:
         raise NotImplementedError(reason)
     misalignments = tuple(tensor.data_ptr() % ALIGNMENT for tensor in (call.q, call.k_cache, call.v_cache, out))
-    return _kernel_for(layout, misalignments, cuda_images.devices()[device_idx]["capability"])
+    return _kernel_for(layout, misalignments, cuda_images.devices()[device_idx]["capability"], has_small_apart)
 
 
 @functools.lru_cache(maxsize=256)
 def _kernel_for(
-    layout: AttentionLayout, misalignments: tuple[int, ...], capability: tuple[int, int]
+    layout: AttentionLayout, misalignments: tuple[int, ...], capability: tuple[int, int], has_small_apart: bool
 ) -> _C.CudaInstance:
     """Remembered: the layers of a step share a layout."""
     present = 2 * ALIGNMENT  # stands for the address of a tensor that the call has
@@ -64,6 +64,7 @@ def _kernel_for(
         **dict.fromkeys(("cu_seqlens_q", "seq_lens", "block_table", "plan", "k_scale", "v_scale"), 0),
         **dict.fromkeys(("partial_out", "partial_lse", "tickets", "plan_words", "num_partial_rows", "num_tickets"), 0),
         capability=capability,
+        has_small_apart=has_small_apart,
     )
 
 
@@ -80,7 +81,7 @@ def plan_hardware(call: AttentionCall, layout: AttentionLayout, out: Tensor) -> 
 def run(
     call: AttentionCall,
     layout: AttentionLayout,
-    header: PlanHeader,
+    header: PlanHeader | None,
     sizes: Mapping[str, Any],
     out: Tensor,
     lse: Tensor | None,
@@ -88,24 +89,23 @@ def run(
     """Puts the call's kernel on torch's current stream, to write ``out`` and, unless None, ``lse``.
 
     Args:
-        header, sizes: of the call's plan and layout.
+        header: of the call's plan; None if that is on the device, where it stays unread.
+        sizes: of the call's layout.
     Raises:
         NotImplementedError: no kernel takes the call. Nothing has been written.
         ValueError: the plan was made for larger tiles, or has invariant splits that cut them; or ``sm_margin`` leaves
             no SM.
         RuntimeError: the driver refuses the image or the launch.
     """
-    assert call.plan is not None
-    kernel = kernel_for(call, layout, out)
-    check_block_rows(call.plan, header, BLOCK_ROWS)
-    if call.invariant:
-        check_fixed_splits(call.plan, header, INVARIANT_TILE_KEYS)
+    if header is not None:
+        has_small_apart = header.first_small >= 0
+    else:
+        assert call.device_plan is not None
+        has_small_apart = bool(call.device_plan.separates_small)
+    kernel = kernel_for(call, layout, out, has_small_apart)
     num_sms = free_sms(cuda_images.devices()[_device_idx(out)]["num_sms"], call.sm_margin)
-    num_rows, device = header.num_partial_rows, out.device
-    device_plan = plan_on_device(call.plan, device)
-    partial_out = torch.empty(num_rows * header.head_dim, dtype=torch.float32, device=device)
-    partial_lse = torch.empty(num_rows, dtype=torch.float32, device=device)
-    tickets = torch.zeros(header.num_merges + 2, dtype=torch.int32, device=device)
+    words, workspace = place_plan(call, header, BLOCK_ROWS, INVARIANT_TILE_KEYS)
+    device = out.device
     _C.cuda_attention(
         **sizes,
         q=call.q.data_ptr(),
@@ -118,18 +118,19 @@ def run(
         cu_seqlens_q=call.cu_seqlens_q.data_ptr(),
         seq_lens=call.seq_lens.data_ptr(),
         block_table=call.block_table.data_ptr(),
-        plan=call.plan.data_ptr(),
+        plan=0 if header is None else address(call.plan),
         alibi_slopes=address(call.alibi_slopes),
         sinks=address(call.sinks),
         tree_mask=address(call.tree_mask),
-        plan_words=call.plan.shape[0],
-        partial_out=partial_out.data_ptr(),
-        partial_lse=partial_lse.data_ptr(),
-        num_partial_rows=num_rows,
-        tickets=tickets.data_ptr(),
-        num_tickets=tickets.shape[0],
+        plan_words=words.shape[0],
+        partial_out=workspace.partial_out.data_ptr(),
+        partial_lse=workspace.partial_lse.data_ptr(),
+        num_partial_rows=workspace.partial_lse.shape[0],
+        tickets=workspace.tickets.data_ptr(),
+        num_tickets=workspace.tickets.shape[0],
         image=cuda_images.image(_device_idx(out), kernel["image"]),
-        device_plan=device_plan.data_ptr(),
+        device_plan=words.data_ptr(),
+        has_small_apart=has_small_apart,
         num_sms=num_sms,
         stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
     )

@@ -7,14 +7,17 @@ from torch import Tensor
 
 from mixattn import _C
 from mixattn.ops import cuda_images
+from mixattn.ops.attention_call import DevicePlanTerms, new_workspace
 from mixattn.ops.backends import choose_backend
 from mixattn.ops.checks import check_index_layout, check_tensor, layout_of
-from mixattn.ops.plan import Hardware, WorkPlan, make_spec
+from mixattn.ops.plan import DTYPE_BYTES, Hardware, WorkPlan, make_spec
 
 _INT32_MAX = 2**31 - 1
 _WHY_NO_PLAN = {
+    0: "update has not been called",
     1: "cu_seqlens_q must not decrease, seq_lens must be >= 0, a slice must have at most 2^31 - 1 rows x group_size",
-    2: "the batch needs more items or merges than max_num_seqs and max_total_q leave room for",
+    2: "the batch needs more items, merges or partial rows than max_num_seqs, max_total_q and, if it is invariant, "
+    "max_kv_len leave room for",
     3: "seq_lens: the predicted cost of the batch must be at most 2^62 fs (77 minutes of one worker)",
 }
 """By PlanStatus of csrc/common/plan.h, which is then the header's first word."""
@@ -23,24 +26,33 @@ _WHY_NO_PLAN = {
 class DevicePlan:
     """The plan of one step after the other, in the same buffer, written on the GPU by one block.
 
-    Its words are those of ``mixattn.plan`` for the same lengths, block table and room, bit by bit. ``update`` only
-    launches: a CUDA graph can capture it, and be replayed with other lengths in the same tensors. A replay with fewer
-    slices has empty ones behind them: equal cu_seqlens_q, seq_lens 0.
+    Its words are those of ``mixattn.plan`` for the same lengths, block table and room, bit by bit. ``attention`` takes
+    it as ``plan``, and reads it in its kernels alone. Both only launch: a CUDA graph can capture ``update`` and the
+    ``attention`` of all layers, and be replayed with other lengths in the same tensors. Call them once before, for what
+    is loaded or compiled at the first call. A replay with fewer slices has empty ones behind them: equal cu_seqlens_q,
+    seq_lens 0.
+
+    Launches share the plan's workspace: calls that may overlap, on several streams, need a plan each.
 
     Args:
         max_num_seqs, max_total_q: slices and rows of the largest step. With more than there is room for a plan has no
-            items, and its header says so; nothing is written past the buffer.
+            items, and its header says so; nothing is written past the buffer, and ``attention`` writes nothing.
         num_q_heads, num_kv_heads, head_dim, dtype, kv_element_bytes, causal, window_left, invariant: as for
             ``mixattn.plan``.
         hardware: whose workers to balance over (``mixattn.device_hardware``, or ``with_workers`` of ``H100`` or
             ``A100``).
-        max_kv_len: keys of the longest sequence; an invariant plan has items for all of them, others need none.
+        max_kv_len: keys of the longest sequence; an invariant plan has room for all of them, others need none.
         page_size: tokens per page, >= 1; ``update`` then takes a block table, and slices that share a prefix are
             grouped as by ``mixattn.plan``. None: none are.
         device: where the lengths are, and the plan.
     Attributes:
         buffer: [num_words] int32 on the device: header, items, merges (work_item.h). Words that a plan has no items or
             merges for hold anything.
+        workspace: what ``attention`` needs besides, for any plan that fits: 4 (head_dim + 1) bytes for each partial row
+            that the planner may need. An invariant plan may need max_total_q num_q_heads ceil(max_kv_len /
+            ``hardware.invariant_split_tokens``) of them; others a number that depends on ``hardware`` more than on the
+            step (csrc/common/plan.h): 139 MB for an H100 at head_dim 128.
+        terms: what the plans are made for.
     Raises:
         ValueError: naming the argument, its value and the bound.
         NotImplementedError: the device has no CUDA kernels; ``mixattn.plan`` plans on the host.
@@ -78,23 +90,48 @@ class DevicePlan:
         num_groups = 0 if page_size is None else self._spec.max_groups(max_num_seqs)
         items = self._spec.max_items(max_total_q, max_num_seqs, num_groups)
         merges = self._spec.max_merges(num_groups)
+        partial_rows = self._spec.max_partial_rows(max_total_q, num_groups)
         if invariant:
             if max_kv_len is None or max_kv_len < 1:
                 raise ValueError(f"max_kv_len must be >= 1 for an invariant plan, got {max_kv_len}")
             group_size = num_q_heads // num_kv_heads
             merges = num_kv_heads * (max_num_seqs + max_total_q * group_size // hardware.block_rows[0])
-            items = merges * -(-max_kv_len // hardware.invariant_split_tokens)
+            splits = -(-max_kv_len // hardware.invariant_split_tokens)
+            items, partial_rows = merges * splits, max_total_q * num_q_heads * splits if splits > 1 else 0
         self._capacity_items, self._capacity_merges = items, merges
         num_words = _C.PLAN_HEADER_WORDS + items * _C.WORK_ITEM_WORDS + merges * _C.MERGE_WORDS
         if num_words > _INT32_MAX:
             raise ValueError(
                 f"max_num_seqs {max_num_seqs} and max_total_q {max_total_q} can need {items} items, too many"
             )
+        if partial_rows > _INT32_MAX:
+            raise ValueError(
+                f"max_total_q {max_total_q} and max_kv_len {max_kv_len} can need {partial_rows} partial rows, too many"
+            )
         self._scratch = torch.empty(
             _C.cuda_plan_scratch_words(self._spec, max_num_seqs, items), dtype=torch.int64, device=self.device
         )
         self.buffer = torch.empty(num_words, dtype=torch.int32, device=self.device)
+        self.buffer[: _C.PLAN_HEADER_WORDS] = 0  # no items
         self.device = self.buffer.device
+        self.workspace = new_workspace(partial_rows, merges, head_dim, self.device)
+        self.terms = DevicePlanTerms(
+            max_num_seqs=max_num_seqs,
+            max_total_q=max_total_q,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            kv_element_bytes=DTYPE_BYTES[dtype] if kv_element_bytes is None else kv_element_bytes,
+            causal=int(causal),
+            window_left=-1 if window_left is None else window_left,
+            fixed_split_tokens=hardware.invariant_split_tokens if invariant else 0,
+            large_rows=hardware.block_rows[0],
+            medium_rows=hardware.block_rows[1],
+            small_rows=hardware.block_rows[2],
+            separates_small=int(hardware.separates_small),
+            page_size=page_size or 0,
+            max_groups=num_groups,
+        )
         self._kernel = _C.cuda_plan_kernel()
         self._image = cuda_images.image(self.device.index or 0, self._kernel["image"])
         # Makes the kernel ready, which must not happen while a graph is captured.
@@ -158,6 +195,7 @@ class DevicePlan:
             scratch=self._scratch.data_ptr(),
             capacity_items=self._capacity_items,
             capacity_merges=self._capacity_merges,
+            capacity_partial_rows=self.workspace.partial_lse.shape[0],
             num_threads=self._kernel["num_threads"],
             stream=torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0,
         )

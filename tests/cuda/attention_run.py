@@ -87,6 +87,7 @@ class AttentionRun:
             num_tickets=len(self.tickets),
             image=emulation.image(capability=self.capability, num_sms=num_blocks, seed=seed, fault=fault),
             device_plan=self.plan_words.data_ptr(),
+            has_small_apart=self.work_plan.hardware.separates_small,
             num_sms=num_blocks,
             stream=0,
         )

@@ -56,8 +56,9 @@ const LaunchParams& params_of(void** arguments) {
 }
 
 bool add(const char* name, void (*kernel)(LaunchParams)) {
-  return emulated_driver::add_kernel(name, {[kernel](void** arguments) { kernel(params_of(arguments)); },
-                                            [](void** arguments) { return regions_of(params_of(arguments)); }});
+  return emulated_driver::add_kernel(
+      name, {[kernel](void** arguments) { kernel(params_of(arguments)); },
+             [](void** arguments) { return regions_of(params_of(arguments)); }, sizeof(LaunchParams)});
 }
 
 #define STRING(text) #text

@@ -71,6 +71,30 @@ std::string report;    // of the launch that failed last
 emu::Stats counts;
 int num_blocks = 0;  // of the last launch
 
+struct CapturedLaunch {
+  const Function* function;
+  int num_blocks;
+  int num_threads;
+  int shared_bytes;
+  std::vector<char> argument;
+};
+bool is_capturing = false;
+std::vector<CapturedLaunch> graph;
+
+Result run(const Function& function, int blocks, int num_threads, int shared_bytes, void** arguments) {
+  std::vector<emu::Region> regions = {{"anything", nullptr, SIZE_MAX}};
+  if (function.kernel.regions) regions = function.kernel.regions(arguments);
+  num_blocks = blocks;
+  try {
+    counts = emu::launch(emu::config_of_seed(config.seed), blocks, num_threads, shared_bytes, regions,
+                         [&] { function.kernel.run(arguments); });
+  } catch (const std::exception& error) {
+    report = error.what();
+    return kLaunchFailed;
+  }
+  return kSuccess;
+}
+
 std::map<std::string, Function>& functions() {
   static std::map<std::string, Function> all;
   return all;
@@ -123,6 +147,27 @@ EXPORT const char* mixattn_emulation_counts() {
   }
   text += "}}";
   return text.c_str();
+}
+
+// From now on launches are put into a graph, an empty one, and not run; as a stream does that is captured.
+EXPORT void mixattn_emulation_begin_capture() {
+  is_capturing = true;
+  graph.clear();
+}
+
+EXPORT void mixattn_emulation_end_capture() {
+  is_capturing = false;
+}
+
+// Runs the graph. Returns why a launch has failed; nullptr if none has.
+EXPORT const char* mixattn_emulation_replay() {
+  for (CapturedLaunch& each : graph) {
+    void* arguments[] = {each.argument.data()};
+    if (run(*each.function, each.num_blocks, each.num_threads, each.shared_bytes, arguments) != kSuccess) {
+      return report.c_str();
+    }
+  }
+  return nullptr;
 }
 
 // ---- the driver -----------------------------------------------------------------------------------------------------
@@ -223,15 +268,13 @@ Result cuLaunchKernel(FunctionHandle handle, unsigned grid_x, unsigned grid_y, u
   if (std::min({grid_x, grid_y, grid_z, block_x, block_y, block_z}) == 0 || extra != nullptr) return kInvalidValue;
   if (std::max({grid_y, grid_z, block_y, block_z}) > 1) return kInvalidValue;  // one-dimensional: prim.cuh
   if (dynamic_shared_bytes > unsigned(function.max_shared_bytes)) return kInvalidValue;
-  std::vector<emu::Region> regions = {{"anything", nullptr, SIZE_MAX}};
-  if (function.kernel.regions) regions = function.kernel.regions(arguments);
-  num_blocks = int(grid_x);
-  try {
-    counts = emu::launch(emu::config_of_seed(config.seed), int(grid_x), int(block_x), dynamic_shared_bytes, regions,
-                         [&] { function.kernel.run(arguments); });
-  } catch (const std::exception& error) {
-    report = error.what();
-    return kLaunchFailed;
-  }
+  if (!is_capturing) return run(function, int(grid_x), int(block_x), int(dynamic_shared_bytes), arguments);
+  if (function.kernel.argument_bytes == 0) return kInvalidValue;
+  const char* const argument = static_cast<const char*>(arguments[0]);
+  graph.push_back({&function,
+                   int(grid_x),
+                   int(block_x),
+                   int(dynamic_shared_bytes),
+                   {argument, argument + function.kernel.argument_bytes}});
   return kSuccess;
 }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Emulation:
         self._library = ctypes.CDLL(str(path))
         self._library.mixattn_emulation_configure.argtypes = [ctypes.c_int] * 3 + [ctypes.c_uint64, ctypes.c_int]
         self._library.mixattn_emulation_counts.restype = ctypes.c_char_p
+        self._library.mixattn_emulation_replay.restype = ctypes.c_char_p
 
     def configure(
         self,
@@ -49,6 +51,20 @@ class Emulation:
         """The kernels, on a device as ``configure`` describes it."""
         self.configure(**options)
         return _C.CudaImage(_C.CudaDriver(str(self.path)), 0, IMAGE)
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """Launches in here go into a graph, in the place of the last one, and do not run."""
+        self._library.mixattn_emulation_begin_capture()
+        try:
+            yield
+        finally:
+            self._library.mixattn_emulation_end_capture()
+
+    def replay(self) -> None:
+        """Runs the graph's launches: with their arguments as captured, over what memory holds now."""
+        report = self._library.mixattn_emulation_replay()
+        assert report is None, report.decode()
 
     def counts(self) -> dict[str, Any]:
         """What emu::Stats counted in the last launch."""

@@ -359,6 +359,13 @@ PLAN_FAULTS = [
         "groups",
     ),
     Fault("merges-past-their-room", PLANNER, "heads * counts.merged_tiles > p.capacity_merges", "false", "no-room"),
+    Fault(
+        "partial-rows-past-their-room",
+        PLANNER,
+        "heads * counts.partial_rows > p.capacity_partial_rows",
+        "false",
+        "no-partial-room",
+    ),
 ]
 """Of the planner; cases of test_faults.py."""
 APPEND = "append_kv.cuh"

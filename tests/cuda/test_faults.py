@@ -98,6 +98,12 @@ def is_planned_right(emulation: Emulation, case: str, fault: int, seed: int) -> 
         room = host.num_items, host.num_merges - 1
         words = plan_on_device(image, host, SPLIT.cu_seqlens_q, SPLIT.seq_lens, 64, room)
         return words[STATUS_WORD] == NO_ROOM
+    if case == "no-partial-room":
+        host = SPLIT.plan()
+        words = plan_on_device(
+            image, host, SPLIT.cu_seqlens_q, SPLIT.seq_lens, 64, capacity_partial_rows=host.num_partial_rows - 1
+        )
+        return words[STATUS_WORD] == NO_ROOM
     batch = {"many": MANY, "ties": TIES, "groups": GROUPS}[case]
     host = batch.plan()
     assert host.num_groups > 0 or batch is not GROUPS

@@ -23,6 +23,7 @@ from tests.ops.test_plan_prefix import make_batch, make_pages
 GARBAGE = 0x7F7F7F7F
 GUARD_WORDS = 64
 STATUS_WORD, NO_ROOM, BAD_SLICE, COST_TOO_LARGE = 0, 2, 1, 3
+FIRST_SMALL_WORD = 15
 Words = npt.NDArray[np.int32]
 
 HARDWARE = [
@@ -92,6 +93,7 @@ def plan_on_device(
     num_threads: int,
     capacity: tuple[int, int] | None = None,
     pages: Pages | None = None,
+    capacity_partial_rows: int = 2**31 - 1,
 ) -> Words:
     """The words that the kernel writes, with the room that the host's plan had or ``capacity``; looks past them."""
     capacity_items, capacity_merges = map(int, host.buffer[6:8]) if capacity is None else capacity
@@ -105,7 +107,7 @@ def plan_on_device(
         num_seqs=len(seq_lens), block_table=0 if pages is None else table.ctypes.data,
         block_table_stride=table.shape[-1], page_size=0 if pages is None else pages.page_size, out=out.ctypes.data,
         scratch=scratch.ctypes.data, capacity_items=capacity_items, capacity_merges=capacity_merges,
-        num_threads=num_threads, stream=0,
+        capacity_partial_rows=capacity_partial_rows, num_threads=num_threads, stream=0,
     )  # fmt: skip
     assert (out[num_words:] == GARBAGE).all() and (scratch[scratch_words:] == GARBAGE).all(), "written past the end"
     return out[:num_words]
@@ -128,7 +130,12 @@ def check_random_batches(emulation: Emulation, seed: int, num_batches: int, max_
         host = batch.plan()
         image = emulation.image(seed=i)
         num_threads = 32 * int(rng.integers(1, 4))
-        words = plan_on_device(image, host, batch.cu_seqlens_q, batch.seq_lens, num_threads, pages=batch.pages)
+        num_groups = 0 if batch.pages is None else host.spec.max_groups(len(batch.seq_lens))
+        bound = host.spec.max_partial_rows(batch.cu_seqlens_q[-1], num_groups)
+        words = plan_on_device(
+            image, host, batch.cu_seqlens_q, batch.seq_lens, num_threads, pages=batch.pages,
+            capacity_partial_rows=host.num_partial_rows if batch.invariant else bound,
+        )  # fmt: skip
         assert_equal(words, host)
 
 
@@ -216,10 +223,30 @@ def test_plan_without_room_says_so_and_writes_only_its_header(
     assert (words[_C.PLAN_HEADER_WORDS :] == GARBAGE).all()
 
 
+def test_plan_without_room_for_its_partial_rows_says_so(emulation: Emulation) -> None:
+    host = SPLIT.plan()
+    arguments = (emulation.image(), host, SPLIT.cu_seqlens_q, SPLIT.seq_lens, 64)
+    words = plan_on_device(*arguments, capacity_partial_rows=host.num_partial_rows - 1)
+    assert words[STATUS_WORD] == NO_ROOM and not words[1:4].any()
+    assert (words[_C.PLAN_HEADER_WORDS :] == GARBAGE).all()
+
+
+@pytest.mark.parametrize("separates_small", [False, True], ids=["mixed", "apart"])
+def test_plan_that_there_is_none_of_has_no_item_in_any_queue(separates_small: bool, emulation: Emulation) -> None:
+    hardware = replace(H100, separates_small=separates_small)
+    host = Batch(SPLIT.slices, SHAPES[0], hardware).plan()
+    words = plan_on_device(emulation.image(), host, SPLIT.cu_seqlens_q, SPLIT.seq_lens, 64, (0, 0))
+    assert words[STATUS_WORD] == NO_ROOM and words[1] == 0
+    assert words[FIRST_SMALL_WORD] == (0 if separates_small else -1)
+
+
 def test_plan_with_just_enough_room_is_made(emulation: Emulation) -> None:
     host = SPLIT.plan()
     room = (host.num_items, host.num_merges)
-    words = plan_on_device(emulation.image(), host, SPLIT.cu_seqlens_q, SPLIT.seq_lens, 64, room)
+    words = plan_on_device(
+        emulation.image(), host, SPLIT.cu_seqlens_q, SPLIT.seq_lens, 64, room,
+        capacity_partial_rows=host.num_partial_rows,
+    )  # fmt: skip
     assert words[STATUS_WORD] == _C.PLAN_MAGIC and words[1] == host.num_items
     assert (words[16 : 16 + 8 * host.num_items] == host.buffer[16 : 16 + 8 * host.num_items]).all()
 
@@ -320,7 +347,7 @@ def test_device_plan_with_a_block_table_is_the_hosts_with_it(driver: Emulation) 
 def test_device_plan_reads_why_there_is_none(driver: Emulation) -> None:
     made = device_plan(max_num_seqs=1, max_total_q=1, hardware=cpu_hardware(1))
     made.update(as_tensor([0, 2000]), as_tensor([2000]))
-    with pytest.raises(ValueError, match="needs more items or merges than max_num_seqs and max_total_q leave room"):
+    with pytest.raises(ValueError, match="needs more items, merges or partial rows than max_num_seqs, max_total_q"):
         made.read()
     with pytest.raises(ValueError, match="a device found no items for its batch"):
         mixattn.attention(

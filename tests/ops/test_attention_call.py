@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixattn.ops.attention_call import plan_on_device
+from mixattn.ops import attention
+from mixattn.ops.attention_call import AttentionCall, attention_layout, plan_on_device
+from tests.cases import AttentionCase, make_inputs
 
 META = torch.device("meta")
 
@@ -53,6 +55,26 @@ def test_plan_in_a_captured_graph_is_refused_before_the_copy(
     copies: list[tuple[Tensor, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(NotImplementedError, match="a captured graph cannot repeat; the nearest is to capture mixattn"):
+    with pytest.raises(
+        NotImplementedError, match=r"a captured graph cannot repeat; the nearest is a mixattn\.DevicePlan"
+    ):
         plan_on_device(torch.zeros(20, dtype=torch.int32), META)
+    assert not copies
+
+
+def test_plan_that_attention_would_make_in_a_captured_graph_is_refused_before_lengths_are_copied(
+    copies: list[tuple[Tensor, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    case = AttentionCase("captured", (1, 5), (20, 30))
+    inputs = make_inputs(case, torch.bfloat16).to(META)
+    missing: dict[str, Any] = dict.fromkeys(AttentionCall._fields)
+    call = AttentionCall(
+        **{**missing, "q": inputs.q, "k_cache": inputs.k_cache, "v_cache": inputs.v_cache, **inputs.index_tensors}
+    )
+    copies.clear()
+    with pytest.raises(
+        NotImplementedError, match=r"a captured graph cannot repeat; the nearest is a mixattn\.DevicePlan"
+    ):
+        attention._default_plan(call, "triton", attention_layout(call, inputs.q, None), inputs.q)
     assert not copies

@@ -193,7 +193,7 @@ def test_plan_random_batch_keeps_its_bounds(batch: Batch) -> None:
     assert num_tiles <= shape.num_kv_heads * (len(batch.slices) + rows_bound)
     assert made.num_items <= num_tiles + slots - 1
     assert made.num_merges <= slots - 1
-    assert made.num_partial_rows <= 2 * largest * (slots - 1)
+    assert made.num_partial_rows <= made.spec.max_partial_rows(batch.cu_seqlens_q[-1]) <= 2 * largest * (slots - 1)
     assert len(made.buffer) == (
         _C.PLAN_HEADER_WORDS
         + _C.WORK_ITEM_WORDS * made.buffer[CAPACITY_ITEMS]
@@ -260,4 +260,10 @@ def test_plan_slices_just_above_the_target_meet_the_bounds_on_merges_and_partial
     hardware = Hardware("eager", 8, 1e12, 1e9, 0.0, split_tokens=1)
     made = Batch([(128, 500)] * (slots - 1), Shape(1, 1, 64, 4, False, None), hardware).plan()
     assert made.num_merges == slots - 1 == made.buffer[CAPACITY_MERGES]
-    assert made.num_partial_rows == 2 * 128 * (slots - 1)
+    assert made.num_partial_rows == 2 * 128 * (slots - 1) == made.spec.max_partial_rows(128 * (slots - 1))
+
+
+def test_plan_slices_split_as_often_as_they_may_be_meet_the_bound_on_partial_rows() -> None:
+    hardware = Hardware("eager", 100, 1e12, 1e9, 0.0, split_tokens=1, max_splits=3)
+    made = Batch([(2, 500)] * 4, Shape(3, 1, 64, 4, False, None), hardware).plan()
+    assert made.num_partial_rows == 4 * 2 * 3 * 3 == made.spec.max_partial_rows(4 * 2)

@@ -273,7 +273,8 @@ def test_plan_random_batch_with_prefixes_keeps_its_bounds(batch: Batch) -> None:
     rows = batch.cu_seqlens_q[-1] * shape.group_size
     assert made.num_items <= heads * (len(batch.slices) + most_groups + rows // largest) + slots - 1
     assert made.num_merges <= slots - 1 + heads * most_groups
-    assert made.num_partial_rows <= 2 * largest * (slots - 1) + 2 * heads * rows
+    bound = made.spec.max_partial_rows(batch.cu_seqlens_q[-1], most_groups)
+    assert made.num_partial_rows <= bound <= 2 * largest * (slots - 1) + 2 * heads * rows
     for _, group_rows, prefix in groups_of(made):
         assert group_rows <= largest and prefix > 0
 

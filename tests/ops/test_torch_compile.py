@@ -24,6 +24,7 @@ CASE = AttentionCase("compile", (1, 5, 1), (20, 7, 33), num_q_heads=4, num_kv_he
 OPTIONS = (0.2, True, 12, 30.0, False, 0)  # softmax_scale, causal, window_left, soft_cap, invariant, sm_margin
 NO_SCALES = (None, None, None, None)  # k_scale, v_scale, k_scale_value, v_scale_value
 NO_SCORE_TENSORS = (None, None, None, *NO_SCALES)  # alibi_slopes, sinks, tree_mask
+NO_DEVICE_PLAN = (None, None, None, None)  # partial_out, partial_lse, tickets, device_plan
 SCORE_TENSORS = (torch.rand(4), torch.randn(4), torch.tensor([-1, 1, 3, 5, 0, 17, -1]), *NO_SCALES)
 
 
@@ -62,6 +63,7 @@ def test_attention_op_with_score_tensors_passes_opcheck(inputs: AttentionInputs,
 def test_attention_out_op_passes_opcheck(inputs: AttentionInputs, has_lse: bool) -> None:
     out, lse = torch.zeros_like(inputs.q), torch.zeros(CASE.total_q, CASE.num_q_heads)
     arguments = (*tensors_of(inputs), None, *NO_SCORE_TENSORS, *OPTIONS, "cpu", out, lse if has_lse else None)
+    arguments = (*arguments, *NO_DEVICE_PLAN)
     torch.library.opcheck(torch.ops.mixattn.attention_out.default, arguments)
 
 
