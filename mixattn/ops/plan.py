@@ -194,7 +194,7 @@ CPU_ITEM_OVERHEAD_S = 1e-6
 thread of the reference machine, 2026-11)."""
 CPU_PACKING_ROWS = 16
 """Per key and head of 128, packed items took 63 ns + 4.4 ns a row in bfloat16, 125 + 5.5 in float32, 60 + 5.2 in int8
-(20 to 128 rows over 1k keys, one thread of a Zen 5, 2026-11)."""
+(20 to 128 rows over 1k keys, one thread of a Zen 4, 2026-11)."""
 CPU_SPLIT_TOKENS = 64
 """32 KiB of K and V at head_dim 64 in float32: less is not worth an item."""
 CPU_HEADS_PER_BUNDLE = 16
