@@ -278,7 +278,7 @@ def _check_made_for(*terms: tuple[str, object, object]) -> None:
     """Raises ValueError unless what the plan was made for is what the call has; (name, made for, called with) each."""
     for name, made, called in terms:
         if made != called:
-            raise ValueError(f"plan was made for {name} {made}, this call has {name} {called}")
+            raise ValueError(f"plan was made for {name} {made}, this call has {called}")
 
 
 def _refuse_alibi_slopes() -> NoReturn:
