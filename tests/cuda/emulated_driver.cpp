@@ -7,8 +7,10 @@
 #include <cstring>
 #include <map>
 #include <set>
+#include <utility>
 
 #include "cuda/driver.h"
+#include "recording.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -68,6 +70,8 @@ int shared_bytes_per_block() {
 bool is_initialized = false;
 int num_contexts = 0;  // pushed
 std::string report;    // of the launch that failed last
+std::string recording_path;
+std::vector<recording::Span> recorded_tensors;
 emu::Stats counts;
 
 std::map<std::string, Function>& functions() {
@@ -105,6 +109,14 @@ EXPORT void mixattn_emulation_configure(int driver_version, int capability, int 
   config = {driver_version, capability, num_sms, seed};
   emu::active_fault = fault;
   counts = emu::Stats();
+}
+
+// The next launch is also written to this file, with what these tensors hold before and after it.
+EXPORT void mixattn_emulation_record(const char* path, int num_tensors, const uint64_t* begins,
+                                     const uint64_t* num_bytes) {
+  recording_path = path;
+  recorded_tensors.clear();
+  for (int i = 0; i < num_tensors; ++i) recorded_tensors.push_back({begins[i], num_bytes[i]});
 }
 
 // Of the last launch since the configuration, in JSON.
@@ -223,12 +235,24 @@ Result cuLaunchKernel(FunctionHandle handle, unsigned grid_x, unsigned grid_y, u
   if (dynamic_shared_bytes > unsigned(function.max_shared_bytes)) return kInvalidValue;
   std::vector<emu::Region> regions = {{"anything", nullptr, SIZE_MAX}};
   if (function.kernel.regions) regions = function.kernel.regions(arguments);
+  const std::string path = std::exchange(recording_path, {});
+  recording::Launch recorded;
+  if (!path.empty()) {
+    recorded = {function.name, int(grid_x), int(block_x), dynamic_shared_bytes, {}, recorded_tensors, {}, {}};
+    const char* const params = static_cast<const char*>(arguments[0]);
+    recorded.params.assign(params, params + function.kernel.params_bytes);
+    recorded.before = recording::contents(recorded_tensors);
+  }
   try {
     counts = emu::launch(emu::config_of_seed(config.seed), int(grid_x), int(block_x), dynamic_shared_bytes, regions,
                          [&] { function.kernel.run(arguments); });
   } catch (const std::exception& error) {
     report = error.what();
     return kLaunchFailed;
+  }
+  if (!path.empty()) {
+    recorded.after = recording::contents(recorded_tensors);
+    recording::write(path, recorded);
   }
   return kSuccess;
 }

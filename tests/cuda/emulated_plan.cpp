@@ -8,6 +8,7 @@ namespace {
 
 [[maybe_unused]] const bool kAdded = emulated_driver::add_kernel(
     "mixattn_sm80_plan",
-    {[](void** arguments) { mixattn_sm80_plan(*static_cast<mixattn::cuda::PlanLaunch*>(arguments[0])); }, nullptr});
+    {[](void** arguments) { mixattn_sm80_plan(*static_cast<mixattn::cuda::PlanLaunch*>(arguments[0])); }, nullptr,
+     sizeof(mixattn::cuda::PlanLaunch)});
 
 }  // namespace
