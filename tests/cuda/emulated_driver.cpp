@@ -73,6 +73,7 @@ std::string report;    // of the launch that failed last
 std::string recording_path;
 std::vector<recording::Span> recorded_tensors;
 emu::Stats counts;
+std::string launched;  // the kernel that counts are of
 
 std::map<std::string, Function>& functions() {
   static std::map<std::string, Function> all;
@@ -122,7 +123,7 @@ EXPORT void mixattn_emulation_record(const char* path, int num_tensors, const ui
 // Of the last launch since the configuration, in JSON.
 EXPORT const char* mixattn_emulation_counts() {
   static std::string text;
-  text = "{\"num_switches\": " + std::to_string(counts.num_switches) +
+  text = "{\"kernel\": \"" + launched + "\", \"num_switches\": " + std::to_string(counts.num_switches) +
          ", \"num_threads\": " + std::to_string(counts.num_threads) +
          ", \"num_mmas\": " + std::to_string(counts.num_mmas) +
          ", \"num_copies\": " + std::to_string(counts.num_copies) +
@@ -233,6 +234,7 @@ Result cuLaunchKernel(FunctionHandle handle, unsigned grid_x, unsigned grid_y, u
   if (std::min({grid_x, grid_y, grid_z, block_x, block_y, block_z}) == 0 || extra != nullptr) return kInvalidValue;
   if (std::max({grid_y, grid_z, block_y, block_z}) > 1) return kInvalidValue;  // one-dimensional: prim.cuh
   if (dynamic_shared_bytes > unsigned(function.max_shared_bytes)) return kInvalidValue;
+  launched = function.name;
   std::vector<emu::Region> regions = {{"anything", nullptr, SIZE_MAX}};
   if (function.kernel.regions) regions = function.kernel.regions(arguments);
   const std::string path = std::exchange(recording_path, {});

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from mixattn import _C
-from mixattn.ops import merge
+from mixattn.ops import kv_cache, merge
 from tests.cases import CASES, SCORE_CASES, AttentionCase, KvFormat, make_inputs
 from tests.cuda.attention_run import prepare
 from tests.cuda.emulation import FOLDER, Emulation
@@ -84,7 +84,7 @@ def append_kv(*, is_quantised: bool = False, interleaved: bool = False) -> Recor
         names = ("k", "v", "k_cache", "v_cache", "slot_mapping", "q", "positions", "rope_cos_sin")
         tensors = [inputs[name] for name in names]
         emulation.record(path, [*tensors, *(scale for scale in scales if scale is not None)])
-        torch.ops.mixattn.append_kv(*tensors, *scales, None, None, interleaved, "cuda", inputs["q"])
+        kv_cache._append_kv(*tensors, *scales, None, None, interleaved, "cuda", inputs["q"])
 
     return record
 
