@@ -11,11 +11,11 @@ CXX_FILES := '*.h' '*.cpp' '*.cuh' '*.cu'
 PYTEST ?= OMP_NUM_THREADS=1 MIXATTN_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint format bench bench-gpu tune bench-peers static build env clean
+.PHONY: help run test test-slow sanitize lint format bench bench-gpu tune bench-peers static build env clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
-	@echo 'make lint | format | bench | static | build | test-slow | clean'
+	@echo 'make lint | format | bench | static | build | test-slow | sanitize | clean'
 	@echo 'make bench-gpu     attention on a GPU beside other libraries (BENCH_GPU: more arguments, such as --full)'
 	@echo 'make tune          the tiles of Triton attention, measured on this GPU (TUNE: more arguments, such as --full)'
 	@echo 'make bench-peers   the same work on mixattn, vLLM, OpenVINO and llama.cpp, one table (PEERS: where they are put)'
@@ -41,6 +41,10 @@ test: build
 
 test-slow: build
 	$(PYTEST) -m slow
+
+# The emulated CUDA kernels under the compiler's sanitizers.
+sanitize: build
+	$(PYTEST) --dist load tests/cuda/test_sanitizers.py
 
 lint: build
 	$(VENV)/bin/ruff check .

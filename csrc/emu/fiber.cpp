@@ -40,8 +40,10 @@ namespace emu {
 namespace {
 
 constexpr size_t kGuardBytes = 4096;  // an overflow is a crash, not another fiber's wrong result
-constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kStackBytes = sanitizer::kWidensFrames ? 1 << 20 : 128 << 10;
 constexpr int kSavedRegisters = 6;
+
+Fiber* entering = nullptr;  // the one that resume() starts
 
 }  // namespace
 
@@ -62,17 +64,30 @@ void Fiber::start(void (*entry)()) {
   // return address.
   void** top = reinterpret_cast<void**>(stack_ + kGuardBytes + kStackBytes - 64);
   *--top = nullptr;
-  *--top = reinterpret_cast<void*>(entry);
+  *--top = reinterpret_cast<void*>(enter);
   for (int i = 0; i < kSavedRegisters; ++i) *--top = nullptr;
   stack_pointer_ = top;
+  entry_ = entry;
+  switch_.forget_frames(stack_ + kGuardBytes, kStackBytes);
+}
+
+void Fiber::enter() {
+  Fiber& fiber = *entering;
+  fiber.switch_.entered();
+  fiber.entry_();
 }
 
 void Fiber::resume() {
+  entering = this;
+  switch_.before_resume(stack_ + kGuardBytes, kStackBytes);
   emu_switch_stack(&caller_, stack_pointer_);
+  switch_.after_resume();
 }
 
 void Fiber::suspend() {
+  switch_.before_suspend();
   emu_switch_stack(&stack_pointer_, caller_);
+  switch_.entered();
 }
 
 }  // namespace emu

@@ -3,6 +3,8 @@
 
 #include <stddef.h>
 
+#include "emu/sanitizer.h"
+
 namespace emu {
 
 class Fiber {
@@ -18,11 +20,17 @@ class Fiber {
   void resume();
   // Back to the caller of resume(). Only inside the fiber.
   void suspend();
+  // Who does what the fiber does, for ThreadSanitizer.
+  sanitizer::Identity identity() const { return switch_.identity(); }
 
  private:
+  static void enter();
+
   char* stack_;
   void* stack_pointer_ = nullptr;
   void* caller_ = nullptr;
+  void (*entry_)() = nullptr;
+  sanitizer::Switch switch_;
 };
 
 }  // namespace emu

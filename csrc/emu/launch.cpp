@@ -44,14 +44,21 @@ std::string describe_threads() {
   return text;
 }
 
-void run_thread() {
-  (*machine.body)();
+void check_exit() {
+  sanitizer::Quiet quiet;
   bool has_pending_copies = !current->open_copies.empty();
   for (const auto& group : current->copy_groups) has_pending_copies |= !group.empty();
   if (has_pending_copies) fail("the thread ends before its cp.async have landed", {"exit", 0});
   if (!current->warp->open_products.empty() || !current->warp->product_groups.empty()) {
     fail("the thread ends before its wgmma are done", {"exit", 0});
   }
+}
+
+void run_thread() {
+  machine.start.acquire();
+  (*machine.body)();
+  check_exit();
+  machine.end.release();
   current->state = Thread::State::kExited;
   current->fiber.suspend();
 }
@@ -87,6 +94,8 @@ void start_threads() {
       thread.num_accesses.clear();
       thread.unfenced_granules.clear();
       thread.has_wgmma_fence = false;
+      thread.fence = nullptr;
+      thread.observed.clear();
       thread.fiber.start(run_thread);
       wake(&thread);
     }
@@ -166,7 +175,10 @@ Stats launch(const Config& config, int num_blocks, int num_threads, size_t share
   machine.error.clear();
   machine.turn = 0;
   machine.random_state = (config.seed + 1) * 0x9e3779b97f4a7c15u;
+  machine.atomics.clear();
   start_threads();
+  machine.start.release_anew();
+  machine.end.release_anew();
   size_t num_running = machine.threads.size();
   machine.stats.num_threads = num_running;
   while (num_running > 0 && machine.error.empty()) {
@@ -180,6 +192,7 @@ Stats launch(const Config& config, int num_blocks, int num_threads, size_t share
     if (current->state == Thread::State::kExited) --num_running;
     current = nullptr;
   }
+  machine.end.acquire();
   if (!machine.error.empty()) throw std::runtime_error(machine.error);
   for (Block& block : machine.blocks) {
     publish_stores(block, nullptr);
@@ -198,6 +211,11 @@ void block_on(const char* primitive, Site site) {
   current->waits_for = primitive;
   current->site = site;
   current->fiber.suspend();
+}
+
+void acquire(const Thread& thread, sanitizer::Order& order) {
+  sanitizer::As as(thread.fiber.identity());
+  order.acquire();
 }
 
 void wake(Thread* thread) {
@@ -231,6 +249,7 @@ int lane() {
 }
 
 void barrier(int id, int num_threads, bool waits, Site site) {
+  sanitizer::Quiet quiet;
   if (id < 0 || id >= kNumBarriers) fail("barrier id must be in [0, 16), got " + std::to_string(id), site);
   if (num_threads % kWarpSize != 0 || num_threads < kWarpSize || num_threads > machine.num_threads) {
     fail("a barrier takes a multiple of 32 of the block's threads, got " + std::to_string(num_threads), site);
@@ -242,6 +261,11 @@ void barrier(int id, int num_threads, bool waits, Site site) {
          site);
   }
   maybe_yield();
+  if (barrier.num_arrived == 0) {
+    barrier.order.release_anew();
+  } else {
+    barrier.order.release();
+  }
   barrier.num_threads = num_threads;
   const uint32_t warp = 1u << current->idx / kWarpSize;
   barrier.warps |= warp;
@@ -253,7 +277,11 @@ void barrier(int id, int num_threads, bool waits, Site site) {
       if (((owner | store.seen_by) & barrier.warps) != 0) store.seen_by |= barrier.waiting_warps;
     }
     barrier.warps = barrier.waiting_warps = 0;
-    for (Thread* thread : barrier.waiting) wake(thread);
+    if (waits) barrier.order.acquire();
+    for (Thread* thread : barrier.waiting) {
+      acquire(*thread, barrier.order);
+      wake(thread);
+    }
     barrier.waiting.clear();
   } else if (waits) {
     barrier.waiting.push_back(current);

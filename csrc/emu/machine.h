@@ -11,6 +11,7 @@
 
 #include "emu/emu.h"
 #include "emu/fiber.h"
+#include "emu/sanitizer.h"
 
 namespace emu {
 
@@ -30,6 +31,7 @@ struct Warp;
 struct PendingCopy {
   uint32_t shared_offset;
   const char* source;  // nullptr: zeros
+  bool has_landed;
 };
 
 struct Thread {
@@ -47,6 +49,8 @@ struct Thread {
   std::vector<std::pair<Site, uint32_t>> num_accesses;  // to shared memory, by line
   std::vector<uint32_t> unfenced_granules;
   bool has_wgmma_fence;
+  std::shared_ptr<sanitizer::Order> fence;                  // what the latest fence_gpu has released
+  std::vector<std::shared_ptr<sanitizer::Order>> observed;  // fences before atomics whose results it has seen since
 
   int lane() const { return idx % kWarpSize; }
 };
@@ -81,6 +85,7 @@ struct Warp {
   // The collective that some lanes have come to.
   const char* collective = nullptr;
   Site site;
+  sanitizer::Order order;  // of lanes that wait for each other
   uint32_t arrived = 0;
   void* argument[kWarpSize];
 
@@ -101,6 +106,7 @@ struct Barrier {
   uint32_t warps = 0;          // that have arrived, by bit
   uint32_t waiting_warps = 0;  // that wait
   std::vector<Thread*> waiting;
+  sanitizer::Order order;
 };
 
 struct MemoryBarrier {
@@ -108,6 +114,15 @@ struct MemoryBarrier {
   int num_missing;
   int phase;
   std::vector<Thread*> waiting;
+  sanitizer::Order order[2];  // of phases, by parity
+};
+
+// A word of global memory that atomics change, for ThreadSanitizer: PTX ISA 8.7, sections 8.8 to 8.10. An atomic that
+// observes another comes behind it, but not behind what that thread did before; fences on both sides order that, too.
+struct AtomicWord {
+  std::vector<std::shared_ptr<sanitizer::Order>> fences;  // before the atomics since the last plain store
+  std::unique_ptr<char> latest;                           // written by the latest atomic, read by plain stores
+  bool has_plain_store = false;
 };
 
 struct PendingStore {
@@ -139,6 +154,8 @@ struct Machine {
   const std::function<void()>* body;
   std::vector<Block> blocks;
   std::vector<std::unique_ptr<Thread>> threads;
+  std::map<const void*, AtomicWord> atomics;
+  sanitizer::Order start, end;     // of the launch
   std::vector<Warp*> ready_warps;  // those with ready threads
   size_t turn;                     // of Schedule::kInTurn
   Stats stats;
@@ -170,8 +187,15 @@ void publish_stores(Block& block, const Thread* thread);
 void mark_unfenced(uint32_t shared_offset, uint32_t num_bytes);
 // Whether what is left open by Arrival::kRandom happens now.
 bool comes_at_once();
+// Tells that a thread which waits has seen a barrier's phase end.
+void acquire(const Thread& thread, sanitizer::Order& order);
 // Brings the lanes of a warp together, each with its argument; the last one calls act(arguments by lane).
 void collective(const char* name, void* argument, Site site, const std::function<void(void**)>& act);
+// Around a collective that orders the lanes' accesses: before it, and when all have come.
+void release_lane();
+void acquire_lanes();
+// Of the current thread's warp.
+void for_each_lane(const std::function<void(Thread&)>& act);
 float element_value(uint16_t bits, Element element);
 void count_wavefronts(const uint32_t* address, uint32_t num_bytes, Site site);
 

@@ -11,6 +11,7 @@ constexpr uint32_t kBankBytes = 4;
 constexpr uint32_t kNumBanks = 32;
 
 void land(const PendingCopy& copy) {
+  if (copy.has_landed) return;
   char* const to = current->block->shared.data() + copy.shared_offset;
   if (copy.source == nullptr) {
     memset(to, 0, 16);
@@ -24,8 +25,42 @@ bool is_same(Site a, Site b) {
   return a.line == b.line && a.file == b.file;
 }
 
+// At its issue and at its wait: in between it is under way.
+void tell(const PendingCopy& copy, const void* line) {
+  if (copy.source != nullptr) sanitizer::read(copy.source, 16, line);
+  sanitizer::write(current->block->shared.data() + copy.shared_offset, 16, line);
+}
+
+void tell_load(const void* address, uint32_t num_bytes, const void* line) {
+  sanitizer::Loud loud;
+  sanitizer::read(address, num_bytes, line);
+}
+
+void tell_store(const void* address, uint32_t num_bytes, const void* line) {
+  const auto word = machine.atomics.find(address);
+  sanitizer::Loud loud;
+  sanitizer::write(address, num_bytes, line);
+  if (word == machine.atomics.end()) return;
+  // Behind the latest atomic, which has observed those before it.
+  if (word->second.latest != nullptr) sanitizer::read(word->second.latest.get(), 1, line);
+  word->second.has_plain_store = true;
+  word->second.fences.clear();
+}
+
+void tell_atomic(const int32_t* address, const void* line) {
+  AtomicWord& word = machine.atomics[address];
+  current->observed.insert(current->observed.end(), word.fences.begin(), word.fences.end());
+  if (current->fence != nullptr) word.fences.push_back(current->fence);
+  word.latest = std::make_unique<char>();
+  sanitizer::Loud loud;
+  sanitizer::write(word.latest.get(), 1, line);
+  if (word.has_plain_store) sanitizer::read(address, sizeof *address, line);
+}
+
 // A line's n-th access is counted once all lanes have made it; where only some lanes come to a line, nothing is.
-void count_access(uint32_t address, uint32_t num_bytes, Site site) {
+// Returns whether another lane has made the same: of such stores one is made, whichever (CUDA C++ Programming Guide,
+// "SIMT Architecture").
+bool count_access(uint32_t address, uint32_t num_bytes, Site site) {
   auto& counts = current->num_accesses;
   auto count = std::find_if(counts.begin(), counts.end(), [&](const auto& each) { return is_same(each.first, site); });
   if (count == counts.end()) count = counts.insert(count, {site, 0});
@@ -35,15 +70,18 @@ void count_access(uint32_t address, uint32_t num_bytes, Site site) {
     return each.number == number && is_same(each.site, site);
   });
   if (access == accesses.end()) access = accesses.insert(access, {site, number, {}, 0});
+  bool is_made = false;
+  for (int l = 0; l < kWarpSize; ++l) is_made |= (access->arrived >> l & 1) != 0 && access->address[l] == address;
   access->address[current->lane()] = address;
   access->arrived |= 1u << current->lane();
-  if (access->arrived != kAllLanes) return;
+  if (access->arrived != kAllLanes) return is_made;
   // 128 bytes are one wavefront at best: 32, 16 or 8 lanes at a time.
   const uint32_t lanes_at_once = kNumBanks * kBankBytes / num_bytes;
   for (uint32_t first = 0; first < kWarpSize; first += lanes_at_once) {
     count_wavefronts(access->address + first, num_bytes, site);
   }
   accesses.erase(access);
+  return is_made;
 }
 
 }  // namespace
@@ -96,28 +134,40 @@ void check_global(const void* address, size_t num_bytes, size_t alignment, const
 }
 
 void cp_async16(uint32_t shared_address, const void* source, bool is_valid, Site site) {
+  sanitizer::Quiet quiet;
   char* const to = shared_bytes_at(shared_address, 16, 16, "cp.async", site);
   if (is_valid) check_global(source, 16, 16, "cp.async", site);
   count_access(shared_address, 16, site);
-  const PendingCopy copy = {shared_address - kSharedBase, is_valid ? static_cast<const char*>(source) : nullptr};
+  PendingCopy copy = {shared_address - kSharedBase, is_valid ? static_cast<const char*>(source) : nullptr, false};
   ++machine.stats.num_copies;
+  {
+    sanitizer::Loud loud;
+    tell(copy, EMU_CALLER);
+  }
   if (comes_at_once()) {
     land(copy);
-    return;
+    copy.has_landed = true;
+  } else {
+    memset(to, 0xff, 16);
   }
-  memset(to, 0xff, 16);
   current->open_copies.push_back(copy);
 }
 
 void cp_async_commit() {
+  sanitizer::Quiet quiet;
   current->copy_groups.push_back(std::move(current->open_copies));
   current->open_copies.clear();
 }
 
 void cp_async_wait(int num_pending) {
+  sanitizer::Quiet quiet;
   maybe_yield();
   while (current->copy_groups.size() > size_t(num_pending)) {
-    for (const PendingCopy& copy : current->copy_groups.front()) land(copy);
+    for (const PendingCopy& copy : current->copy_groups.front()) {
+      land(copy);
+      sanitizer::Loud loud;
+      tell(copy, EMU_CALLER);
+    }
     current->copy_groups.pop_front();
   }
 }
@@ -127,18 +177,29 @@ uint32_t shared_base() {
 }
 
 void load_shared(uint32_t address, void* value, uint32_t num_bytes, Site site) {
-  memcpy(value, shared_bytes_at(address, num_bytes, num_bytes, "ld.shared", site), num_bytes);
+  sanitizer::Quiet quiet;
+  const char* const from = shared_bytes_at(address, num_bytes, num_bytes, "ld.shared", site);
+  memcpy(value, from, num_bytes);
   count_access(address, num_bytes, site);
+  sanitizer::Loud loud;
+  sanitizer::read(from, num_bytes, EMU_CALLER);
 }
 
 void store_shared(uint32_t address, const void* value, uint32_t num_bytes, Site site) {
-  memcpy(shared_bytes_at(address, num_bytes, num_bytes, "st.shared", site), value, num_bytes);
+  sanitizer::Quiet quiet;
+  char* const to = shared_bytes_at(address, num_bytes, num_bytes, "st.shared", site);
+  const bool holds_value = memcmp(to, value, num_bytes) == 0;
+  memcpy(to, value, num_bytes);
   mark_unfenced(address - kSharedBase, num_bytes);
-  count_access(address, num_bytes, site);
+  if (count_access(address, num_bytes, site) && holds_value) return;
+  sanitizer::Loud loud;
+  sanitizer::write(to, num_bytes, EMU_CALLER);
 }
 
 void store_global(void* address, const void* value, uint32_t num_bytes, Site site) {
+  sanitizer::Quiet quiet;
   check_global(address, num_bytes, num_bytes, "st.global", site);
+  tell_store(address, num_bytes, EMU_CALLER);
   PendingStore store = {static_cast<char*>(address), num_bytes, {}, current, 0};
   memcpy(store.value, value, num_bytes);
   current->block->stores.push_back(store);
@@ -146,7 +207,9 @@ void store_global(void* address, const void* value, uint32_t num_bytes, Site sit
 }
 
 void load_global(const void* address, void* value, uint32_t num_bytes, Site site) {
+  sanitizer::Quiet quiet;
   check_global(address, num_bytes, num_bytes, "ld.global", site);
+  tell_load(address, num_bytes, EMU_CALLER);
   const std::vector<PendingStore>& stores = current->block->stores;
   for (auto store = stores.rbegin(); store != stores.rend(); ++store) {
     if (store->address == address && store->num_bytes == num_bytes) {
@@ -158,8 +221,10 @@ void load_global(const void* address, void* value, uint32_t num_bytes, Site site
 }
 
 int32_t atomic_add(int32_t* address, int32_t value, Site site) {
+  sanitizer::Quiet quiet;
   check_global(address, sizeof value, sizeof value, "atom", site);
   maybe_yield();
+  tell_atomic(address, EMU_CALLER);
   const int32_t before = *address;
   *address += value;
   maybe_yield();
@@ -177,6 +242,11 @@ void publish_stores(Block& block, const Thread* thread) {
 }
 
 void fence_gpu() {
+  sanitizer::Quiet quiet;
+  for (const auto& fence : current->observed) fence->acquire();
+  current->observed.clear();
+  current->fence = std::make_shared<sanitizer::Order>();
+  current->fence->release_anew();
   publish_stores(*current->block, current);
   maybe_yield();
 }

@@ -24,6 +24,12 @@ MemoryBarrier& memory_barrier(uint32_t address, const char* primitive, Site site
   return found->second;
 }
 
+// Who waits or arrives must come behind the barrier's initialisation.
+void tell_use(uint32_t address, const void* line) {
+  sanitizer::Loud loud;
+  sanitizer::read(current->block->shared.data() + (address - kSharedBase), 8, line);
+}
+
 // A matrix as a descriptor tells: PTX ISA 8.7, section 9.7.15.5.1.
 struct Matrix {
   uint32_t begin;
@@ -83,23 +89,36 @@ uint32_t right_address(const Product& product, const Matrix& matrix, int column,
   return product.left.empty() ? k_major_address(matrix, column, k) : mn_major_address(matrix, column, k);
 }
 
-void check_operands(const Product& product, int num_columns, Site site) {
+// The addresses of all 16 bytes of shared memory that a warp's product reads.
+template <typename Act>
+void for_each_granule(const Product& product, int num_columns, Site site, const Act& act) {
   constexpr int kGranuleElements = kGranuleBytes / 2;
   const bool is_right_k_major = product.left.empty();
   if (product.left.empty()) {
     const Matrix left = matrix_of(product.left_descriptor, true, site);
     for (int row = 0; row < kRows; ++row) {
-      for (int k = 0; k < kDepth; k += kGranuleElements) {
-        check_fenced(k_major_address(left, first_row_of_warp() + row, k), site);
-      }
+      for (int k = 0; k < kDepth; k += kGranuleElements) act(k_major_address(left, first_row_of_warp() + row, k));
     }
   }
   const Matrix right = matrix_of(product.right_descriptor, is_right_k_major, site);
   for (int column = 0; column < num_columns; column += is_right_k_major ? 1 : kGranuleElements) {
     for (int k = 0; k < kDepth; k += is_right_k_major ? kGranuleElements : 1) {
-      check_fenced(right_address(product, right, column, k), site);
+      act(right_address(product, right, column, k));
     }
   }
+}
+
+void check_operands(const Product& product, int num_columns, Site site) {
+  for_each_granule(product, num_columns, site, [&](uint32_t address) { check_fenced(address, site); });
+}
+
+// As reads of the current lane.
+void tell_operands(const Product& product, int num_columns, const void* line, Site site) {
+  if (!sanitizer::kSeesRaces) return;
+  for_each_granule(product, num_columns, site, [&](uint32_t address) {
+    sanitizer::Loud loud;
+    sanitizer::read(current->block->shared.data() + (address - kSharedBase), kGranuleBytes, line);
+  });
 }
 
 void compute(const Product& product, Site site) {
@@ -168,15 +187,28 @@ int find_accumulator(const Accumulator& wanted) {
 }  // namespace
 
 void mbarrier_init(uint32_t address, int num_arrivals, Site site) {
-  shared_bytes_at(address, 8, 8, "mbarrier.init", site);
+  sanitizer::Quiet quiet;
+  const char* const word = shared_bytes_at(address, 8, 8, "mbarrier.init", site);
   if (num_arrivals < 1) fail("mbarrier.init: at least one thread must arrive", site);
-  current->block->memory_barriers[address - kSharedBase] = {num_arrivals, num_arrivals, 0, {}};
+  current->block->memory_barriers[address - kSharedBase] = {num_arrivals, num_arrivals, 0, {}, {}};
+  {
+    sanitizer::Loud loud;
+    sanitizer::write(word, 8, EMU_CALLER);
+  }
   maybe_yield();
 }
 
 void mbarrier_arrive(uint32_t address, Site site) {
+  sanitizer::Quiet quiet;
   maybe_yield();
   MemoryBarrier& barrier = memory_barrier(address, "mbarrier.arrive", site);
+  tell_use(address, EMU_CALLER);
+  sanitizer::Order& order = barrier.order[barrier.phase % 2];
+  if (barrier.num_missing == barrier.num_arrivals) {
+    order.release_anew();
+  } else {
+    order.release();
+  }
   if (--barrier.num_missing == 0) {
     barrier.num_missing = barrier.num_arrivals;
     ++barrier.phase;
@@ -187,12 +219,15 @@ void mbarrier_arrive(uint32_t address, Site site) {
 }
 
 void mbarrier_wait(uint32_t address, int parity, Site site) {
+  sanitizer::Quiet quiet;
   maybe_yield();
   if (parity != 0 && parity != 1) fail("mbarrier wait: a parity is 0 or 1, got " + std::to_string(parity), site);
   while (memory_barrier(address, "mbarrier wait", site).phase % 2 == parity) {
     memory_barrier(address, "mbarrier wait", site).waiting.push_back(current);
     block_on("mbarrier wait", site);
   }
+  tell_use(address, EMU_CALLER);
+  memory_barrier(address, "mbarrier wait", site).order[parity].acquire();
 }
 
 void mark_unfenced(uint32_t shared_offset, uint32_t num_bytes) {
@@ -204,6 +239,7 @@ void mark_unfenced(uint32_t shared_offset, uint32_t num_bytes) {
 }
 
 void fence_proxy_async() {
+  sanitizer::Quiet quiet;
   for (const uint32_t granule : current->unfenced_granules) {
     uint16_t& writer = current->block->unfenced_writer[granule];
     if (writer == 1 + current->idx) writer = 0;
@@ -213,6 +249,7 @@ void fence_proxy_async() {
 }
 
 void set_registers(int count, bool raises, Site site) {
+  sanitizer::Quiet quiet;
   if (count % 8 != 0 || count < 24 || count > 256) {
     fail("setmaxnreg: a multiple of 8 in [24, 256], got " + std::to_string(count), site);
   }
@@ -239,6 +276,8 @@ void wgmma_fence() {
 }
 
 void wgmma(float* d, int num_column_tiles, LeftOperand a, uint64_t b, bool adds, Element element, Site site) {
+  sanitizer::Quiet quiet;
+  const void* const line = EMU_CALLER;
   if (!current->has_wgmma_fence) fail("wgmma without wgmma_fence", site);
   struct Argument {
     float* d;
@@ -266,6 +305,10 @@ void wgmma(float* d, int num_column_tiles, LeftOperand a, uint64_t b, bool adds,
       }
     }
     check_operands(product, 8 * num_column_tiles, site);
+    for_each_lane([&](const Thread& lane) {
+      sanitizer::As as(lane.fiber.identity());
+      tell_operands(product, 8 * num_column_tiles, line, site);
+    });
     if (into.num_pending == 0) {
       for_each_register(into, [&](float& value, int at) {
         into.sums[at] = value;
@@ -279,6 +322,7 @@ void wgmma(float* d, int num_column_tiles, LeftOperand a, uint64_t b, bool adds,
 }
 
 void wgmma_commit(Site site) {
+  sanitizer::Quiet quiet;
   collective("wgmma.commit_group", nullptr, site, [](void**) {
     Warp& warp = *current->warp;
     warp.product_groups.push_back(std::move(warp.open_products));
@@ -287,13 +331,25 @@ void wgmma_commit(Site site) {
 }
 
 void wgmma_wait(int num_pending, Site site) {
+  sanitizer::Quiet quiet;
+  const void* const line = EMU_CALLER;
   maybe_yield();
+  release_lane();
   collective("wgmma.wait_group", nullptr, site, [&](void**) {
     Warp& warp = *current->warp;
+    if (warp.product_groups.size() <= size_t(num_pending)) return;
+    // A product is done for every lane that has waited. Told as reads of one of them, behind which the others come:
+    // more order between lanes than the hardware promises.
+    warp.order.acquire();
     while (warp.product_groups.size() > size_t(num_pending)) {
-      for (const Product& product : warp.product_groups.front()) finish(product, site);
+      for (const Product& product : warp.product_groups.front()) {
+        tell_operands(product, 8 * warp.accumulators[product.accumulator].num_column_tiles, line, site);
+        finish(product, site);
+      }
       warp.product_groups.pop_front();
     }
+    warp.order.release();
+    acquire_lanes();
   });
   current->has_wgmma_fence = false;
 }

@@ -29,10 +29,26 @@ void collective(const char* name, void* argument, Site site, const std::function
   }
   warp.arrived = 0;
   act(warp.argument);
-  const size_t lane_0 = size_t(current->block->idx) * machine.num_threads + (current->idx - current->lane());
-  for (int l = 0; l < kWarpSize; ++l) {
-    if (l != current->lane()) wake(machine.threads[lane_0 + l].get());
+  for_each_lane([](Thread& lane) {
+    if (&lane != current) wake(&lane);
+  });
+}
+
+void release_lane() {
+  if (current->warp->arrived == 0) {
+    current->warp->order.release_anew();
+  } else {
+    current->warp->order.release();
   }
+}
+
+void acquire_lanes() {
+  for_each_lane([](const Thread& lane) { acquire(lane, current->warp->order); });
+}
+
+void for_each_lane(const std::function<void(Thread&)>& act) {
+  const size_t lane_0 = size_t(current->block->idx) * machine.num_threads + (current->idx - current->lane());
+  for (int l = 0; l < kWarpSize; ++l) act(*machine.threads[lane_0 + l]);
 }
 
 float element_value(uint16_t bits, Element element) {
@@ -40,11 +56,14 @@ float element_value(uint16_t bits, Element element) {
 }
 
 void sync_warp(Site site) {
+  sanitizer::Quiet quiet;
   maybe_yield();
-  collective("sync_warp", nullptr, site, [](void**) {});
+  release_lane();
+  collective("sync_warp", nullptr, site, [](void**) { acquire_lanes(); });
 }
 
 uint64_t shuffle(uint64_t value, int source_lane, Site site) {
+  sanitizer::Quiet quiet;
   struct Argument {
     uint64_t value, result;
     int source_lane;
@@ -62,6 +81,7 @@ uint64_t shuffle(uint64_t value, int source_lane, Site site) {
 }
 
 bool any(bool predicate, Site site) {
+  sanitizer::Quiet quiet;
   struct Argument {
     bool predicate, result;
   } argument = {predicate, false};
@@ -74,11 +94,16 @@ bool any(bool predicate, Site site) {
 }
 
 void ldmatrix_x4(uint32_t (&r)[4], uint32_t row_address, bool is_transposed, Site site) {
+  sanitizer::Quiet quiet;
   struct Argument {
     const char* row;
     uint32_t address;
     uint32_t* r;
   } argument = {shared_bytes_at(row_address, 16, 16, "ldmatrix", site), row_address, r};
+  {
+    sanitizer::Loud loud;
+    sanitizer::read(argument.row, 16, EMU_CALLER);
+  }
   collective("ldmatrix", &argument, site, [&](void** lanes) {
     for (int m = 0; m < 4; ++m) {
       uint16_t matrix[8][8];
@@ -101,6 +126,7 @@ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row_address, bool is_transposed, Sit
 }
 
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Element element, Site site) {
+  sanitizer::Quiet quiet;
   struct Argument {
     float* d;
     const uint32_t* a;

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mixattn import _C
 from mixattn.ops.attention_call import AttentionCall, attention_layout, native_sizes
+from mixattn.ops.attention_cuda import INVARIANT_TILE_KEYS
 from mixattn.ops.kv_dtypes import split_scale
 from mixattn.ops.plan import Hardware, WorkPlan, plan
 from tests.cases import AttentionCase, AttentionInputs, make_inputs, plan_arguments
@@ -60,8 +62,13 @@ class AttentionRun:
         num_blocks: int = NUM_SMS,
         wants_lse: bool = True,
         fault: int = 0,
+        recording: Path | None = None,
     ) -> dict[str, Any]:
-        """Poisons results and partials, runs the plan, returns the emulator's counts."""
+        """Poisons results and partials, runs the plan, returns the emulator's counts.
+
+        Args:
+            recording: where the launch is written to, for replay.cpp.
+        """
         for tensor in (self.out, self.lse, self.partial_out, self.partial_lse):
             tensor.fill_(torch.nan)
         lse = self.lse if wants_lse else None
@@ -79,13 +86,17 @@ class AttentionRun:
             "partial_lse": self.partial_lse,
             "tickets": self.tickets,
         }
+        image = emulation.image(capability=self.capability, num_sms=num_blocks, seed=seed, fault=fault)
+        if recording is not None:
+            given = [tensor for tensor in tensors.values() if tensor is not None and tensor.numel() > 0]
+            emulation.record(recording, given)
         _C.cuda_attention(
             **native_sizes(attention_layout(call, self.out, lse)),
             **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
             plan_words=len(self.plan_words),
             num_partial_rows=self.partial_out.shape[0],
             num_tickets=len(self.tickets),
-            image=emulation.image(capability=self.capability, num_sms=num_blocks, seed=seed, fault=fault),
+            image=image,
             device_plan=self.plan_words.data_ptr(),
             has_small_apart=self.work_plan.hardware.separates_small,
             num_sms=num_blocks,
@@ -123,14 +134,22 @@ def prepare(
     split_tokens: int = 64,
     inputs: AttentionInputs | None = None,
     capability: int = 80,
+    invariant: bool = False,
 ) -> AttentionRun:
-    """A run of the case on a GPU of this capability, not yet launched. Cases that name no workers get a plan for 4."""
+    """A run of the case on a GPU of this capability, not yet launched. Cases that name no workers get a plan for 4.
+
+    An invariant one splits at every multiple of the tile's 64 keys.
+    """
     inputs = make_inputs(case, dtype) if inputs is None else inputs
     work_plan = plan(
         inputs.cu_seqlens_q,
         inputs.seq_lens,
         **plan_arguments(case, inputs),
-        hardware=hardware(case.num_workers or 4, split_tokens, separates_small=capability == 90),
+        invariant=invariant,
+        hardware=replace(
+            hardware(case.num_workers or 4, split_tokens, separates_small=capability == 90),
+            invariant_split_tokens=INVARIANT_TILE_KEYS,
+        ),
     )
     assert work_plan.num_groups > 0 or not case.shared_pages, "the case is to have groups"
     words = torch.full((len(work_plan.buffer),), GARBAGE_WORD, dtype=torch.int32)
@@ -151,5 +170,6 @@ def prepare(
         partial_out=torch.empty(work_plan.num_partial_rows, case.head_dim),
         partial_lse=torch.empty(work_plan.num_partial_rows),
         tickets=torch.zeros(2 + work_plan.num_merges, dtype=torch.int32),
+        invariant=invariant,
         capability=capability,
     )

@@ -4,9 +4,16 @@
 #include "cuda/sm90/entry.cuh"
 #include "emulated_driver.h"
 
-MIXATTN_SM80_INSTANCES(MIXATTN_SM80_ENTRY)
-MIXATTN_SM80_QUANTISED_INSTANCES(MIXATTN_SM80_QUANTISED_ENTRY)
-MIXATTN_SM90_INSTANCES(MIXATTN_SM90_ENTRY)
+// sanitized_attention.cpp takes fewer.
+#ifndef EMULATED_SM80
+#define EMULATED_SM80 MIXATTN_SM80_INSTANCES
+#define EMULATED_SM80_QUANTISED MIXATTN_SM80_QUANTISED_INSTANCES
+#define EMULATED_SM90 MIXATTN_SM90_INSTANCES
+#endif
+
+EMULATED_SM80(MIXATTN_SM80_ENTRY)
+EMULATED_SM80_QUANTISED(MIXATTN_SM80_QUANTISED_ENTRY)
+EMULATED_SM90(MIXATTN_SM90_ENTRY)
 
 namespace {
 
@@ -70,7 +77,7 @@ bool add(const char* name, void (*kernel)(LaunchParams)) {
       MIXATTN_SM80_QUANTISED_NAME(element, stored, kHeadDim, scores)),
 #define ADD_SM90(element, kHeadDim, scores) \
   add(NAME(MIXATTN_SM90_NAME(element, kHeadDim, scores)), MIXATTN_SM90_NAME(element, kHeadDim, scores)),
-[[maybe_unused]] const bool kAdded[] = {MIXATTN_SM80_INSTANCES(ADD_SM80) MIXATTN_SM80_QUANTISED_INSTANCES(
-    ADD_SM80_QUANTISED) MIXATTN_SM90_INSTANCES(ADD_SM90)};
+[[maybe_unused]] const bool kAdded[] = {EMULATED_SM80(ADD_SM80) EMULATED_SM80_QUANTISED(ADD_SM80_QUANTISED)
+                                            EMULATED_SM90(ADD_SM90)};
 
 }  // namespace

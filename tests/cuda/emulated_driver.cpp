@@ -7,8 +7,10 @@
 #include <cstring>
 #include <map>
 #include <set>
+#include <utility>
 
 #include "cuda/driver.h"
+#include "recording.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -68,8 +70,11 @@ int shared_bytes_per_block() {
 bool is_initialized = false;
 int num_contexts = 0;  // pushed
 std::string report;    // of the launch that failed last
+std::string recording_path;
+std::vector<recording::Span> recorded_tensors;
 emu::Stats counts;
-int num_blocks = 0;  // of the last launch
+std::string launched;  // the kernel that counts are of
+int num_blocks = 0;    // of the last launch
 
 struct CapturedLaunch {
   const Function* function;
@@ -82,15 +87,28 @@ bool is_capturing = false;
 std::vector<CapturedLaunch> graph;
 
 Result run(const Function& function, int blocks, int num_threads, int shared_bytes, void** arguments) {
+  launched = function.name;
+  num_blocks = blocks;
   std::vector<emu::Region> regions = {{"anything", nullptr, SIZE_MAX}};
   if (function.kernel.regions) regions = function.kernel.regions(arguments);
-  num_blocks = blocks;
+  const std::string path = std::exchange(recording_path, {});
+  recording::Launch recorded;
+  if (!path.empty()) {
+    recorded = {function.name, blocks, num_threads, uint32_t(shared_bytes), {}, recorded_tensors, {}, {}};
+    const char* const argument = static_cast<const char*>(arguments[0]);
+    recorded.params.assign(argument, argument + function.kernel.argument_bytes);
+    recorded.before = recording::contents(recorded_tensors);
+  }
   try {
     counts = emu::launch(emu::config_of_seed(config.seed), blocks, num_threads, shared_bytes, regions,
                          [&] { function.kernel.run(arguments); });
   } catch (const std::exception& error) {
     report = error.what();
     return kLaunchFailed;
+  }
+  if (!path.empty()) {
+    recorded.after = recording::contents(recorded_tensors);
+    recording::write(path, recorded);
   }
   return kSuccess;
 }
@@ -133,10 +151,18 @@ EXPORT void mixattn_emulation_configure(int driver_version, int capability, int 
   num_blocks = 0;
 }
 
+// The next launch is also written to this file, with what these tensors hold before and after it.
+EXPORT void mixattn_emulation_record(const char* path, int num_tensors, const uint64_t* begins,
+                                     const uint64_t* num_bytes) {
+  recording_path = path;
+  recorded_tensors.clear();
+  for (int i = 0; i < num_tensors; ++i) recorded_tensors.push_back({begins[i], num_bytes[i]});
+}
+
 // Of the last launch since the configuration, in JSON.
 EXPORT const char* mixattn_emulation_counts() {
   static std::string text;
-  text = "{\"num_switches\": " + std::to_string(counts.num_switches) +
+  text = "{\"kernel\": \"" + launched + "\", \"num_switches\": " + std::to_string(counts.num_switches) +
          ", \"num_threads\": " + std::to_string(counts.num_threads) +
          ", \"num_blocks\": " + std::to_string(num_blocks) + ", \"num_mmas\": " + std::to_string(counts.num_mmas) +
          ", \"num_copies\": " + std::to_string(counts.num_copies) +
@@ -269,7 +295,6 @@ Result cuLaunchKernel(FunctionHandle handle, unsigned grid_x, unsigned grid_y, u
   if (std::max({grid_y, grid_z, block_y, block_z}) > 1) return kInvalidValue;  // one-dimensional: prim.cuh
   if (dynamic_shared_bytes > unsigned(function.max_shared_bytes)) return kInvalidValue;
   if (!is_capturing) return run(function, int(grid_x), int(block_x), int(dynamic_shared_bytes), arguments);
-  if (function.kernel.argument_bytes == 0) return kInvalidValue;
   const char* const argument = static_cast<const char*>(arguments[0]);
   graph.push_back({&function,
                    int(grid_x),

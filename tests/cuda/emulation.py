@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mixattn import _C
 from tests.emu.build import ROOT, build_library
 
@@ -28,6 +30,9 @@ class Emulation:
         self._library.mixattn_emulation_configure.argtypes = [ctypes.c_int] * 3 + [ctypes.c_uint64, ctypes.c_int]
         self._library.mixattn_emulation_counts.restype = ctypes.c_char_p
         self._library.mixattn_emulation_replay.restype = ctypes.c_char_p
+        self._library.mixattn_emulation_record.argtypes = [ctypes.c_char_p, ctypes.c_int] + 2 * [
+            ctypes.POINTER(ctypes.c_uint64)
+        ]
 
     def configure(
         self,
@@ -65,6 +70,17 @@ class Emulation:
         """Runs the graph's launches: with their arguments as captured, over what memory holds now."""
         report = self._library.mixattn_emulation_replay()
         assert report is None, report.decode()
+
+    def record(self, path: Path, tensors: Sequence[Tensor]) -> None:
+        """Writes the next launch to a file, for replay.cpp; ``tensors`` are all that it reads or writes."""
+        spans = [
+            (tensor.data_ptr(), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size())
+            for tensor in tensors
+        ]
+        words = ctypes.c_uint64 * len(spans)
+        self._library.mixattn_emulation_record(
+            bytes(path), len(spans), words(*(begin for begin, _ in spans)), words(*(size for _, size in spans))
+        )
 
     def counts(self) -> dict[str, Any]:
         """What emu::Stats counted in the last launch."""

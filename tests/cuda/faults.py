@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from tests.cases import KvFormat
+from tests.cuda.emulation import NUM_SMS
 from tests.emu.build import ROOT
 
 
@@ -25,6 +26,7 @@ class Fault:
             or a regular expression of the emulator's report.
         capability: of the GPU that it is run on, 10 major + minor.
         kv: what K and V are stored as; None: as q.
+        num_blocks: that run it.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Fault:
     capability: int = 80
     also: tuple[tuple[str, str], ...] = ()
     kv: KvFormat | None = None
+    num_blocks: int = NUM_SMS
 
 
 SM80 = "sm80/mixed_attention.cuh"
@@ -299,6 +302,16 @@ FAULTS = [
         caught_by="result|fence|deadlock",
         capability=90,
         also=(("mx::mbarrier_wait(ring.empty(), ring.parity ^ 1);  // before V", ""),),
+    ),
+    Fault(
+        "sm90-item-released-while-other-lanes-read-it",
+        SM90,
+        "mx::sync_warp();  // all lanes have read the item's words",
+        "",
+        MANY_ITEMS,
+        caught_by="result|tickets|deadlock",
+        capability=90,
+        num_blocks=2,  # each has so many items that it uses the words of one again
     ),
     Fault(
         "sm90-small-items-drawn-from-the-start",

@@ -15,7 +15,7 @@ from mixattn.ops.plan import H100, cpu_hardware
 from tests.cases import CASES, PREFIX_CASES, SCORE_CASES, KvFormat, assert_attention_close, make_inputs
 from tests.cuda.attention_run import prepare
 from tests.cuda.conftest import forget
-from tests.cuda.emulation import Emulation, build_emulation
+from tests.cuda.emulation import NUM_SMS, Emulation, build_emulation
 from tests.cuda.faults import ALL_FAULTS, APPEND_FAULTS, FAULTS, MERGE_FAULTS, PLAN_FAULTS, Fault, write_sources
 from tests.cuda.test_append_kv import append_both, assert_same
 from tests.cuda.test_merge_states import assert_close as assert_states_close
@@ -41,7 +41,13 @@ def faulty() -> Emulation:
 
 
 def outcome(
-    emulation: Emulation, case_id: str, fault: int, seed: int, capability: int, kv: KvFormat | None = None
+    emulation: Emulation,
+    case_id: str,
+    fault: int,
+    seed: int,
+    capability: int,
+    kv: KvFormat | None = None,
+    num_blocks: int = NUM_SMS,
 ) -> str:
     """``right``, ``result``, ``tickets``, or the emulator's report."""
     case = next(
@@ -50,7 +56,7 @@ def outcome(
     inputs = make_inputs(case, torch.bfloat16, kv=kv)
     run = prepare(case, torch.bfloat16, inputs=inputs, capability=capability)
     try:
-        run.launch(emulation, seed=seed, fault=fault)
+        run.launch(emulation, seed=seed, fault=fault, num_blocks=num_blocks)
     except RuntimeError as error:
         return str(error)
     try:
@@ -63,17 +69,21 @@ def outcome(
 @pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=lambda number: FAULTS[number - 1].name)
 def test_fault_shows(number: int, faulty: Emulation) -> None:
     fault: Fault = FAULTS[number - 1]
-    outcomes = [outcome(faulty, fault.case, number, seed, fault.capability, fault.kv) for seed in SEEDS]
+    how = fault.capability, fault.kv, fault.num_blocks
+    outcomes = [outcome(faulty, fault.case, number, seed, *how) for seed in SEEDS]
     caught = [found for found in outcomes if found != "right"]
     assert caught, "no schedule shows it"
     assert all(re.search(fault.caught_by, found) for found in caught), outcomes
 
 
 @pytest.mark.parametrize(
-    ("case_id", "capability", "kv"), dict.fromkeys((fault.case, fault.capability, fault.kv) for fault in FAULTS)
+    ("case_id", "how"),
+    dict.fromkeys((fault.case, (fault.capability, fault.kv, fault.num_blocks)) for fault in FAULTS),
 )
-def test_no_fault_shows_where_none_is_on(case_id: str, capability: int, kv: KvFormat | None, faulty: Emulation) -> None:
-    assert [outcome(faulty, case_id, 0, seed, capability, kv) for seed in SEEDS] == ["right"] * len(SEEDS)
+def test_no_fault_shows_where_none_is_on(
+    case_id: str, how: tuple[int, KvFormat | None, int], faulty: Emulation
+) -> None:
+    assert [outcome(faulty, case_id, 0, seed, *how) for seed in SEEDS] == ["right"] * len(SEEDS)
 
 
 # ---- the planner ----------------------------------------------------------------------------------------------------

@@ -88,17 +88,6 @@ def test_mixed_attention_named_case_is_within_twice_eager_on_every_schedule(
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("case", [SPLIT_CASE, *ALL_KINDS_CASES], ids=lambda case: case.id)
-def test_mixed_attention_has_no_bank_conflicts(case: AttentionCase, capability: int, emulation: Emulation) -> None:
-    run = prepare(case, torch.bfloat16, capability=capability)
-    assert set(run.work_plan.items()["kind"]) == {0, 1, 2} or case is SPLIT_CASE
-    assert run.work_plan.num_merges > 0
-    counts = run.launch(emulation, seed=0)
-    assert counts["num_wavefronts"] > 1000
-    assert counts["conflicts"] == {}
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("case", ALL_KINDS_CASES, ids=lambda case: case.id)
 def test_mixed_attention_items_of_every_kind_are_within_twice_eager(
     case: AttentionCase, capability: int, emulation: Emulation

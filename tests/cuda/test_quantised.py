@@ -47,19 +47,6 @@ def test_quantised_attention_named_case_is_within_twice_eager_on_every_schedule(
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("kv", DTYPE_FORMATS, ids=lambda kv: kv.id)
-def test_quantised_attention_has_no_bank_conflicts(kv: KvFormat, head_dim: int, emulation: Emulation) -> None:
-    case = dataclasses.replace(ALL_KINDS_CASES[0], id="all-kinds", head_dim=head_dim)
-    inputs = make_inputs(case, torch.bfloat16, kv=kv)
-    run = prepare(case, torch.bfloat16, inputs=inputs)
-    assert set(run.work_plan.items()["kind"]) == {0, 1, 2}
-    counts = run.launch(emulation, seed=0)
-    assert counts["num_wavefronts"] > 1000
-    assert counts["conflicts"] == {}
-    check(run, inputs)
-
-
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("kv_dtype", QUANTIZED, ids=lambda dtype: QUANTIZED[dtype].name)
 def test_every_code_comes_out_as_what_it_stands_for(kv_dtype: torch.dtype, head_dim: int, driver: Emulation) -> None:
     """A row that sees one key returns its value, exactly: float16 holds all of them, NaN and infinity too."""

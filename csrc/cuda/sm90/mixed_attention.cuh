@@ -264,6 +264,7 @@ MX_DEVICE void consume(const LaunchParams& p, int consumer) {
     } else {
       skip_item<kHeadDim>(item, ring);
     }
+    mx::sync_warp();  // all lanes have read the item's words
     release(item_empty<Shared>(count));
   }
 }
