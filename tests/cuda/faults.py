@@ -53,12 +53,13 @@ DECODE = "q1-kv4096-page16-gqa8"
 SPLITS = "splits-chunk-beside-decodes"
 PREFIX = "prefix-splits"
 LARGE_PREFIX = "prefix-of-40-decodes-page16-gqa4"
+TWO_SPLITS = "two-splits"
 MANY_ITEMS = "all-kinds-head-dim-128"
 LONG_CHUNK = "long-chunk-beside-decode-head-dim-128"
 WIDE = "all-kinds-head-dim-256"
 INT8 = KvFormat(torch.int8, "token")
 INT4 = KvFormat(torch.uint8, "token")
-"""Of test_mixed_attention.py; the others are of tests/cases.py."""
+"""Of test_mixed_attention.py and test_sanitizers.py; the others are of tests/cases.py."""
 
 FAULTS = [
     Fault("no-barrier-before-v-is-read", SM80, "sync_tile<TileShape>();  // V has landed", "", CHUNK),
@@ -409,7 +410,12 @@ MERGE_FAULTS = [
     Fault("token-and-head-swapped", MERGE, "row % p.num_heads", "row / p.num_heads % p.num_heads", "empty"),
 ]
 """Of merge_states; cases of test_faults.py."""
-ALL_FAULTS = [*FAULTS, *PLAN_FAULTS, *APPEND_FAULTS, *MERGE_FAULTS]
+RACES = [
+    Fault("no-fence-before-the-ticket", PLAN, "mx::fence_gpu();  // before the ticket", "", TWO_SPLITS),
+    Fault("no-fence-behind-the-ticket", PLAN, "mx::fence_gpu();  // behind the ticket", "", TWO_SPLITS),
+]
+"""Of attention; seldom a schedule shows them, or none: nothing is read stale here. For test_sanitizers.py."""
+ALL_FAULTS = [*FAULTS, *PLAN_FAULTS, *APPEND_FAULTS, *MERGE_FAULTS, *RACES]
 
 
 def write_sources(folder: Path) -> None:
@@ -420,22 +426,26 @@ def write_sources(folder: Path) -> None:
     for source in (ROOT / "csrc" / "cuda").rglob("*.*h"):
         name = str(source.relative_to(ROOT / "csrc" / "cuda"))
         text = source.read_text()
+        choices: dict[tuple[str, str], list[int]] = {}
         for number, fault in enumerate(ALL_FAULTS, 1):
             if fault.file == name:
-                for right, wrong in ((fault.right, fault.wrong), *fault.also):
-                    text = with_choice(text, number, right, wrong)
+                for choice in ((fault.right, fault.wrong), *fault.also):
+                    choices.setdefault(choice, []).append(number)
+        for (right, wrong), numbers in choices.items():
+            text = with_choice(text, numbers, right, wrong)
         target = folder / "cuda" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists() or target.read_text() != text:
             target.write_text(text)
 
 
-def with_choice(text: str, number: int, right: str, wrong: str) -> str:
-    """The text with its only ``right`` turned into a choice between it and ``wrong``, which fault ``number`` takes."""
+def with_choice(text: str, numbers: list[int], right: str, wrong: str) -> str:
+    """The text with its only ``right`` turned into a choice between it and ``wrong``, which these faults take."""
     assert text.count(right) == 1, f"{text.count(right)} times in the sources, not once: {right}"
+    is_on = " || ".join(f"emu::active_fault == {number}" for number in numbers)
     statement, semicolon, comment = right.partition(";")
     if semicolon:
-        choice = f"if (emu::active_fault == {number}) {{ {wrong} }} else {{ {statement}; }}{comment}"
+        choice = f"if ({is_on}) {{ {wrong} }} else {{ {statement}; }}{comment}"
     else:
-        choice = f"(emu::active_fault == {number} ? ({wrong}) : ({right}))"
+        choice = f"({is_on} ? ({wrong}) : ({right}))"
     return text.replace(right, choice)

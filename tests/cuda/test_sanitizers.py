@@ -1,7 +1,8 @@
 """The emulated CUDA kernels in programs that ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer watch.
 
 Launches that Python makes are recorded, and replayed by a program of its own, which has the kernels of faults.py. What
-is seen of a race is csrc/emu/sanitizer.h's: one schedule shows all races of the accesses that it makes.
+is seen of a race is csrc/emu/sanitizer.h's: a schedule shows the races of all that it does, but for those between two
+blocks of which one happens to draw a number behind the other's fence.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mixattn.ops import kv_cache, merge
 from tests.cases import CASES, SCORE_CASES, AttentionCase, KvFormat, make_inputs
 from tests.cuda.attention_run import prepare
 from tests.cuda.emulation import FOLDER, Emulation
-from tests.cuda.faults import ALL_FAULTS, FAULTS, PLAN_FAULTS, Fault, write_sources
+from tests.cuda.faults import ALL_FAULTS, FAULTS, PLAN_FAULTS, RACES, Fault, write_sources
 from tests.cuda.test_merge_states import make_states
 from tests.cuda.test_mixed_attention import ALL_KINDS_CASES, LONG_CHUNK_CASE
 from tests.cuda.test_plan import HARDWARE, SHAPES
@@ -40,7 +41,9 @@ ENVIRONMENT = {
     "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={MEMORY}",
 }
 NUM_BLOCKS = 2
-ALL_CASES = {case.id: case for case in [*CASES, *SCORE_CASES, *ALL_KINDS_CASES, LONG_CHUNK_CASE]}
+# A row whose splits both blocks are at work on at once, so that neither learns of the other by drawing an item.
+TWO_SPLITS_CASE = AttentionCase("two-splits", (1,), (400,), num_q_heads=2, num_kv_heads=1, num_workers=2)
+ALL_CASES = {case.id: case for case in [*CASES, *SCORE_CASES, *ALL_KINDS_CASES, LONG_CHUNK_CASE, TWO_SPLITS_CASE]}
 SMALL = AttentionCase("small", (1, 20), (150, 90), num_q_heads=2, num_kv_heads=1, num_workers=4)
 Record = Callable[[Emulation, Path], None]
 
@@ -202,7 +205,7 @@ def test_sanitizer_has_nothing_to_report(
 
 # ---- what they must report ------------------------------------------------------------------------------------------
 
-RACES: dict[str, tuple[str, ...]] = {
+RACE_LINES: dict[str, tuple[str, ...]] = {
     "no-barrier-before-v-is-read": ("mx::cp_async16(", "mx::ldmatrix_x4("),
     "no-barrier-before-k-is-read": ("mx::ldmatrix_x4(q[r]", "copy_queries<"),
     "no-barrier-before-q-is-read-by-all-warps": ("mx::ldmatrix_x4(q[r]", "copy_queries<"),
@@ -211,6 +214,8 @@ RACES: dict[str, tuple[str, ...]] = {
     "no-wait-for-v": ("mx::ldmatrix_x4_trans(values", "mx::cp_async_wait"),
     "wait-for-k-one-group-too-shallow": ("mx::ldmatrix_x4(", "mx::cp_async_wait"),
     "ticket-without-fences": ("mx::ld_global_cg(p.call.partial_lse", "mx::st_global(p.call.partial_lse"),
+    "no-fence-before-the-ticket": ("mx::ld_global_cg(p.call.partial_lse", "mx::st_global(p.call.partial_lse"),
+    "no-fence-behind-the-ticket": ("mx::ld_global_cg(p.call.partial_lse", "mx::st_global(p.call.partial_lse"),
     "no-barrier-before-the-fence": ("mx::ld_global_cg(p.call.partial_lse", "mx::st_global(p.call.partial_lse"),
     "rows-dropped-while-they-are-read": ("drop_rows(item", "store_row<"),
     "rows-read-before-they-are-dropped": ("drop_rows(item", "copy_queries<"),
@@ -251,7 +256,7 @@ MISUSES: dict[str, tuple[Record, str, str]] = {
     ),
 }
 """Faults that read or write beside a tensor, or are undefined in C++: a launch, the report, the kernel's line."""
-QUICK_FAULTS = ("no-barrier-before-k-is-read", "ticket-without-fences", "page-off-by-one")
+QUICK_FAULTS = ("no-barrier-before-k-is-read", "no-fence-behind-the-ticket", "page-off-by-one")
 
 
 def fault_of(name: str) -> Fault:
@@ -260,7 +265,7 @@ def fault_of(name: str) -> Fault:
 
 def record_of(fault: Fault) -> Record:
     """The launch that shows a race."""
-    if fault in FAULTS:
+    if fault in [*FAULTS, *RACES]:
         return attention(fault.case, capability=fault.capability, kv=fault.kv)
     return plan if fault in PLAN_FAULTS else RECORDS["append-kv"]
 
@@ -271,7 +276,7 @@ def assert_names(report: str, wanted: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK_FAULTS)) for name in RACES]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK_FAULTS)) for name in RACE_LINES]
 )
 def test_thread_sanitizer_names_the_lines_of_a_race(
     name: str, driver: Emulation, programs: Callable[[Sanitizer], Path], tmp_path: Path
@@ -280,7 +285,7 @@ def test_thread_sanitizer_names_the_lines_of_a_race(
     record_of(fault_of(name))(driver, recording)
     status, report = replay(program, recording, fault=name)
     assert status == RACE and "ThreadSanitizer: data race" in report, report
-    assert_names(report, RACES[name])
+    assert_names(report, RACE_LINES[name])
 
 
 @pytest.mark.parametrize(

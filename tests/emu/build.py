@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,12 +113,12 @@ def build_library(name: str, sources: Sequence[Path], includes: Sequence[Path] =
 
 def build_sanitized(name: str, sources: Sequence[Path], includes: Sequence[Path], sanitizer: Sanitizer) -> Path:
     """The program ``name``, built from ``sources`` and the emulator; skips where the sanitizer does not run."""
-    (BUILD / name).mkdir(parents=True, exist_ok=True)
-    probe = BUILD / name / "probe"
-    command = [compiler(), *sanitizer.kernels.split(), "-x", "c++", "-", "-o", probe]
-    result = subprocess.run(command, input="int main() {}", capture_output=True, text=True, check=False)
-    if result.returncode == 0:
-        result = subprocess.run([probe], capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder) / "probe"
+        command = [compiler(), *sanitizer.kernels.split(), "-x", "c++", "-", "-o", probe]
+        result = subprocess.run(command, input="int main() {}", capture_output=True, text=True, check=False)
+        if result.returncode == 0:
+            result = subprocess.run([probe], capture_output=True, text=True, check=False)
     if result.returncode != 0:
         pytest.skip(f"needs {sanitizer.runtime}, which come with GCC: {result.stderr.strip()[-300:]}")
     return run_ninja(name, ninja_file(name, sources, includes, sanitizer)) / name
