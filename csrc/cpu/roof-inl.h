@@ -1,6 +1,6 @@
 // roof-inl.h: the two limits of a core, as loops: fused multiply-adds, and reads from memory, for one ISA.
 // Method  fma_loop: kTileRows x 2 accumulators as in the register tile of the kernels, operands in registers.
-//         read_loop: one pass over a buffer, 8 accumulators, nothing but loads and adds.
+//         read_loop: one pass over a buffer, 8 accumulators, loads, adds and, as in the kernels, single prefetches.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -32,12 +32,16 @@ float fma_loop(int64_t rounds) {
 
 float read_loop(const float* data, int64_t num_floats) {
   constexpr int kChains = 8;
+  constexpr int64_t kFarFloats = 4096;  // what lies so far ahead is asked for, past the end, too, where it does no harm
   Vec acc[kChains];
 #pragma GCC unroll 8
   for (int i = 0; i < kChains; ++i) acc[i] = zero();
   for (int64_t n = 0; n < num_floats; n += kChains * kLanes) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kChains; ++i) acc[i] = add(acc[i], load(data + n + i * kLanes));
+    for (int i = 0; i < kChains; ++i) {
+      if (i * kLanes % 16 == 0) prefetch_far(data + n + i * kLanes + kFarFloats);
+      acc[i] = add(acc[i], load(data + n + i * kLanes));
+    }
   }
   Vec sum = zero();
 #pragma GCC unroll 8
