@@ -310,14 +310,23 @@ template <>
 struct DirectValues<Int8Dot> {  // int16 weights, each row's in a unit of its own
   template <int kRows>
   MIXATTN_INLINE void finish_weights(float* weights, int64_t num_keys) {
-    Vec largest = load(weights);
-    for (int64_t i = kLanes; i < num_keys * kRows; i += kLanes) largest = max(largest, load(weights + i));
-    float lanes[kLanes], inverse[kLanes], units[kRows];
-    store(lanes, largest);
+    Vec largest = zero(), sum = zero();  // of magnitudes: scales may be negative
+    for (int64_t i = 0; i < num_keys * kRows; i += kLanes) {
+      const Vec magnitude = abs(load(weights + i));
+      largest = max(largest, magnitude);
+      sum = add(sum, magnitude);
+    }
+    float most_lanes[kLanes], sum_lanes[kLanes], inverse[kLanes], units[kRows];
+    store(most_lanes, largest);
+    store(sum_lanes, sum);
     for (int r = 0; r < kRows; ++r) {
-      float most = lanes[r];
-      for (int i = r + kRows; i < kLanes; i += kRows) most = lanes[i] > most ? lanes[i] : most;
-      units[r] = most > 0.0f ? most / 32767.0f : 1.0f;
+      float most = 0.0f, total = 0.0f;
+      for (int i = r; i < kLanes; i += kRows) {
+        most = most_lanes[i] > most ? most_lanes[i] : most;
+        total += sum_lanes[i];
+      }
+      // Of NaN there are no integers, but a maximum may pass it over: the sum does not, and the unit brings it out.
+      units[r] = !(total < INFINITY) ? NAN : (most > 0.0f ? most / 32767.0f : 1.0f);
       for (int i = r; i < kLanes; i += kRows) inverse[i] = 1.0f / units[r];
     }
     const Vec factor = load(inverse);
@@ -335,8 +344,7 @@ struct DirectValues<Int8Dot> {  // int16 weights, each row's in a unit of its ow
   MIXATTN_INLINE void restore(Vec* a, Vec* b) { restore_zipped(a, b); }
 
  private:
-  static constexpr int kUnits =
-      kDirectKeys - 1;  // behind the words, which are half as many as weights: the rows' units
+  static constexpr int kUnits = kDirectKeys - 1;  // the rows' units lie behind the words, half as many as weights
 };
 #endif
 

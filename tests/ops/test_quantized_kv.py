@@ -195,6 +195,27 @@ def test_attention_over_a_row_that_was_not_finite_is_nan_for_every_row_that_sees
     assert bool(out[0].isfinite().all()) and bool(out[1].isnan().all())
 
 
+@pytest.mark.parametrize("num_q_heads", [1, 2, 4, 20])
+@pytest.mark.parametrize("position", [0, 7, 29])
+def test_scales_of_int8_values_that_are_negative_or_nan_come_out(num_q_heads: int, position: int, isa: str) -> None:
+    """For 16-bit queries, whose products with int8 values may be of integers (decodes), and of floats (more rows)."""
+    generator = torch.Generator().manual_seed(0)
+    k_cache, v_cache = (torch.randint(-127, 128, (2, 16, 1, 64), generator=generator, dtype=torch.int8) for _ in "kv")
+    q = torch.randn(1, num_q_heads, 64, generator=generator).bfloat16()
+    k_scale = torch.full((2, 16, 1), 0.01)
+    v_scale = -0.02 * torch.rand(2, 16, 1, generator=generator)
+    v_scale[1] *= 0.01  # the largest magnitude is a negative one's
+    batch = {
+        "cu_seqlens_q": torch.tensor([0, 1]).int(), "seq_lens": torch.tensor([30]).int(),
+        "block_table": torch.tensor([[0, 1]]).int(), "k_scale": k_scale,
+    }  # fmt: skip
+    out = mixattn.attention(q, k_cache, v_cache, **batch, v_scale=v_scale)
+    exact = mixattn.attention(q, k_cache, v_cache, **batch, v_scale=v_scale, backend="reference")
+    torch.testing.assert_close(out, exact, rtol=2**-7, atol=2**-9 * float(exact.abs().max()))
+    v_scale[position // 16, position % 16] = torch.nan
+    assert bool(mixattn.attention(q, k_cache, v_cache, **batch, v_scale=v_scale).isnan().all())
+
+
 def test_attention_and_append_kv_with_scales_of_any_strides_give_the_bits_of_contiguous(isa: str) -> None:
     """Scales head-major, and K's and V's in one tensor."""
     k, v = (torch.randn(40, 2, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
