@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mixattn.ops.kv_dtypes import QUANTIZED, Scale
+from mixattn.ops.kv_dtypes import QUANTIZED, Scale, v_head_dim
 from mixattn.ops.reference import attention_reference, dequantize_reference, quantize_reference, visible_keys
 from mixattn.ops.tree_mask import tree_mask
 
@@ -41,6 +41,7 @@ class AttentionCase:
         has_sinks: whether each query head has a sink.
         tree_mask: the word of every row.
         shared_pages: with how many pages of the sequence before it each sequence begins; () for none.
+        v_head_dim: None is head_dim.
     """
 
     id: str
@@ -60,10 +61,15 @@ class AttentionCase:
     has_sinks: bool = False
     tree_mask: tuple[int, ...] | None = None
     shared_pages: tuple[int, ...] = ()
+    v_head_dim: int | None = None
 
     @property
     def total_q(self) -> int:
         return sum(self.q_lens)
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     @property
     def options(self) -> dict[str, Any]:
@@ -82,6 +88,7 @@ class AttentionCase:
             "num_q_heads": self.num_q_heads,
             "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
+            "v_head_dim": self.v_head_dim,
             "causal": self.causal,
             "window_left": self.window_left,
         }
@@ -200,8 +207,10 @@ def make_inputs(
     page_ids = torch.randperm(num_pages, generator=generator, dtype=torch.int32)
     block_table = torch.full((len(case.kv_lens), max([*pages_per_seq, 1]) + 1), UNUSED_BLOCK_ID, dtype=torch.int32)
     words = None if case.tree_mask is None else torch.tensor(case.tree_mask, dtype=torch.int64)
-    cache_shape = (num_pages, case.page_size, case.num_kv_heads, case.head_dim)
-    k_cache, v_cache = torch.full(cache_shape, torch.nan), torch.full(cache_shape, torch.nan)
+    k_cache, v_cache = (
+        torch.full((num_pages, case.page_size, case.num_kv_heads, width), torch.nan)
+        for width in (case.head_dim, case.value_dim)
+    )
     row = 0
     lens = zip(case.q_lens, case.kv_lens, pages_per_seq, shared_per_seq, strict=True)
     for seq_idx, (q_len, kv_len, num_used, num_shared) in enumerate(lens):
@@ -218,7 +227,7 @@ def make_inputs(
         is_seen[: case.page_size * max(shared_per_seq[seq_idx : seq_idx + 2])] = True  # by a neighbour
         row += q_len
         for cache in (k_cache, v_cache):
-            rows = normal(num_used * case.page_size, case.num_kv_heads, case.head_dim)
+            rows = normal(num_used * case.page_size, case.num_kv_heads, cache.shape[3])
             rows[kv_len:] = torch.nan
             rows[:kv_len][~is_seen] = torch.nan
             cache[pages.long()] = rows.unflatten(0, (num_used, case.page_size))[num_shared:]
@@ -241,6 +250,11 @@ def make_inputs(
         k_scale=k_scale,
         v_scale=v_scale,
     )
+
+
+def poisoned_out(inputs: AttentionInputs) -> Tensor:
+    """An ``out`` for the tensors of a case, filled with NaN."""
+    return inputs.q.new_full((*inputs.q.shape[:-1], v_head_dim(inputs.v_cache)), torch.nan)
 
 
 MOST_ELEMENT_BYTES = 16
@@ -456,8 +470,29 @@ PREFIX_CASES = [
                   tree_mask=HIDDEN_KEYS[:8] * 2),
 ]  # fmt: skip
 """Sequences that begin with the same pages; plans that know the block table have groups of them."""
-assert len({case.id for case in CASES + SCORE_CASES + PREFIX_CASES}) == len(CASES + SCORE_CASES + PREFIX_CASES)
-for _case in CASES + SCORE_CASES + PREFIX_CASES:
+
+V_HEAD_DIM_CASES = [
+    # The sizes that models have, and others around a kernel's steps.
+    AttentionCase("v128-of-192-chunk-beside-decodes", (1, 70, 1, 0, 1), (129, 150, 1, 9, 300), num_q_heads=8,
+                  head_dim=192, v_head_dim=128),
+    AttentionCase("v128-of-192-mha-page7", (20, 1), (33, 40), num_q_heads=2, head_dim=192, v_head_dim=128, page_size=7),
+    AttentionCase("v128-of-192-splits", (1, 40), (900, 500), head_dim=192, v_head_dim=128, num_workers=64),
+    AttentionCase("v128-of-192-scores", (1, 7, 70, 0, 1), (60, 30, 150, 9, 1), num_q_heads=6, head_dim=192,
+                  v_head_dim=128, window_left=40, soft_cap=5.0, logit_std=4.0, alibi="per-seq", has_sinks=True,
+                  tree_mask=(*causal_words(1), *SMALL_TREE, *causal_words(71))),
+    AttentionCase("v128-of-192-prefix", (1, 1, 2), (329, 270, 300), num_q_heads=8, head_dim=192, v_head_dim=128,
+                  shared_pages=(0, 16, 16), has_sinks=True),
+    AttentionCase("v-empty-rows", (3, 1, 20), (0, 20, 6), head_dim=192, v_head_dim=128),
+    AttentionCase("v64-of-128", (17, 1, 1), (100, 200, 5), head_dim=128, v_head_dim=64),
+    AttentionCase("v128-of-64", (17, 1, 1), (100, 200, 5), head_dim=64, v_head_dim=128, num_workers=16),
+    AttentionCase("v256-of-64", (17, 1, 1), (100, 200, 5), head_dim=64, v_head_dim=256),
+    AttentionCase("v8-of-40", (17, 1, 1), (100, 200, 5), head_dim=40, v_head_dim=8),
+    AttentionCase("v40-of-24", (17, 1, 1), (100, 200, 5), head_dim=24, v_head_dim=40, has_sinks=True),
+]  # fmt: skip
+"""Heads of V of another size than those of K."""
+_ALL = CASES + SCORE_CASES + PREFIX_CASES + V_HEAD_DIM_CASES
+assert len({case.id for case in _ALL}) == len(_ALL)
+for _case in _ALL:
     # An id says what is tested; a page size that is only in the name is not.
     for _named, _actual in (("page", _case.page_size), ("gqa", _case.num_q_heads // _case.num_kv_heads)):
         _found = re.search(rf"\b{_named}(\d+)", _case.id)

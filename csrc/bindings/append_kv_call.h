@@ -15,9 +15,9 @@ void def_append_kv(pybind11::module_& m, const char* name, Run run, const Option
       [run](const std::string& dtype, const std::string& kv_dtype, uintptr_t k, uintptr_t v, uintptr_t k_cache,
             uintptr_t v_cache, uintptr_t k_scale, uintptr_t v_scale, uintptr_t slot_mapping, uintptr_t q,
             uintptr_t q_out, uintptr_t positions, uintptr_t rope_cos_sin, int64_t num_tokens, int64_t num_q_heads,
-            int64_t num_kv_heads, int64_t head_dim, int64_t num_pages, int64_t page_size, int64_t max_positions,
-            int64_t rotary_dim, Strides2 k_strides, Strides2 v_strides, Strides2 q_strides, Strides2 q_out_strides,
-            Strides3 k_cache_strides, Strides3 v_cache_strides, const ScaleSizes& k_scale_sizes,
+            int64_t num_kv_heads, int64_t head_dim, int64_t v_head_dim, int64_t num_pages, int64_t page_size,
+            int64_t max_positions, int64_t rotary_dim, Strides2 k_strides, Strides2 v_strides, Strides2 q_strides,
+            Strides2 q_out_strides, Strides3 k_cache_strides, Strides3 v_cache_strides, const ScaleSizes& k_scale_sizes,
             const ScaleSizes& v_scale_sizes, int64_t rope_stride, bool interleaved, Others... others) {
         AppendKvParams p;
         p.dtype = dtype_named(dtype);
@@ -37,6 +37,7 @@ void def_append_kv(pybind11::module_& m, const char* name, Run run, const Option
         p.num_q_heads = num_q_heads;
         p.num_kv_heads = num_kv_heads;
         p.head_dim = head_dim;
+        p.v_head_dim = v_head_dim;
         p.num_pages = num_pages;
         p.page_size = page_size;
         p.max_positions = max_positions;
@@ -62,9 +63,10 @@ void def_append_kv(pybind11::module_& m, const char* name, Run run, const Option
   m.def(name, call, pybind11::kw_only(), arg("dtype"), arg("kv_dtype"), arg("k"), arg("v"), arg("k_cache"),
         arg("v_cache"), arg("k_scale"), arg("v_scale"), arg("slot_mapping"), arg("q"), arg("q_out"), arg("positions"),
         arg("rope_cos_sin"), arg("num_tokens"), arg("num_q_heads"), arg("num_kv_heads"), arg("head_dim"),
-        arg("num_pages"), arg("page_size"), arg("max_positions"), arg("rotary_dim"), arg("k_strides"), arg("v_strides"),
-        arg("q_strides"), arg("q_out_strides"), arg("k_cache_strides"), arg("v_cache_strides"), arg("k_scale_sizes"),
-        arg("v_scale_sizes"), arg("rope_stride"), arg("interleaved"), options...);
+        arg("v_head_dim"), arg("num_pages"), arg("page_size"), arg("max_positions"), arg("rotary_dim"),
+        arg("k_strides"), arg("v_strides"), arg("q_strides"), arg("q_out_strides"), arg("k_cache_strides"),
+        arg("v_cache_strides"), arg("k_scale_sizes"), arg("v_scale_sizes"), arg("rope_stride"), arg("interleaved"),
+        options...);
 }
 
 }  // namespace mixattn

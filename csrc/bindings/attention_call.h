@@ -58,9 +58,9 @@ void def_attention(pybind11::module_& m, const char* name, Run run, const Option
             uintptr_t k_scale, uintptr_t v_scale, uintptr_t out, uintptr_t lse, uintptr_t cu_seqlens_q,
             uintptr_t seq_lens, uintptr_t block_table, uintptr_t plan, uintptr_t alibi_slopes, uintptr_t sinks,
             uintptr_t tree_mask, uintptr_t partial_out, uintptr_t partial_lse, uintptr_t tickets, int64_t total_q,
-            int64_t num_seqs, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_pages,
-            int64_t page_size, int64_t max_pages, int64_t plan_words, int64_t num_partial_rows, int64_t num_tickets,
-            Strides2 q_strides, Strides2 out_strides, Strides3 k_strides, Strides3 v_strides,
+            int64_t num_seqs, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t v_head_dim,
+            int64_t num_pages, int64_t page_size, int64_t max_pages, int64_t plan_words, int64_t num_partial_rows,
+            int64_t num_tickets, Strides2 q_strides, Strides2 out_strides, Strides3 k_strides, Strides3 v_strides,
             const ScaleSizes& k_scale_sizes, const ScaleSizes& v_scale_sizes, int64_t lse_stride,
             int64_t block_table_stride, int64_t alibi_seq_stride, double softmax_scale, bool causal,
             int64_t window_left, double soft_cap, bool invariant, Others... others) {
@@ -89,6 +89,7 @@ void def_attention(pybind11::module_& m, const char* name, Run run, const Option
         p.num_q_heads = num_q_heads;
         p.num_kv_heads = num_kv_heads;
         p.head_dim = head_dim;
+        p.v_head_dim = v_head_dim;
         p.num_pages = num_pages;
         p.page_size = page_size;
         p.max_pages = max_pages;
@@ -119,7 +120,7 @@ void def_attention(pybind11::module_& m, const char* name, Run run, const Option
         arg("k_scale"), arg("v_scale"), arg("out"), arg("lse"), arg("cu_seqlens_q"), arg("seq_lens"),
         arg("block_table"), arg("plan"), arg("alibi_slopes"), arg("sinks"), arg("tree_mask"), arg("partial_out"),
         arg("partial_lse"), arg("tickets"), arg("total_q"), arg("num_seqs"), arg("num_q_heads"), arg("num_kv_heads"),
-        arg("head_dim"), arg("num_pages"), arg("page_size"), arg("max_pages"), arg("plan_words"),
+        arg("head_dim"), arg("v_head_dim"), arg("num_pages"), arg("page_size"), arg("max_pages"), arg("plan_words"),
         arg("num_partial_rows"), arg("num_tickets"), arg("q_strides"), arg("out_strides"), arg("k_strides"),
         arg("v_strides"), arg("k_scale_sizes"), arg("v_scale_sizes"), arg("lse_stride"), arg("block_table_stride"),
         arg("alibi_seq_stride"), arg("softmax_scale"), arg("causal"), arg("window_left"), arg("soft_cap"),

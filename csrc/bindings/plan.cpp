@@ -37,11 +37,12 @@ int32_t checked32(const char* name, int64_t value, int64_t low, int64_t high) {
   return static_cast<int32_t>(checked(name, value, low, high));
 }
 
-PlanSpec make_spec(int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t kv_element_bytes, bool causal,
-                   int64_t window_left, int64_t num_workers, const std::array<int64_t, mixattn::kNumTileKinds>& rows,
-                   int64_t row_granule, int64_t packing_rows, int64_t split_tokens, int64_t fixed_split_tokens,
-                   int64_t items_per_worker, int64_t heads_per_bundle, int64_t workers_per_core, int64_t max_splits,
-                   bool separates_small, int64_t fs_per_kiloflop, int64_t fs_per_kilobyte, int64_t fs_per_item) {
+PlanSpec make_spec(int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t v_head_dim,
+                   int64_t kv_element_bytes, bool causal, int64_t window_left, int64_t num_workers,
+                   const std::array<int64_t, mixattn::kNumTileKinds>& rows, int64_t row_granule, int64_t packing_rows,
+                   int64_t split_tokens, int64_t fixed_split_tokens, int64_t items_per_worker, int64_t heads_per_bundle,
+                   int64_t workers_per_core, int64_t max_splits, bool separates_small, int64_t fs_per_kiloflop,
+                   int64_t fs_per_kilobyte, int64_t fs_per_item) {
   PlanSpec spec = {};
   spec.num_kv_heads = checked32("num_kv_heads", num_kv_heads, 1, kMostHeads);
   spec.num_q_heads = checked32("num_q_heads", num_q_heads, 1, kMostHeads);
@@ -50,6 +51,7 @@ PlanSpec make_spec(int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, 
                           "), got " + std::to_string(num_q_heads));
   }
   spec.head_dim = checked32("head_dim", head_dim, 1, kMostHeadDim);
+  spec.v_head_dim = checked32("v_head_dim", v_head_dim, 1, kMostHeadDim);
   spec.kv_element_bytes = checked32("kv_element_bytes", kv_element_bytes, 1, kMostElementBytes);
   spec.causal = causal ? 1 : 0;
   spec.window_left = checked32("window_left", window_left, -1, INT32_MAX);
@@ -140,8 +142,8 @@ void bind_plan(py::module_& m) {
   m.attr("MERGE_WORDS") = mixattn::kMergeWords;
   py::class_<PlanSpec>(m, "PlanSpec", "What a plan is made for: the shape of the attention and one worker's speed.")
       .def(py::init(&make_spec), py::kw_only(), arg("num_q_heads"), arg("num_kv_heads"), arg("head_dim"),
-           arg("kv_element_bytes"), arg("causal"), arg("window_left"), arg("num_workers"), arg("block_rows"),
-           arg("row_granule"), arg("packing_rows"), arg("split_tokens"), arg("fixed_split_tokens"),
+           arg("v_head_dim"), arg("kv_element_bytes"), arg("causal"), arg("window_left"), arg("num_workers"),
+           arg("block_rows"), arg("row_granule"), arg("packing_rows"), arg("split_tokens"), arg("fixed_split_tokens"),
            arg("items_per_worker"), arg("heads_per_bundle"), arg("workers_per_core"), arg("max_splits"),
            arg("separates_small"), arg("fs_per_kiloflop"), arg("fs_per_kilobyte"), arg("fs_per_item"))
       .def("max_groups", &mixattn::max_groups, arg("num_seqs"),

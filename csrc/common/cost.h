@@ -1,5 +1,6 @@
 // cost.h: what one work item takes, in integer femtoseconds, and what a whole plan takes; host and device.
-// Math    flops = 4 head_dim priced_rows keys; bytes = 2 head_dim kv_element_bytes (keys distinct / read + rows)
+// Math    flops = 2 (head_dim + v_head_dim) priced_rows keys; bytes = (head_dim + v_head_dim) kv_element_bytes (keys
+//         distinct / read + rows)
 //         item_fs = fs_per_item + max(flops fs_per_kiloflop / 1000, bytes fs_per_kilobyte / 1000)
 //         distinct / read: of the keys that the row tiles of a slice read, the share that comes from memory. Tiles run
 //         side by side, so a key is fetched once per slice and kv head, and is in a cache for the other tiles.
@@ -22,6 +23,7 @@ struct PlanSpec {
   int32_t num_q_heads;
   int32_t num_kv_heads;
   int32_t head_dim;
+  int32_t v_head_dim;
   int32_t kv_element_bytes;
   int32_t causal;       // 0 or 1
   int32_t window_left;  // -1: no window
@@ -71,8 +73,9 @@ MIXATTN_HD inline ItemCost item_cost(const PlanSpec& spec, int32_t num_rows, int
   const int64_t priced_rows = (num_rows + granule - 1) / granule * granule;
   const int64_t fetched_keys = share.read == share.distinct ? num_keys : num_keys * share.distinct / share.read;
   ItemCost cost;
-  cost.flops = 4 * spec.head_dim * priced_rows * num_keys;
-  cost.bytes = int64_t{2} * spec.head_dim * spec.kv_element_bytes * (fetched_keys + num_rows);
+  const int64_t dims = int64_t{spec.head_dim} + spec.v_head_dim;
+  cost.flops = 2 * dims * priced_rows * num_keys;
+  cost.bytes = dims * spec.kv_element_bytes * (fetched_keys + num_rows);
   cost.compute_fs = scaled_fs(cost.flops, spec.fs_per_kiloflop);
   cost.memory_fs = scaled_fs(cost.bytes, spec.fs_per_kilobyte);
   return cost;
@@ -86,8 +89,9 @@ MIXATTN_HD inline int64_t total_fs(const PlanSpec& spec, const ItemCost& cost) {
 MIXATTN_HD inline bool is_cost_bounded(const PlanSpec& spec, int64_t num_rows, int64_t num_keys) {
   const int64_t granule = spec.row_granule > 0 ? spec.row_granule : spec.block_rows[kTileLarge];
   const int64_t most_rows = ceil_div(num_rows + spec.packing_rows, granule) * granule;
-  const int64_t flops = 4 * spec.head_dim * most_rows * num_keys;
-  const int64_t bytes = int64_t{2} * spec.head_dim * spec.kv_element_bytes * (num_keys + most_rows);
+  const int64_t dims = int64_t{spec.head_dim} + spec.v_head_dim;
+  const int64_t flops = 2 * dims * most_rows * num_keys;
+  const int64_t bytes = dims * spec.kv_element_bytes * (num_keys + most_rows);
   const int64_t room = kMaxCost - spec.fs_per_item;
   return flops / 1000 < room / spec.fs_per_kiloflop && bytes / 1000 < room / spec.fs_per_kilobyte;
 }

@@ -40,10 +40,10 @@ struct AttentionParams {
   KvDType kv_dtype;             // of k_cache and v_cache
   const void* q;                // [total_q, num_q_heads, head_dim]
   const void* k_cache;          // [num_pages, page_size, num_kv_heads, head_dim]; int4: bytes, head_dim / 2
-  const void* v_cache;          // the same
+  const void* v_cache;          // [num_pages, page_size, num_kv_heads, v_head_dim]; int4: bytes, v_head_dim / 2
   KvScale k_scale;              // of k_cache
   KvScale v_scale;              // of v_cache
-  void* out;                    // [total_q, num_q_heads, head_dim]
+  void* out;                    // [total_q, num_q_heads, v_head_dim]
   float* lse;                   // [total_q, num_q_heads], natural log; nullptr: not wanted
   const int32_t* cu_seqlens_q;  // [num_seqs + 1]
   const int32_t* seq_lens;      // [num_seqs]
@@ -52,11 +52,11 @@ struct AttentionParams {
   const float* alibi_slopes;    // [num_seqs, num_q_heads]; nullptr: off
   const float* sinks;           // [num_q_heads], natural log; nullptr: off
   const int64_t* tree_mask;     // [total_q] words; bit d: whether the row sees the key d before it; nullptr: off
-  float* partial_out;           // [num_partial_rows, head_dim], each row normalised by its own sum
+  float* partial_out;           // [num_partial_rows, v_head_dim], each row normalised by its own sum
   float* partial_lse;           // [num_partial_rows], natural log (CPU) or base 2 (CUDA); -inf marks an empty part
   int32_t* tickets;             // [num_tickets], all zero between calls
 
-  int64_t total_q, num_seqs, num_q_heads, num_kv_heads, head_dim, num_pages, page_size, max_pages;
+  int64_t total_q, num_seqs, num_q_heads, num_kv_heads, head_dim, v_head_dim, num_pages, page_size, max_pages;
   int64_t plan_words, num_partial_rows, num_tickets;
   int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
   int64_t k_page_stride, k_token_stride, k_head_stride;
@@ -77,9 +77,9 @@ struct AppendKvParams {
   DType dtype;                  // of k, v, q and q_out
   KvDType kv_dtype;             // of k_cache and v_cache
   const void* k;                // [num_tokens, num_kv_heads, head_dim]
-  const void* v;                // the same
+  const void* v;                // [num_tokens, num_kv_heads, v_head_dim]
   void* k_cache;                // [num_pages, page_size, num_kv_heads, head_dim]; int4: bytes, head_dim / 2
-  void* v_cache;                // the same
+  void* v_cache;                // [num_pages, page_size, num_kv_heads, v_head_dim]; int4: bytes, v_head_dim / 2
   KvScale k_scale;              // of k_cache
   KvScale v_scale;              // of v_cache
   const int64_t* slot_mapping;  // [num_tokens]
@@ -88,7 +88,7 @@ struct AppendKvParams {
   const int64_t* positions;     // [num_tokens] or nullptr: no rotation
   const float* rope_cos_sin;    // [max_positions, rotary_dim]: rotary_dim / 2 cosines, then as many sines
 
-  int64_t num_tokens, num_q_heads, num_kv_heads, head_dim, num_pages, page_size, max_positions, rotary_dim;
+  int64_t num_tokens, num_q_heads, num_kv_heads, head_dim, v_head_dim, num_pages, page_size, max_positions, rotary_dim;
   int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
   int64_t q_token_stride, q_head_stride, q_out_token_stride, q_out_head_stride;
   int64_t k_cache_page_stride, k_cache_token_stride, k_cache_head_stride;

@@ -272,7 +272,7 @@ MIXATTN_HD inline RowTile suffix_tile(const PlanSpec& spec, const int32_t* cu_se
 // What it takes to write so many rows of partial results, float32 and an lse each, and to read them again. Bounded, for
 // a slow worker's could pass int64.
 MIXATTN_HD inline int64_t partials_fs(const PlanSpec& spec, int64_t num_partial_rows) {
-  const int64_t kilobytes = 2 * 4 * (int64_t{spec.head_dim} + 1) * num_partial_rows / 1000;
+  const int64_t kilobytes = 2 * 4 * (int64_t{spec.v_head_dim} + 1) * num_partial_rows / 1000;
   return kilobytes < kMaxCost / spec.fs_per_kilobyte ? kilobytes * spec.fs_per_kilobyte : kMaxCost;
 }
 

@@ -122,8 +122,8 @@ MIXATTN_INLINE void softmax_block(float* scores, int64_t num_keys, const Rows& r
     store(change, exp2_nonpositive(load(change)));  // from -inf: 0, and o and l are 0
     for (int r = 0; r < kRows; ++r) {
       rows.l[first_row + r] *= change[r];
-      float* o = rows.o + (first_row + r) * rows.stride;
-      for (int64_t d = 0; d < rows.stride; d += kLanes) store(o + d, mul(load(o + d), broadcast(change[r])));
+      float* o = rows.o + (first_row + r) * rows.o_stride;
+      for (int64_t d = 0; d < rows.o_stride; d += kLanes) store(o + d, mul(load(o + d), broadcast(change[r])));
     }
   }
   const Vec base_lanes = load(base);
@@ -175,23 +175,23 @@ MIXATTN_INLINE void value_columns(const float* weights, const T* const* v, int64
 }
 
 template <typename T, int kRows>
-MIXATTN_INLINE void value_block(const float* weights, const T* const* v, int64_t offset, int64_t head_dim, float* o,
+MIXATTN_INLINE void value_block(const float* weights, const T* const* v, int64_t offset, int64_t v_head_dim, float* o,
                                 int64_t o_stride, const Ahead<T>& ahead) {
   constexpr int kVecs = 8 / kRows;  // 8 accumulators whatever kRows
   int64_t d = 0;
-  for (; d + kVecs * kLanes <= head_dim; d += kVecs * kLanes) {
+  for (; d + kVecs * kLanes <= v_head_dim; d += kVecs * kLanes) {
     value_columns<T, kRows, kVecs>(weights, v, offset, d, o, o_stride, ahead);
   }
   if constexpr (kVecs > 2) {
-    for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes)
+    for (; d + 2 * kLanes <= v_head_dim; d += 2 * kLanes)
       value_columns<T, kRows, 2>(weights, v, offset, d, o, o_stride, ahead);
   }
-  if (d + kLanes <= head_dim) {
+  if (d + kLanes <= v_head_dim) {
     value_columns<T, kRows, 1>(weights, v, offset, d, o, o_stride, ahead);
     d += kLanes;
   }
   if constexpr (kLanes > 8) {
-    if (d < head_dim) value_columns<T, kRows, 0>(weights, v, offset, d, o, o_stride, ahead);
+    if (d < v_head_dim) value_columns<T, kRows, 0>(weights, v, offset, d, o, o_stride, ahead);
   }
 }
 
@@ -240,9 +240,9 @@ struct DirectValues {  // float32, from any type
   template <int kRows>
   MIXATTN_INLINE void finish_weights(float*, int64_t) {}
   template <int kRows>
-  MIXATTN_INLINE void add_block(const float* weights, int64_t j, const T* const* v, int64_t offset, int64_t head_dim,
+  MIXATTN_INLINE void add_block(const float* weights, int64_t j, const T* const* v, int64_t offset, int64_t v_head_dim,
                                 float* o, int64_t o_stride, const Ahead<T>& ahead) {
-    value_block<T, kRows>(weights + j * kRows, v + j, offset, head_dim, o, o_stride, ahead);
+    value_block<T, kRows>(weights + j * kRows, v + j, offset, v_head_dim, o, o_stride, ahead);
   }
   MIXATTN_INLINE void restore(Vec* a, Vec* b) { restore_pair(static_cast<const T*>(nullptr), a, b); }
 };
@@ -285,14 +285,14 @@ MIXATTN_INLINE void pair_columns(const float* weights, const float* units, const
 
 template <class Dot, int kRows>
 MIXATTN_INLINE void pair_block(const float* weights, const float* units, const typename Dot::Key* const* v,
-                               int64_t offset, int64_t head_dim, float* o, int64_t o_stride,
+                               int64_t offset, int64_t v_head_dim, float* o, int64_t o_stride,
                                const Ahead<typename Dot::Key>& ahead) {
   constexpr int kVecs = 8 / kRows;
   int64_t d = 0;
-  for (; d + kVecs * kLanes <= head_dim; d += kVecs * kLanes) {
+  for (; d + kVecs * kLanes <= v_head_dim; d += kVecs * kLanes) {
     pair_columns<Dot, kRows, kVecs>(weights, units, v, offset, d, o, o_stride, ahead);
   }
-  for (; d < head_dim; d += 2 * kLanes) {  // pair dots take multiples of that only
+  for (; d < v_head_dim; d += 2 * kLanes) {  // pair dots take multiples of that only
     pair_columns<Dot, kRows, 2>(weights, units, v, offset, d, o, o_stride, ahead);
   }
 }
@@ -336,10 +336,10 @@ struct DirectValues<Int8Dot> {  // int16 weights, each row's in a unit of its ow
     memcpy(weights + kUnits * kRows, units, sizeof(units));
   }
   template <int kRows>
-  MIXATTN_INLINE void add_block(const float* weights, int64_t j, const Int8* const* v, int64_t offset, int64_t head_dim,
-                                float* o, int64_t o_stride, const Ahead<Int8>& ahead) {
-    pair_block<Int8Dot, kRows>(weights + j / 2 * kRows, weights + kUnits * kRows, v + j, offset, head_dim, o, o_stride,
-                               ahead);
+  MIXATTN_INLINE void add_block(const float* weights, int64_t j, const Int8* const* v, int64_t offset,
+                                int64_t v_head_dim, float* o, int64_t o_stride, const Ahead<Int8>& ahead) {
+    pair_block<Int8Dot, kRows>(weights + j / 2 * kRows, weights + kUnits * kRows, v + j, offset, v_head_dim, o,
+                               o_stride, ahead);
   }
   MIXATTN_INLINE void restore(Vec* a, Vec* b) { restore_zipped(a, b); }
 
@@ -357,18 +357,18 @@ struct DirectValues<BFloat16Dot> {  // bfloat16 weights
   }
   template <int kRows>
   MIXATTN_INLINE void add_block(const float* weights, int64_t j, const BFloat16* const* v, int64_t offset,
-                                int64_t head_dim, float* o, int64_t o_stride, const Ahead<BFloat16>& ahead) {
-    pair_block<BFloat16Dot, kRows>(weights + j / 2 * kRows, nullptr, v + j, offset, head_dim, o, o_stride, ahead);
+                                int64_t v_head_dim, float* o, int64_t o_stride, const Ahead<BFloat16>& ahead) {
+    pair_block<BFloat16Dot, kRows>(weights + j / 2 * kRows, nullptr, v + j, offset, v_head_dim, o, o_stride, ahead);
   }
   MIXATTN_INLINE void restore(Vec* a, Vec* b) { restore_zipped(a, b); }
 };
 #endif
 
 template <class Dot>
-MIXATTN_INLINE void restore_order(const Rows& rows, int64_t head_dim) {
+MIXATTN_INLINE void restore_order(const Rows& rows, int64_t v_head_dim) {
   for (int64_t r = 0; r < rows.num_rows; ++r) {
-    float* o = rows.o + r * rows.stride;
-    for (int64_t d = 0; d + 2 * kLanes <= head_dim; d += 2 * kLanes) {
+    float* o = rows.o + r * rows.o_stride;
+    for (int64_t d = 0; d + 2 * kLanes <= v_head_dim; d += 2 * kLanes) {
       Vec a = load(o + d), b = load(o + d + kLanes);
       DirectValues<Dot>::restore(&a, &b);
       store(o + d, a);
@@ -397,11 +397,11 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
   const int64_t padded_rows = round_up(item_rows, kRows);
   Rows rows[kMaxBundle];
   float factors[kMaxBundle][kDirectRows];
-  for (int64_t n = 0; n < num_items; ++n, scratch += rows_floats(item_rows, p.head_dim)) {
-    rows[n] = carve_rows(item_rows, p.head_dim, scratch);
+  for (int64_t n = 0; n < num_items; ++n, scratch += rows_floats(item_rows, head_dims(p))) {
+    rows[n] = carve_rows(item_rows, head_dims(p), scratch);
     start_rows<T>(p, items[n], padded_rows, &rows[n]);
     for (int64_t r = 0; r < padded_rows; ++r) {
-      float* const q = rows[n].q + r * rows[n].stride;
+      float* const q = rows[n].q + r * rows[n].q_stride;
       factors[n][r] = r < item_rows ? Dot::start(p, items[n], r, q) : 1.0f;
     }
   }
@@ -447,7 +447,7 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
         // Always this head's block that comes next: K is read before V, and V before the next tile's K.
         const Ahead<T> ahead = ahead_of(k_now, v_now, j, n);
         for (int64_t r = 0; r < padded_rows; r += kRows) {
-          score_block<Dot, kRows>(rows[n].q + r * rows[n].stride, rows[n].stride, keys.k + j, n * p.k_head_stride,
+          score_block<Dot, kRows>(rows[n].q + r * rows[n].q_stride, rows[n].q_stride, keys.k + j, n * p.k_head_stride,
                                   p.head_dim, ahead, scores + (n * padded_rows + r) * kDirectKeys + j * kRows);
         }
       }
@@ -493,15 +493,15 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
         const Ahead<T> ahead = ahead_of(v_now, k_next, j, n);
         for (int64_t r = 0; r < padded_rows; r += kRows) {
           Values::template add_block<kRows>(scores + (n * padded_rows + r) * kDirectKeys, j, keys.v,
-                                            n * p.v_head_stride, p.head_dim, rows[n].o + r * rows[n].stride,
-                                            rows[n].stride, ahead);
+                                            n * p.v_head_stride, p.v_head_dim, rows[n].o + r * rows[n].o_stride,
+                                            rows[n].o_stride, ahead);
         }
       }
     }
     num_keys = num_next;
   }
   for (int64_t n = 0; n < num_items; ++n) {
-    restore_order<Dot>(rows[n], p.head_dim);
+    restore_order<Dot>(rows[n], p.v_head_dim);
     finish_rows<T>(p, items[n], rows[n]);
   }
 }

@@ -67,6 +67,7 @@ struct PairDot {
   static constexpr bool kHasFactor = true;
   typedef IntVec Operand;
 
+  static bool has_pairs(const AttentionParams& p) { return p.head_dim % kDepth == 0 && p.v_head_dim % kDepth == 0; }
   MIXATTN_INLINE Operand load_query(const float* q, int64_t d) {
     return load_int16(reinterpret_cast<const int16_t*>(q) + d);
   }
@@ -77,7 +78,7 @@ struct Int8Dot : PairDot {
   typedef IntVec Sum;
 
   // A float32 row would see the rounding. 256 products of 128 and 32767 stay below 2^31.
-  static bool takes(const AttentionParams& p) { return p.dtype != DType::kFloat32 && p.head_dim % kDepth == 0; }
+  static bool takes(const AttentionParams& p) { return p.dtype != DType::kFloat32 && has_pairs(p); }
   static float start(const AttentionParams& p, const WorkItem&, int64_t, float* q) {
     float largest = 0.0f, sum = 0.0f;
     for (int64_t d = 0; d < p.head_dim; ++d) {
@@ -106,7 +107,7 @@ struct BFloat16Dot : PairDot {
   typedef BFloat16 Key;
   typedef Vec Sum;
 
-  static bool takes(const AttentionParams& p) { return p.dtype == DType::kBFloat16 && p.head_dim % kDepth == 0; }
+  static bool takes(const AttentionParams& p) { return p.dtype == DType::kBFloat16 && has_pairs(p); }
   static float start(const AttentionParams& p, const WorkItem& item, int64_t r, float* q) {
     const TokenHead at = token_head(p, item.seq_idx, item.kv_head, item.row_begin + r);
     memcpy(q, static_cast<const BFloat16*>(p.q) + at.token * p.q_token_stride + at.head * p.q_head_stride,

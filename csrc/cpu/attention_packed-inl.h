@@ -16,8 +16,8 @@ static_assert(kInvariantMultiple % kPackedKeys == 0, "no tile passes the end of 
 // Keys of a packed tile: with 128 rows of head_dim 128 (256), Q, O, S, K and V come to 320 (416) KiB and stay in 512
 // KiB of L2, the least among server cores since 2017. O is loaded and stored once per tile: 3 % of the work at 128
 // keys.
-MIXATTN_INLINE int key_tile(int64_t head_dim) {
-  return head_dim <= 128 ? kPackedKeys : kPackedKeys / 2;
+MIXATTN_INLINE int key_tile(HeadDims dims) {
+  return dims.k <= 128 && dims.v <= 128 ? kPackedKeys : kPackedKeys / 2;
 }
 
 // k_packed[panel][d][j] = K of key panel * kTileCols + j: a panel is (head_dim, kTileCols), what a register tile reads
@@ -45,7 +45,7 @@ struct PackedScores {  // float32, from any type
   }
   MIXATTN_INLINE void multiply(int n, const Rows& rows, int64_t r, const float* panel, int64_t head_dim, float* scores,
                                int64_t stride) {
-    tile_function<kTileVecs, false>(n)(rows.q + r * rows.stride, rows.stride, panel, head_dim, scores, stride);
+    tile_function<kTileVecs, false>(n)(rows.q + r * rows.q_stride, rows.q_stride, panel, head_dim, scores, stride);
   }
 };
 
@@ -56,7 +56,7 @@ struct PackedScores<BFloat16Dot> {  // pairs of bfloat16 lie in words, of q, of 
   static constexpr int kPerWord = 2;
   static void start(const AttentionParams& p, const WorkItem& item, Rows* rows) {
     for (int64_t r = 0; r < rows->num_rows; ++r) {
-      rows->factor = BFloat16Dot::start(p, item, r, rows->q + r * rows->stride);  // the same for all rows
+      rows->factor = BFloat16Dot::start(p, item, r, rows->q + r * rows->q_stride);  // the same for all rows
     }
   }
   static void pack(const BFloat16* const* k, int64_t num_panels, int64_t head_dim, float* k_packed) {
@@ -64,26 +64,26 @@ struct PackedScores<BFloat16Dot> {  // pairs of bfloat16 lie in words, of q, of 
   }
   MIXATTN_INLINE void multiply(int n, const Rows& rows, int64_t r, const float* panel, int64_t head_dim, float* scores,
                                int64_t stride) {
-    bfloat16_tile_function<false>(n)(rows.q + r * rows.stride, rows.stride, panel, head_dim / 2, rows.factor, scores,
-                                     stride);
+    bfloat16_tile_function<false>(n)(rows.q + r * rows.q_stride, rows.q_stride, panel, head_dim / 2, rows.factor,
+                                     scores, stride);
   }
 };
 #endif
 
 // v_packed[panel][key][j] = V of dimension panel * kTileCols + j; panels are (key_tile, kTileCols), the last one only
-// kLanes wide if head_dim ends there.
+// kLanes wide if v_head_dim ends there.
 template <typename T>
-void pack_values(const T* const* v, int64_t num_keys, int64_t head_dim, int64_t key_tile, float* v_packed) {
+void pack_values(const T* const* v, int64_t num_keys, int64_t v_head_dim, int64_t key_tile, float* v_packed) {
   for (int64_t key = 0; key < num_keys; ++key) {
     int64_t d = 0;
-    for (; d + kTileCols <= head_dim; d += kTileCols) {
+    for (; d + kTileCols <= v_head_dim; d += kTileCols) {
       float* target = v_packed + d * key_tile + key * kTileCols;
       for (int c = 0; c < kTileCols; c += kLanes) store(target + c, load(element_at(v[key], d + c)));
     }
-    const int64_t width = round_up(head_dim - d, kLanes);
+    const int64_t width = round_up(v_head_dim - d, kLanes);
     float* target = v_packed + d * key_tile + key * width;
-    for (; d + kLanes <= head_dim; d += kLanes, target += kLanes) store(target, load(element_at(v[key], d)));
-    if (kLanes > 8 && d < head_dim) store(target, load_half(element_at(v[key], d)));
+    for (; d + kLanes <= v_head_dim; d += kLanes, target += kLanes) store(target, load(element_at(v[key], d)));
+    if (kLanes > 8 && d < v_head_dim) store(target, load_half(element_at(v[key], d)));
   }
 }
 
@@ -94,8 +94,8 @@ struct PackedValues {  // float32, from any type
   typedef typename Dot::Key Key;
   static constexpr int kPerWord = 1;  // keys in 4 bytes of a panel, and of weights
   MIXATTN_INLINE void finish_weights(float*, int64_t) {}
-  static void pack(const Key* const* v, int64_t num_keys, int64_t head_dim, int64_t key_tile, float* v_packed) {
-    pack_values(v, num_keys, head_dim, key_tile, v_packed);
+  static void pack(const Key* const* v, int64_t num_keys, int64_t v_head_dim, int64_t key_tile, float* v_packed) {
+    pack_values(v, num_keys, v_head_dim, key_tile, v_packed);
   }
   MIXATTN_INLINE void multiply(int n, bool is_whole, const float* weights, int64_t weights_stride, const float* panel,
                                int64_t num_keys, float* o, int64_t o_stride) {
@@ -106,7 +106,7 @@ struct PackedValues {  // float32, from any type
 
 #if defined(MIXATTN_HAS_BFLOAT16_DOT)
 template <>
-struct PackedValues<BFloat16Dot> {  // pairs of keys in bfloat16 lie in words; head_dim is in whole panels
+struct PackedValues<BFloat16Dot> {  // pairs of keys in bfloat16 lie in words; v_head_dim is in whole panels
   typedef BFloat16 Key;
   static constexpr int kPerWord = 2;
   MIXATTN_INLINE void finish_weights(float* weights, int64_t num_keys) {
@@ -114,9 +114,9 @@ struct PackedValues<BFloat16Dot> {  // pairs of keys in bfloat16 lie in words; h
       store_words(weights + k / 2, bfloat16_pairs<1>(load(weights + k), load(weights + k + kLanes)));
     }
   }
-  static void pack(const BFloat16* const* v, int64_t num_keys, int64_t head_dim, int64_t key_tile, float* v_packed) {
+  static void pack(const BFloat16* const* v, int64_t num_keys, int64_t v_head_dim, int64_t key_tile, float* v_packed) {
     for (int64_t pair = 0; pair < num_keys / 2; ++pair) {
-      for (int64_t d = 0; d < head_dim; d += kTileCols) {
+      for (int64_t d = 0; d < v_head_dim; d += kTileCols) {
         IntVec words[2];
         zip_rows(load_words(v[2 * pair] + d), load_words(v[2 * pair + 1] + d), &words[0], &words[1]);
         Vec first = as_floats(words[0]), second = as_floats(words[1]);
@@ -173,22 +173,22 @@ MIXATTN_INLINE void for_each_row_tile(const Rows& rows, int64_t first, int64_t n
 // rows at a time while register tiles are computed. All at once they would fill the load queues.
 template <typename T>
 MIXATTN_INLINE void prefetch_share(const T* const* source, int64_t count, int64_t step, int64_t end, int64_t num_steps,
-                                   int64_t head_dim) {
-  for (int64_t i = count * step / num_steps; i < count * end / num_steps; ++i) prefetch_row(source[i], head_dim);
+                                   int64_t num_dims) {
+  for (int64_t i = count * step / num_steps; i < count * end / num_steps; ++i) prefetch_row(source[i], num_dims);
 }
 
 // S = Q K^T. A panel of K (8 KiB at head_dim 128, AVX2) stays in L1 while all rows pass by. V of the tile is on its
 // way.
 template <class Scores, typename T>
-void score_tile(const Rows& rows, const PackedTile<T>& tile, const float* k_packed, int64_t head_dim, float* scores) {
+void score_tile(const Rows& rows, const PackedTile<T>& tile, const float* k_packed, HeadDims dims, float* scores) {
   const int64_t num_panels = round_up(tile.num_keys, kTileCols) / kTileCols;
   for (int64_t panel = 0; panel < num_panels; ++panel) {
     const int64_t j = panel * kTileCols;
     for_each_row_tile(rows, tile.first, tile.num_keys, [&](int64_t r, int n, KeySpan span) {
       const int64_t step = panel * rows.num_rows + r;
-      prefetch_share(tile.v, tile.num_keys, step, step + n, num_panels * rows.num_rows, head_dim);
+      prefetch_share(tile.v, tile.num_keys, step, step + n, num_panels * rows.num_rows, dims.v);
       if (j < span.begin || j >= span.end) return;
-      Scores::multiply(n, rows, r, k_packed + j * head_dim / Scores::kPerWord, head_dim, scores + r * tile.key_tile + j,
+      Scores::multiply(n, rows, r, k_packed + j * dims.k / Scores::kPerWord, dims.k, scores + r * tile.key_tile + j,
                        tile.key_tile);
     });
   }
@@ -209,7 +209,7 @@ void softmax_tile(const AttentionParams& p, const Rows& rows, const PackedTile<T
       if (rows.hidden_begin < tile.first + tile.num_keys) {
         hide_scores(row, 1, tile.first + span.begin, width, rows, r);
       }
-      softmax_step(row, width, rows.m + r, rows.l + r, rows.o + r * rows.stride, rows.stride);
+      softmax_step(row, width, rows.m + r, rows.l + r, rows.o + r * rows.o_stride, rows.o_stride);
       if (p.v_scale.is_per_token) scale_scores(row, tile.v_scale + span.begin, width);
       Values::finish_weights(row, width);
     }
@@ -220,17 +220,17 @@ void softmax_tile(const AttentionParams& p, const Rows& rows, const PackedTile<T
 template <class Values, typename T>
 void value_tile(const Rows& rows, const PackedTile<T>& tile, const PackedTile<T>& next, const float* v_packed,
                 int64_t head_dim, const float* scores) {
-  for (int64_t d = 0; d < rows.stride; d += kTileCols) {
-    const bool is_whole = d + kTileCols <= rows.stride;
+  for (int64_t d = 0; d < rows.o_stride; d += kTileCols) {
+    const bool is_whole = d + kTileCols <= rows.o_stride;
     const int64_t width = is_whole ? kTileCols : kLanes;
     for_each_row_tile(rows, tile.first, tile.num_keys, [&](int64_t r, int n, KeySpan span) {
       const int64_t step = d / kTileCols * rows.num_rows + r;
-      const int64_t num_steps = round_up(rows.stride, kTileCols) / kTileCols * rows.num_rows;
+      const int64_t num_steps = round_up(rows.o_stride, kTileCols) / kTileCols * rows.num_rows;
       prefetch_share(next.k, next.num_keys, step, step + n, num_steps, head_dim);
       if (span.begin == span.end) return;
       Values::multiply(n, is_whole, scores + r * tile.key_tile + span.begin, tile.key_tile,
                        v_packed + (d * tile.key_tile + span.begin * width) / Values::kPerWord, span.end - span.begin,
-                       rows.o + r * rows.stride + d, rows.stride);
+                       rows.o + r * rows.o_stride + d, rows.o_stride);
     });
   }
 }
@@ -240,9 +240,9 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
   typedef typename Dot::Key T;
   typedef PackedScores<Dot> Scores;
   typedef PackedValues<Dot> Values;
-  Rows rows = carve_rows(num_rows(item), p.head_dim, scratch);
-  const int64_t tile_keys = key_tile(p.head_dim);
-  float* const scores = scratch + rows_floats(rows.num_rows, p.head_dim);           // (rows, tile_keys)
+  Rows rows = carve_rows(num_rows(item), head_dims(p), scratch);
+  const int64_t tile_keys = key_tile(head_dims(p));
+  float* const scores = scratch + rows_floats(rows.num_rows, head_dims(p));         // (rows, tile_keys)
   float* const packed = scores + round_up(rows.num_rows, kLineFloats) * tile_keys;  // K, and when S is done V
   start_rows<T>(p, item, rows.num_rows, &rows);
   Scores::start(p, item, &rows);
@@ -270,9 +270,9 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
     start_tile(tile.first + tile_keys, &next);
     const int64_t padded_keys = round_up(tile.num_keys, kTileCols);
     Scores::pack(tile.k, padded_keys / kTileCols, p.head_dim, packed);
-    score_tile<Scores>(rows, tile, packed, p.head_dim, scores);
+    score_tile<Scores>(rows, tile, packed, head_dims(p), scores);
     softmax_tile<Values>(p, rows, tile, scores);
-    Values::pack(tile.v, padded_keys, p.head_dim, tile_keys, packed);
+    Values::pack(tile.v, padded_keys, p.v_head_dim, tile_keys, packed);
     value_tile<Values>(rows, tile, next, packed, p.head_dim, scores);
   }
   finish_rows<T>(p, item, rows);

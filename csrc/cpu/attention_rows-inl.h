@@ -22,12 +22,13 @@ constexpr int kTreeMaskBits = 64;  // of a tree_mask word
 // Row r of an item is packed row item.row_begin + r of its slice (work_item.h).
 struct Rows {
   int64_t num_rows;
-  int64_t stride;  // of q and o: head_dim in whole vectors
-  float* q;        // (num_rows, stride), scaled
-  float* o;        // (num_rows, stride), not yet divided by l
-  float* m;        // (num_rows) largest score so far, base 2
-  float* l;        // (num_rows) sum of 2^(score - m)
-  int32_t* lo;     // (num_rows) row r sees the keys [lo[r], hi[r]); neither ever falls as r rises
+  int64_t q_stride;  // head_dim in whole vectors
+  int64_t o_stride;  // v_head_dim in whole vectors
+  float* q;          // (num_rows, q_stride), scaled
+  float* o;          // (num_rows, o_stride), not yet divided by l
+  float* m;          // (num_rows) largest score so far, base 2
+  float* l;          // (num_rows) sum of 2^(score - m)
+  int32_t* lo;       // (num_rows) row r sees the keys [lo[r], hi[r]); neither ever falls as r rises
   int32_t* hi;
   int32_t* position;     // (num_rows) of the row's token in its sequence
   float* alibi;          // (num_rows) added per position between row and key, base 2; unset without alibi_slopes
@@ -38,18 +39,23 @@ struct Rows {
   float factor;          // of all scores, where q is not scaled (attention_packed-inl.h)
 };
 
-MIXATTN_INLINE int64_t rows_floats(int64_t num_rows, int64_t head_dim) {
-  return round_up(num_rows, kLineFloats) * (2 * round_up(head_dim, kLanes) + 8);
+MIXATTN_INLINE HeadDims head_dims(const AttentionParams& p) {
+  return {p.head_dim, p.v_head_dim};
 }
 
-MIXATTN_INLINE Rows carve_rows(int64_t num_rows, int64_t head_dim, float* scratch) {
+MIXATTN_INLINE int64_t rows_floats(int64_t num_rows, HeadDims dims) {
+  return round_up(num_rows, kLineFloats) * (round_up(dims.k, kLanes) + round_up(dims.v, kLanes) + 8);
+}
+
+MIXATTN_INLINE Rows carve_rows(int64_t num_rows, HeadDims dims, float* scratch) {
   const int64_t padded = round_up(num_rows, kLineFloats);
   Rows rows;
   rows.num_rows = num_rows;
-  rows.stride = round_up(head_dim, kLanes);
+  rows.q_stride = round_up(dims.k, kLanes);
+  rows.o_stride = round_up(dims.v, kLanes);
   rows.q = scratch;
-  rows.o = rows.q + padded * rows.stride;
-  rows.m = rows.o + padded * rows.stride;
+  rows.o = rows.q + padded * rows.q_stride;
+  rows.m = rows.o + padded * rows.o_stride;
   rows.l = rows.m + padded;
   rows.lo = reinterpret_cast<int32_t*>(rows.l + padded);
   rows.hi = rows.lo + padded;
@@ -127,7 +133,7 @@ void fill_rows(const AttentionParams& p, const WorkItem& item, float k_factor, i
     const int64_t packed_row = item.row_begin + r;
     const TokenHead at = token_head(p, item.seq_idx, item.kv_head, packed_row);
     const T* source = static_cast<const T*>(p.q) + at.token * p.q_token_stride + at.head * p.q_head_stride;
-    float* q = rows->q + r * rows->stride;
+    float* q = rows->q + r * rows->q_stride;
     int64_t d = 0;
     for (; d + kLanes <= p.head_dim; d += kLanes) store(q + d, mul(load(source + d), scale));
     if (kLanes > 8 && d < p.head_dim) store(q + d, mul(load_half(source + d), scale));
@@ -152,8 +158,8 @@ void fill_rows(const AttentionParams& p, const WorkItem& item, float k_factor, i
     rows->m[r] = -INFINITY;
     rows->l[r] = 0.0f;
   }
-  for (int64_t i = 0; i < padded_rows * rows->stride; i += kLanes) store(rows->o + i, zero());
-  for (int64_t i = rows->num_rows * rows->stride; i < padded_rows * rows->stride; i += kLanes) {
+  for (int64_t i = 0; i < padded_rows * rows->o_stride; i += kLanes) store(rows->o + i, zero());
+  for (int64_t i = rows->num_rows * rows->q_stride; i < padded_rows * rows->q_stride; i += kLanes) {
     store(rows->q + i, zero());
   }
 }
@@ -172,12 +178,12 @@ void start_rows(const AttentionParams& p, const WorkItem& item, int64_t padded_r
   }
 }
 
-// target[d] = source[d] * factor, with d < head_dim.
+// target[d] = source[d] * factor, with d < num_dims.
 template <typename T>
-MIXATTN_INLINE void store_scaled(T* target, const float* source, float factor, int64_t head_dim) {
+MIXATTN_INLINE void store_scaled(T* target, const float* source, float factor, int64_t num_dims) {
   int64_t d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes) store(target + d, mul(load(source + d), broadcast(factor)));
-  if (kLanes > 8 && d < head_dim) store_half(target + d, mul(load(source + d), broadcast(factor)));
+  for (; d + kLanes <= num_dims; d += kLanes) store(target + d, mul(load(source + d), broadcast(factor)));
+  if (kLanes > 8 && d < num_dims) store_half(target + d, mul(load(source + d), broadcast(factor)));
 }
 
 // Divides by l, times v_factor, and writes: to out and lse, or to the partial buffers if other items have the rows'
@@ -190,18 +196,18 @@ void write_rows(const AttentionParams& p, const WorkItem& item, const Rows& rows
     const float l = rows.l[r];
     const float factor = l == 0.0f ? 0.0f : v_factor / l;
     float lse = l == 0.0f ? -INFINITY : (rows.m[r] + __builtin_log2f(l)) * kLn2;
-    float* o = rows.o + r * rows.stride;
+    float* o = rows.o + r * rows.o_stride;
     if (item.merge_idx >= 0) {
-      store_scaled(p.partial_out + (item.partial_row + r) * p.head_dim, o, factor, p.head_dim);
+      store_scaled(p.partial_out + (item.partial_row + r) * p.v_head_dim, o, factor, p.v_head_dim);
       p.partial_lse[item.partial_row + r] = lse;
       continue;
     }
     T* out = static_cast<T*>(p.out) + at.token * p.out_token_stride + at.head * p.out_head_stride;
     if (p.sinks != nullptr) {  // by the formula of a split row's: the bits do not tell whether a row was split
-      store_scaled(o, o, factor, p.head_dim);
-      lse = merge_row(o, 0, &lse, 0, 1, p.sinks[at.head], p.head_dim, out);
+      store_scaled(o, o, factor, p.v_head_dim);
+      lse = merge_row(o, 0, &lse, 0, 1, p.sinks[at.head], p.v_head_dim, out);
     } else {
-      store_scaled(out, o, factor, p.head_dim);
+      store_scaled(out, o, factor, p.v_head_dim);
     }
     if (p.lse != nullptr) p.lse[at.token * p.lse_token_stride + at.head] = lse;
   }
@@ -291,9 +297,9 @@ void gather_tile_scales(const AttentionParams& p, const KvScale& scale, const Wo
 }
 
 template <typename T>
-MIXATTN_INLINE void prefetch_row(const T* row, int64_t head_dim) {
+MIXATTN_INLINE void prefetch_row(const T* row, int64_t num_dims) {
   const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t b = 0; b < row_bytes<T>(head_dim); b += 64) prefetch_far(bytes + b);
+  for (int64_t b = 0; b < row_bytes<T>(num_dims); b += 64) prefetch_far(bytes + b);
 }
 
 // ---- softmax --------------------------------------------------------------------------------------------------------

@@ -19,12 +19,18 @@ constexpr int kInvariantMultiple = 128;
 // Such items that differ in their kv head only can be worked on side by side, up to this many.
 constexpr int kMaxBundle = 32;
 
+// Elements of a row of Q and K, and of one of V.
+struct HeadDims {
+  int64_t k;
+  int64_t v;
+};
+
 struct IsaKernels {
   const char* name;
   bool is_emulated;
 
   // Bytes of scratch that attend() needs for items of up to max_rows rows; to be aligned to 64 bytes.
-  int64_t (*attend_scratch_bytes)(int64_t max_rows, int64_t head_dim);
+  int64_t (*attend_scratch_bytes)(int64_t max_rows, HeadDims dims);
 
   // A bundle of work items: writes their rows of out and lse, or their partial rows. A bundle is one item, or up to
   // kMaxBundle items of at most kDirectRows rows, of a call that is not invariant, that differ in kv_head (each one

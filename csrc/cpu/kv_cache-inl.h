@@ -9,10 +9,11 @@
 //         converted is copied bit by bit. Products and quotients are not fused, so that torch gets the same bits.
 // Grid    rows [begin, end) of the call; cpu/kv_cache.cpp deals them to its threads
 // Shapes  as AppendKvParams
-// Memory  reads and writes (num_q_heads + 2 num_kv_heads) head_dim elements per row, writes 2 num_kv_heads scales
-// Limits  head_dim a multiple of 8, at most 256; rotary_dim even, at most head_dim
-// Twins   cuda/append_kv.cuh, triton_kernels/kv_cache.py; truth ops/reference.py append_kv_reference,
-// quantize_reference Source  arXiv:2104.09864, equation 34
+// Memory  reads and writes (num_q_heads + num_kv_heads) head_dim + num_kv_heads v_head_dim elements per row, writes
+//         2 num_kv_heads scales
+// Limits  head_dim and v_head_dim multiples of 8, at most 256; rotary_dim even, at most head_dim
+// Twins   cuda/append_kv.cuh, triton_kernels/kv_cache.py; truth ops/reference.py
+// Source  arXiv:2104.09864, equation 34
 #pragma once
 
 #include <string.h>
@@ -112,37 +113,37 @@ MIXATTN_INLINE void quantize_row(float* x, int64_t head_dim, const Cache& cache,
   narrow_row(x, head_dim, slot_of<S>(cache, at));
 }
 
-MIXATTN_INLINE void store_row(const AppendKvParams& p, float* x, const Cache& cache, Slot at) {
+MIXATTN_INLINE void store_row(const AppendKvParams& p, float* x, int64_t head_dim, const Cache& cache, Slot at) {
   switch (p.kv_dtype) {
     case KvDType::kFloat32:
-      return convert_row(x, p.head_dim, slot_of<float>(cache, at));
+      return convert_row(x, head_dim, slot_of<float>(cache, at));
     case KvDType::kBFloat16:
-      return convert_row(x, p.head_dim, slot_of<BFloat16>(cache, at));
+      return convert_row(x, head_dim, slot_of<BFloat16>(cache, at));
     case KvDType::kFloat16:
-      return convert_row(x, p.head_dim, slot_of<Float16>(cache, at));
+      return convert_row(x, head_dim, slot_of<Float16>(cache, at));
     case KvDType::kInt8:
-      return quantize_row<Int8>(x, p.head_dim, cache, at);
+      return quantize_row<Int8>(x, head_dim, cache, at);
     case KvDType::kFloat8E4M3:
-      return quantize_row<Float8E4M3>(x, p.head_dim, cache, at);
+      return quantize_row<Float8E4M3>(x, head_dim, cache, at);
     case KvDType::kFloat8E5M2:
-      return quantize_row<Float8E5M2>(x, p.head_dim, cache, at);
+      return quantize_row<Float8E5M2>(x, head_dim, cache, at);
     case KvDType::kInt4:
-      return quantize_row<Int4Pair>(x, p.head_dim, cache, at);
+      return quantize_row<Int4Pair>(x, head_dim, cache, at);
   }
 }
 
-// Stores one row, rotated unless cos_sin is nullptr.
+// Stores one row of K or V, rotated unless cos_sin is nullptr.
 template <typename T>
-MIXATTN_INLINE void append_row(const AppendKvParams& p, const T* source, const float* cos_sin, bool is_copied,
-                               const Cache& cache, Slot at) {
+MIXATTN_INLINE void append_row(const AppendKvParams& p, const T* source, int64_t head_dim, const float* cos_sin,
+                               bool is_copied, const Cache& cache, Slot at) {
   if (is_copied && cos_sin == nullptr) {
-    memcpy(slot_of<T>(cache, at), source, static_cast<size_t>(p.head_dim) * sizeof(T));
+    memcpy(slot_of<T>(cache, at), source, static_cast<size_t>(head_dim) * sizeof(T));
     return;
   }
   float x[kMaxHeadDim];
-  convert_row(source, p.head_dim, x);
+  convert_row(source, head_dim, x);
   if (cos_sin != nullptr) rotate_row(p, cos_sin, x);
-  store_row(p, x, cache, at);
+  store_row(p, x, head_dim, cache, at);
 }
 
 // kSameDType: the cache's, which is T's.
@@ -157,8 +158,8 @@ void append_kv_typed(const AppendKvParams& p, int64_t begin, int64_t end) {
     const T* v = static_cast<const T*>(p.v) + t * p.v_token_stride;
     for (int64_t h = 0; h < p.num_kv_heads; ++h) {
       const Slot at = {p.slot_mapping[t] / p.page_size, p.slot_mapping[t] % p.page_size, h};
-      append_row(p, k + h * p.k_head_stride, cos_sin, is_copied, k_cache, at);
-      append_row(p, v + h * p.v_head_stride, nullptr, is_copied, v_cache, at);
+      append_row(p, k + h * p.k_head_stride, p.head_dim, cos_sin, is_copied, k_cache, at);
+      append_row(p, v + h * p.v_head_stride, p.v_head_dim, nullptr, is_copied, v_cache, at);
     }
     if (p.q == nullptr) continue;
     const T* q = static_cast<const T*>(p.q) + t * p.q_token_stride;

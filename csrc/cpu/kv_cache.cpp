@@ -19,10 +19,8 @@ void check(const AppendKvParams& p) {
   check_range("num_tokens", p.num_tokens, 0, INT64_MAX);
   check_range("num_kv_heads", p.num_kv_heads, 1, INT32_MAX);
   check_range("num_q_heads", p.num_q_heads, p.q == nullptr ? 0 : 1, INT32_MAX);
-  check_range("head_dim", p.head_dim, kHeadDimMultiple, kMaxHeadDim);
-  if (p.head_dim % kHeadDimMultiple != 0) {
-    throw std::invalid_argument("head_dim must be a multiple of 8, got " + std::to_string(p.head_dim));
-  }
+  check_head_dim("head_dim", p.head_dim);
+  check_head_dim("v_head_dim", p.v_head_dim);
   check_range("num_pages", p.num_pages, 0, INT32_MAX);
   check_range("page_size", p.page_size, 1, INT32_MAX);
   if (p.num_tokens == 0) return;  // empty arrays have no address

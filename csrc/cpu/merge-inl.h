@@ -60,8 +60,8 @@ void merge_splits_typed(const AttentionParams& p, const Merge& merge) {
     const int64_t first = merge.partial_row + r;
     T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
     const float lse =
-        merge_row(p.partial_out + first * p.head_dim, merge.num_rows * p.head_dim, p.partial_lse + first,
-                  merge.num_rows, merge.num_splits, p.sinks == nullptr ? -INFINITY : p.sinks[head], p.head_dim, out);
+        merge_row(p.partial_out + first * p.v_head_dim, merge.num_rows * p.v_head_dim, p.partial_lse + first,
+                  merge.num_rows, merge.num_splits, p.sinks == nullptr ? -INFINITY : p.sinks[head], p.v_head_dim, out);
     if (p.lse != nullptr) p.lse[token * p.lse_token_stride + head] = lse;
   }
 }

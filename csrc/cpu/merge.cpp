@@ -18,10 +18,7 @@ void merge_states(const IsaKernels& kernels, const MergeStatesParams& p, int64_t
   check_range("num_states", p.num_states, 1, INT32_MAX);
   check_range("num_tokens", p.num_tokens, 0, INT32_MAX);
   check_range("num_heads", p.num_heads, 1, INT32_MAX);
-  check_range("head_dim", p.head_dim, kHeadDimMultiple, kMaxHeadDim);
-  if (p.head_dim % kHeadDimMultiple != 0) {
-    throw std::invalid_argument("head_dim must be a multiple of 8, got " + std::to_string(p.head_dim));
-  }
+  check_head_dim("head_dim", p.head_dim);
   const int64_t grain = std::max<int64_t>(1, kGrainElements / (p.num_states * p.num_heads * p.head_dim));
   parallel_for(num_threads, p.num_tokens, grain,
                [&](int64_t begin, int64_t end) { kernels.merge_states(p, begin, end); });

@@ -19,10 +19,10 @@
 //         per weight. Scales that all keys of a head share move out: into q, and behind the sum.
 // Grid    one item per call; cpu/mixed_attention.cpp draws items for its threads and has splits merged
 // Shapes  as AttentionParams; q and out float32, bfloat16 or float16; k_cache and v_cache of any KvDType
-// Memory  reads 2 keys head_dim elements once per item, and 2 keys scales of 4 bytes if each key has its own. Scratch
-//         in bytes, packed: 4 (rows (2 head_dim + key_tile + 8) + key_tile head_dim), that is 260 KiB at 128 rows and
-//         head_dim 128
-// Limits  head_dim a multiple of 8, at most 256; any group_size, page_size and strides
+// Memory  reads keys (head_dim + v_head_dim) elements once per item, and 2 keys scales of 4 bytes if each key has its
+//         own. Scratch in bytes, packed: 4 (rows (head_dim + v_head_dim + key_tile + 8) + key_tile times the larger of
+//         the two), that is 260 KiB at 128 rows and 128 dimensions
+// Limits  head_dim and v_head_dim multiples of 8, at most 256; any group_size, page_size and strides
 // Twins   triton_kernels/mixed_attention.py; truth ops/reference.py
 // Source  online softmax, arXiv:1805.02867; tiling, arXiv:2205.14135; register tiles, doi 10.1145/1356052.1356053
 #pragma once
@@ -34,11 +34,11 @@ namespace mixattn {
 namespace cpu {
 namespace {
 
-int64_t attend_scratch_bytes(int64_t max_rows, int64_t head_dim) {
+int64_t attend_scratch_bytes(int64_t max_rows, HeadDims dims) {
   const int64_t rows = round_up(max_rows, kLineFloats);
-  const int64_t direct = kMaxBundle * (rows_floats(kDirectRows, head_dim) + kDirectRows * kDirectKeys);
-  const int64_t packed =
-      rows_floats(rows, head_dim) + rows * key_tile(head_dim) + round_up(head_dim, kLanes) * key_tile(head_dim);
+  const int64_t widest = round_up(dims.k > dims.v ? dims.k : dims.v, kLanes);
+  const int64_t direct = kMaxBundle * (rows_floats(kDirectRows, dims) + kDirectRows * kDirectKeys);
+  const int64_t packed = rows_floats(rows, dims) + rows * key_tile(dims) + widest * key_tile(dims);
   return static_cast<int64_t>(sizeof(float)) * (direct > packed ? direct : packed);
 }
 

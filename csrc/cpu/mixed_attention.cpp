@@ -54,10 +54,8 @@ void check_sizes(const AttentionParams& p) {
     throw std::invalid_argument("num_q_heads must be a multiple of num_kv_heads (" + std::to_string(p.num_kv_heads) +
                                 "), got " + std::to_string(p.num_q_heads));
   }
-  check_range("head_dim", p.head_dim, kHeadDimMultiple, kMaxHeadDim);
-  if (p.head_dim % kHeadDimMultiple != 0) {
-    throw std::invalid_argument("head_dim must be a multiple of 8, got " + std::to_string(p.head_dim));
-  }
+  check_head_dim("head_dim", p.head_dim);
+  check_head_dim("v_head_dim", p.v_head_dim);
   check_range("num_pages", p.num_pages, 0, INT32_MAX);
   check_range("page_size", p.page_size, 1, INT32_MAX);
   check_range("max_pages", p.max_pages, 0, INT32_MAX);
@@ -420,7 +418,7 @@ void mixed_attention(const IsaKernels& kernels, const AttentionParams& p, int64_
                 p,
                 plan,
                 bundles,
-                kernels.attend_scratch_bytes(max_rows, p.head_dim),
+                kernels.attend_scratch_bytes(max_rows, {p.head_dim, p.v_head_dim}),
                 {{num_packed, {0}}, {num_bundles, {num_packed}}}};
   parallel_region(std::min(num_threads, num_bundles), run_bundles, &region);
   if (region.num_done != num_bundles) throw std::bad_alloc();

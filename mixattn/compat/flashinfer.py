@@ -719,8 +719,6 @@ def _make_batch(
     """The batch of these arguments of ``plan``; index tensors go to the device of ``indices``."""
     q_dtype = _dtype("q_data_type", q_data_type)
     kv_dtype = q_dtype if kv_data_type is None else _dtype("kv_data_type", kv_data_type)
-    if head_dim_vo not in (None, head_dim_qk):
-        accept_only(function, head_dim_qk, f"the nearest is head_dim_qk, {head_dim_qk}", head_dim_vo=head_dim_vo)
     if kv_dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         accept_only(function, q_dtype, f"the nearest is q_data_type, {q_dtype}", kv_data_type=kv_dtype)
     if o_data_type is not None:
@@ -737,6 +735,7 @@ def _make_batch(
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim_qk,
+        v_head_dim=head_dim_qk if head_dim_vo is None else head_dim_vo,
         q_dtype=q_dtype,
         kv_dtype=kv_dtype,
         softmax_scale=None,

@@ -42,6 +42,7 @@ class PagedBatch:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    v_head_dim: int
     q_dtype: torch.dtype
     kv_dtype: torch.dtype
     softmax_scale: float | None
@@ -58,20 +59,25 @@ class PagedBatch:
             num_q_heads=self.num_q_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
+            v_head_dim=self.v_head_dim,
             kv_element_bytes=self.kv_dtype.itemsize,
             causal=self.causal,
             window_left=self.window_left,
             hardware=device_hardware(self.block_table.device),
         )
 
-    def check_run(self, q: Tensor, k_cache: Tensor) -> None:
-        """Raises ValueError unless the tensors are of the planned dtypes, and q has the planned rows."""
+    def check_run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+        """Raises ValueError unless the tensors have the dtypes, rows and values' width that were planned."""
         for name, tensor, dtype in (("q", q, self.q_dtype), ("paged_kv_cache", k_cache, self.kv_dtype)):
             if tensor.dtype != dtype:
                 raise ValueError(f"{name} must be {dtype}, as planned, got {tensor.dtype}")
         total_q = int(self.host_starts[-1])
         if q.shape[0] != total_q:
             raise ValueError(f"q must have the {total_q} rows that were planned, got {q.shape[0]}")
+        if v_cache.shape[-1] != self.v_head_dim:
+            raise ValueError(
+                f"paged_kv_cache's values must have head_dim {self.v_head_dim}, as planned, got {v_cache.shape[-1]}"
+            )
 
     def run(
         self,
@@ -86,13 +92,13 @@ class PagedBatch:
         lse: Tensor | None,
         backend: str | None,
     ) -> tuple[Tensor, Tensor]:
-        """out [total_q, num_q_heads, head_dim], times ``value_scale``, and lse [total_q, num_q_heads], base 2.
+        """out [total_q, num_q_heads, v_head_dim], times ``value_scale``, and lse [total_q, num_q_heads], base 2.
 
         Args:
             score_scale: multiplies the softmax scale.
             out, lse: written and returned if given.
         """
-        self.check_run(q, k_cache)
+        self.check_run(q, k_cache, v_cache)
         softmax_scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
         out, natural_lse = attention(
             q,

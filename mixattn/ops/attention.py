@@ -34,7 +34,7 @@ from mixattn.ops.checks import (
     check_no_grad,
     check_tensor,
 )
-from mixattn.ops.kv_dtypes import Scale, kv_format, split_scale
+from mixattn.ops.kv_dtypes import Scale, kv_format, split_scale, v_head_dim
 from mixattn.ops.library import is_plain, register_op
 from mixattn.ops.plan import Hardware, WorkPlan, base_hardware, cpu_hardware, with_workers
 from mixattn.ops.plan import plan as make_plan
@@ -132,10 +132,10 @@ def attention(
 
     Args:
         q: [total_q, num_q_heads, head_dim] float32, bfloat16 or float16; the slices' rows one after another.
-        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], both float32, bfloat16, float16, int8,
-            float8_e4m3fn, float8_e5m2, or uint8 that holds int4: head_dim / 2 bytes, the even element in the low
-            nibble, value = nibble - 8. Any strides, the last dimension contiguous. num_q_heads is a multiple of
-            num_kv_heads; head_dim a multiple of 8 up to 256.
+        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], and with v_head_dim, both float32, bfloat16,
+            float16, int8, float8_e4m3fn, float8_e5m2, or uint8 that holds int4: head_dim / 2 bytes, the even element
+            in the low nibble, value = nibble - 8. Any strides, the last dimension contiguous. num_q_heads is a multiple
+            of num_kv_heads; head_dim and v_head_dim are multiples of 8 up to 256.
         cu_seqlens_q: [num_seqs + 1] int32; slice s has the rows cu_seqlens_q[s] to cu_seqlens_q[s + 1].
         seq_lens: [num_seqs] int32, the keys of each sequence, this step's included.
         block_table: [num_seqs, max_pages] int32, page ids; entries past a sequence's last page are never read.
@@ -168,12 +168,13 @@ def attention(
             ``cu_seqlens_q``, ``seq_lens`` and, with ``page_size``, ``block_table`` is not looked at. Rows of out and
             lse behind the last slice are not written, and none if the batch has no plan (``DevicePlan.read`` tells):
             they are as they were, in new tensors anything.
-        out: written and returned; as q in shape, dtype and device. None allocates.
+        out: [total_q, num_q_heads, v_head_dim], written and returned; q's dtype and device. None allocates.
         return_lse: whether the log-sum-exp is returned too.
         backend: ``cpu``, ``triton``, ``cuda`` or ``reference``; None is the first here that takes the call (see
             ``mixattn.backends``).
     Returns:
-        out [total_q, num_q_heads, head_dim]; with ``return_lse`` also lse [total_q, num_q_heads] float32, natural log.
+        out [total_q, num_q_heads, v_head_dim]; with ``return_lse`` also lse [total_q, num_q_heads] float32, natural
+        log.
     Raises:
         ValueError: an argument's shape, dtype, device, stride or value is out of bounds. Nothing has been written.
             On a GPU the values in index tensors are not looked at.
@@ -208,7 +209,7 @@ def attention(
         new_out, new_lse = torch.ops.mixattn.attention(*inputs)
         return new_out, new_lse
     if out is None:
-        out = _new_out(q)
+        out = _new_out(q, v_cache)
     check_tensor("out", out)
     lse = _new_lse(q) if return_lse else None
     run = _attention_out if is_plain(*tensors, out) else torch.ops.mixattn.attention_out
@@ -266,6 +267,7 @@ def _default_plan(call: AttentionCall, backend: str, layout: AttentionLayout, ou
         num_q_heads=q.shape[1],
         num_kv_heads=call.k_cache.shape[2],
         head_dim=q.shape[2],
+        v_head_dim=v_head_dim(call.v_cache),
         kv_element_bytes=call.k_cache.element_size(),
         causal=call.causal,
         window_left=call.window_left,
@@ -358,8 +360,8 @@ def _run_cpu(
 ) -> None:
     assert call.plan is not None
     num_partial_rows, num_tickets = header.num_partial_rows, header.num_merges + 1
-    partial_out = torch.empty(num_partial_rows * (header.head_dim + 1), dtype=torch.float32)
-    partial_lse_bytes = num_partial_rows * header.head_dim * partial_out.element_size()  # the lse lie behind the out
+    partial_out = torch.empty(num_partial_rows * (out.shape[2] + 1), dtype=torch.float32)
+    partial_lse_bytes = num_partial_rows * out.shape[2] * partial_out.element_size()  # the lse lie behind the out
     tickets = torch.zeros(num_tickets, dtype=torch.int32)
     _C.attention(
         **sizes,
@@ -423,8 +425,8 @@ def _run_triton(
     )
 
 
-def _new_out(q: Tensor) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def _new_out(q: Tensor, v_cache: Tensor) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v_head_dim(v_cache)))
 
 
 def _new_lse(out: Tensor) -> Tensor:
@@ -434,7 +436,7 @@ def _new_lse(out: Tensor) -> Tensor:
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``mixattn::attention``: into new tensors."""
     call = AttentionCall(*arguments)
-    out = _new_out(call.q)
+    out = _new_out(call.q, call.v_cache)
     lse = _new_lse(out)
     _run(call, out, lse)
     return out, lse
@@ -443,7 +445,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = AttentionCall(*arguments)
     check_attention(attention_layout(call, None, None))
-    out = _new_out(call.q)
+    out = _new_out(call.q, call.v_cache)
     return out, _new_lse(out)
 
 

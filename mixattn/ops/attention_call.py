@@ -30,8 +30,10 @@ from mixattn.ops.kv_dtypes import (
     check_caches,
     check_kv_dtype_backend,
     check_scales,
+    check_v_head_dim_backend,
     kv_dtype_name,
     scale_sizes,
+    v_head_dim,
 )
 from mixattn.ops.library import DTYPE_NAMES
 
@@ -40,17 +42,17 @@ class Workspace(NamedTuple):
     """What a launch on a GPU writes on its way to out and lse."""
 
     partial_out: Tensor
-    """[at least the plan's num_partial_rows, head_dim] float32, contiguous."""
+    """[at least the plan's num_partial_rows, v_head_dim] float32, contiguous."""
     partial_lse: Tensor
     """[at least the plan's num_partial_rows] float32."""
     tickets: Tensor
     """[at least 2 + the plan's num_merges] int32, zeros between launches."""
 
 
-def new_workspace(num_partial_rows: int, num_merges: int, head_dim: int, device: torch.device) -> Workspace:
+def new_workspace(num_partial_rows: int, num_merges: int, v_head_dim: int, device: torch.device) -> Workspace:
     """A workspace for plans that need no more than this."""
     return Workspace(
-        torch.empty((num_partial_rows, head_dim), dtype=torch.float32, device=device),
+        torch.empty((num_partial_rows, v_head_dim), dtype=torch.float32, device=device),
         torch.empty(num_partial_rows, dtype=torch.float32, device=device),
         torch.zeros(num_merges + 2, dtype=torch.int32, device=device),
     )
@@ -64,6 +66,7 @@ class DevicePlanTerms(NamedTuple):
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    v_head_dim: int
     kv_element_bytes: int
     causal: int
     window_left: int
@@ -208,7 +211,8 @@ def check_attention(layout: AttentionLayout) -> None:
         raise ValueError(
             f"num_q_heads must be a multiple of num_kv_heads ({num_kv_heads}), both >= 1, got {num_q_heads}"
         )
-    check_head_dim(dims["head_dim"])
+    check_head_dim("head_dim", dims["head_dim"])
+    check_head_dim("v_head_dim", dims["v_head_dim"])
     check_float_dtype("q", q)
     check_last_contiguous("q", q)
     check_scales(dims, layout.k_scale, layout.v_scale, layout.k_cache)
@@ -237,7 +241,7 @@ def check_attention(layout: AttentionLayout) -> None:
             f"{list(plan.shape)} {plan.dtype} on {plan.device}"
         )
     if layout.out is not None:
-        dims.check("out", layout.out, ("total_q", "num_q_heads", "head_dim"))
+        dims.check("out", layout.out, ("total_q", "num_q_heads", "v_head_dim"))
         check_dtype("out", layout.out, q.dtype)
         check_device("out", layout.out, "q", q)
         check_last_contiguous("out", layout.out)
@@ -264,6 +268,7 @@ def _check_terms(terms: DevicePlanTerms, layout: AttentionLayout) -> None:
         ("num_q_heads", terms.num_q_heads, num_q_heads),
         ("num_kv_heads", terms.num_kv_heads, num_kv_heads),
         ("head_dim", terms.head_dim, head_dim),
+        ("v_head_dim", terms.v_head_dim, v_head_dim(layout.v_cache)),
         ("kv_element_bytes", terms.kv_element_bytes, layout.k_cache.dtype.itemsize),
         ("causal", bool(terms.causal), layout.causal),
         ("window_left", None if terms.window_left < 0 else terms.window_left, layout.window_left),
@@ -314,6 +319,7 @@ def address(tensor: Tensor | None) -> int:
 def check_features(call: AttentionCall, backend: str) -> None:
     """Raises NotImplementedError if the call has an argument that this backend does not have yet."""
     check_kv_dtype_backend(call.k_cache.dtype, "q", call.q.dtype, backend)
+    check_v_head_dim_backend(call.q.shape[2], v_head_dim(call.v_cache), backend)
     for name, having in BACKENDS_WITH.items():
         value = getattr(call, name)
         if value is not None and value is not False and backend not in having:
@@ -346,6 +352,7 @@ def native_sizes(layout: AttentionLayout) -> Mapping[str, Any]:
             "num_q_heads": q.shape[1],
             "num_kv_heads": k_cache.shape[2],
             "head_dim": q.shape[2],
+            "v_head_dim": v_head_dim(v_cache),
             "num_pages": k_cache.shape[0],
             "page_size": k_cache.shape[1],
             "max_pages": layout.block_table.shape[1],
@@ -425,7 +432,7 @@ def place_plan(
         check_fixed_splits(call.plan, header, tile_keys)
     device = call.q.device
     words = plan_on_device(call.plan, device)
-    return words, new_workspace(header.num_partial_rows, header.num_merges, header.head_dim, device)
+    return words, new_workspace(header.num_partial_rows, header.num_merges, v_head_dim(call.v_cache), device)
 
 
 def plan_on_device(plan: Tensor, device: torch.device) -> Tensor:

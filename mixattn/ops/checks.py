@@ -46,6 +46,12 @@ class Dims:
     def __getitem__(self, name: str) -> int:
         return self._sizes[name]
 
+    def set_default(self, argument: str, name: str, size: int) -> None:
+        """Binds this size, which ``argument`` tells, to ``name`` if no earlier tensor gave it one."""
+        if name not in self._sizes:
+            self._sizes[name] = size
+            self._givers[name] = argument
+
     def check(self, argument: str, layout: Layout, names: Sequence[str]) -> None:
         """Binds the sizes of a tensor to ``names``.
 
@@ -55,10 +61,8 @@ class Dims:
         if len(layout.shape) != len(names):
             raise ValueError(f"{argument} must be [{', '.join(names)}], got shape {list(layout.shape)}")
         for name, size in zip(names, layout.shape, strict=True):
-            if name not in self._sizes:
-                self._sizes[name] = size
-                self._givers[name] = argument
-            elif self._sizes[name] != size:
+            self.set_default(argument, name, size)
+            if self._sizes[name] != size:
                 raise ValueError(
                     f"{argument} is [{', '.join(names)}] with {name} {size}, but {self._givers[name]} has {name} "
                     f"{self._sizes[name]}"
@@ -93,12 +97,12 @@ def check_same_float_dtype(argument: str, layout: Layout, of: str, other: Layout
         )
 
 
-def check_head_dim(head_dim: int) -> None:
+def check_head_dim(argument: str, head_dim: int) -> None:
     """Raises NotImplementedError unless every kernel takes heads of this size."""
     if not 1 <= head_dim <= MAX_HEAD_DIM or head_dim % HEAD_DIM_MULTIPLE != 0:
         nearest = min(max(-(-head_dim // HEAD_DIM_MULTIPLE), 1) * HEAD_DIM_MULTIPLE, MAX_HEAD_DIM)
         raise NotImplementedError(
-            f"head_dim {head_dim} is not supported; multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM} are, the "
+            f"{argument} {head_dim} is not supported; multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM} are, the "
             f"nearest is {nearest}"
         )
 

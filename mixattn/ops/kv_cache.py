@@ -35,6 +35,7 @@ from mixattn.ops.kv_dtypes import (
     ScaleLayout,
     check_caches,
     check_scales,
+    check_v_head_dim_backend,
     kv_dtype_name,
     kv_format,
     scale_sizes,
@@ -101,9 +102,10 @@ def append_kv(
     """The rotated q (None without q); every row of k, rotated, and of v is stored in its slot.
 
     Args:
-        k, v: [total_q, num_kv_heads, head_dim] float32, bfloat16 or float16; any strides, the last dimension
-            contiguous.
-        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], of a dtype that ``attention`` takes; written.
+        k, v: [total_q, num_kv_heads, head_dim] and [total_q, num_kv_heads, v_head_dim] float32, bfloat16 or float16;
+            any strides, the last dimension contiguous.
+        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], and with v_head_dim, of a dtype that
+            ``attention`` takes; written.
         slot_mapping: [total_q] int64, page_id * page_size + offset of each row; no slot twice.
         q: [total_q, num_q_heads, head_dim] in k's dtype, to be rotated in the same pass; left as it is.
         positions: [total_q] int64, the row of ``rope_cos_sin`` for each row of k and q.
@@ -197,10 +199,11 @@ def _check(layout: _Layout) -> None:
     k = layout.k
     dims = Dims()
     dims.check("k", k, ("total_q", "num_kv_heads", "head_dim"))
-    dims.check("v", layout.v, ("total_q", "num_kv_heads", "head_dim"))
+    dims.check("v", layout.v, ("total_q", "num_kv_heads", "v_head_dim"))
     check_caches(dims, layout.k_cache, layout.v_cache, "k", k)
     dims.check("slot_mapping", layout.slot_mapping, ("total_q",))
-    check_head_dim(dims["head_dim"])
+    check_head_dim("head_dim", dims["head_dim"])
+    check_head_dim("v_head_dim", dims["v_head_dim"])
     if dims["num_kv_heads"] < 1:
         raise ValueError(f"num_kv_heads must be >= 1, got {dims['num_kv_heads']}")
     check_float_dtype("k", k)
@@ -254,6 +257,7 @@ def _native_sizes(layout: _Layout) -> Mapping[str, Any]:
             "num_q_heads": 0 if q is None else q.shape[1],
             "num_kv_heads": layout.k.shape[1],
             "head_dim": layout.k.shape[2],
+            "v_head_dim": layout.v.shape[2],
             "num_pages": layout.k_cache.shape[0],
             "page_size": layout.k_cache.shape[1],
             "max_positions": 0 if rope is None else rope.shape[0],
@@ -322,11 +326,12 @@ def _why_not(backend: str, call: _Call, sizes: Mapping[str, Any]) -> str | None:
     """The reason why this backend does not take the call; None if it does."""
     if backend not in BACKENDS:
         return f"append_kv has no {backend!r} kernel; backends that have it: {', '.join(BACKENDS)}"
-    if backend == "cuda":
-        try:
+    try:
+        check_v_head_dim_backend(sizes["head_dim"], sizes["v_head_dim"], backend)
+        if backend == "cuda":
             kv_cache_cuda.kernel_for(_tensors(call), sizes, call.interleaved)
-        except NotImplementedError as error:
-            return str(error)
+    except NotImplementedError as error:
+        return str(error)
     return None
 
 

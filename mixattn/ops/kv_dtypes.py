@@ -49,6 +49,9 @@ even index in the low nibble, value = nibble - 8."""
 KV_DTYPE_BACKENDS = ("cpu", "triton", "reference")
 """The backends that keep K and V in any other dtype than q, k and v come in; cuda, in those of ``QUANTIZED``."""
 
+V_HEAD_DIM_BACKENDS = ("cpu", "reference")
+"""The backends whose heads of V may have another size than those of K."""
+
 MIN_ROW_SCALE = 2.0**-126
 """The least scale of a row, the smallest normal float32: a row of zeros must have one to divide by."""
 
@@ -61,7 +64,7 @@ class KvCache(NamedTuple):
     """One layer's pages.
 
     Args:
-        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim].
+        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], and with v_head_dim.
         k_scale, v_scale: [num_pages, page_size, num_kv_heads] float32; None where K and V are not quantised.
     """
 
@@ -91,6 +94,11 @@ def kv_dtype_name(dtype: torch.dtype) -> str:
     return QUANTIZED[dtype].name if dtype in QUANTIZED else DTYPE_NAMES[dtype]
 
 
+def v_head_dim(v_cache: Tensor | Layout) -> int:
+    """The elements of a head of V that a cache holds."""
+    return v_cache.shape[3] * (2 if v_cache.dtype == torch.uint8 else 1)
+
+
 def kv_format(dtype: torch.dtype) -> str | None:
     """What a cache of this dtype is quantised to, None for a float dtype."""
     return QUANTIZED[dtype].name if dtype in QUANTIZED else None
@@ -107,17 +115,21 @@ def split_scale(argument: str, scale: Scale) -> tuple[Tensor | None, float | Non
 def check_caches(dims: Dims, k_cache: Layout, v_cache: Layout, of: str, other: Layout) -> None:
     """Raises unless the caches are pages of heads of dims' head_dim, on the device of argument ``of``.
 
+    ``dims`` has v_head_dim afterwards.
+
     Raises:
         ValueError: a shape, a device or a stride.
         NotImplementedError: a dtype.
     """
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        width = "head_dim / 2" if cache.dtype == torch.uint8 else "head_dim"
-        dims.check(name, cache, ("num_pages", "page_size", "num_kv_heads", width))
-        if cache.dtype == torch.uint8 and 2 * cache.shape[3] != dims["head_dim"]:
+    for name, cache, width in (("k_cache", k_cache, "head_dim"), ("v_cache", v_cache, "v_head_dim")):
+        is_packed = cache.dtype == torch.uint8
+        dims.check(name, cache, ("num_pages", "page_size", "num_kv_heads", f"{width} / 2" if is_packed else width))
+        if not is_packed:
+            continue
+        dims.set_default(name, width, 2 * cache.shape[3])
+        if 2 * cache.shape[3] != dims[width]:
             raise ValueError(
-                f"{name} holds int4, its last dimension must be head_dim / 2 = {dims['head_dim'] / 2:g}, "
-                f"got {cache.shape[3]}"
+                f"{name} holds int4, its last dimension must be {width} / 2 = {dims[width] / 2:g}, got {cache.shape[3]}"
             )
     if dims["page_size"] < 1:
         raise ValueError(f"page_size must be >= 1, got {dims['page_size']}")
@@ -143,6 +155,15 @@ def check_kv_dtype_backend(kv_dtype: torch.dtype, of: str, dtype: torch.dtype, b
         f"k_cache is {kv_dtype} and {of} is {dtype}: backend {backend!r} supports caches in the dtype of {of} and "
         f"quantised ones; backends that have the others: {', '.join(KV_DTYPE_BACKENDS)}"
     )
+
+
+def check_v_head_dim_backend(head_dim: int, v_head_dim: int, backend: str) -> None:
+    """Raises NotImplementedError unless the backend takes heads of V of this size beside those of K."""
+    if v_head_dim != head_dim and backend not in V_HEAD_DIM_BACKENDS:
+        raise NotImplementedError(
+            f"v_head_dim {v_head_dim} beside head_dim {head_dim} is not supported by backend {backend!r}; backends "
+            f"that have it: {', '.join(V_HEAD_DIM_BACKENDS)}"
+        )
 
 
 def check_scales(

@@ -56,7 +56,7 @@ def _check(outs: Layout, lses: Layout) -> None:
     dims.check("lses", lses, ("num_states", "total_q", "num_q_heads"))
     if dims["num_states"] < 1:
         raise ValueError("outs must hold at least 1 state, got num_states 0")
-    check_head_dim(dims["head_dim"])
+    check_head_dim("head_dim", dims["head_dim"])
     check_float_dtype("outs", outs)
     check_dtype("lses", lses, torch.float32)
     check_device("lses", lses, "outs", outs)

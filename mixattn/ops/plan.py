@@ -115,13 +115,14 @@ class Hardware:
         if self.invariant_split_tokens < 1:
             raise ValueError(f"invariant_split_tokens must be >= 1, got {self.invariant_split_tokens}")
         for invariant in (False, True):
-            _make_spec(1, 1, 1, 1, True, None, invariant, self)
+            _make_spec(1, 1, 1, None, 1, True, None, invariant, self)
 
 
 def _make_spec(
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    v_head_dim: int | None,
     kv_element_bytes: int,
     causal: bool,
     window_left: int | None,
@@ -143,6 +144,7 @@ def _make_spec(
         num_q_heads=integer("num_q_heads", num_q_heads),
         num_kv_heads=integer("num_kv_heads", num_kv_heads),
         head_dim=integer("head_dim", head_dim),
+        v_head_dim=integer("v_head_dim", head_dim if v_head_dim is None else v_head_dim),
         kv_element_bytes=integer("kv_element_bytes", kv_element_bytes),
         causal=causal,
         window_left=-1 if window_left is None else window_left,
@@ -168,6 +170,7 @@ def make_spec(
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    v_head_dim: int | None,
     dtype: str,
     kv_element_bytes: int | None,
     causal: bool,
@@ -181,8 +184,9 @@ def make_spec(
             raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
         kv_element_bytes = DTYPE_BYTES[dtype]
     return _cached_spec(
-        num_q_heads, num_kv_heads, head_dim, kv_element_bytes, bool(causal), window_left, bool(invariant), hardware
-    )
+        num_q_heads, num_kv_heads, head_dim, v_head_dim, kv_element_bytes, bool(causal), window_left, bool(invariant),
+        hardware,
+    )  # fmt: skip
 
 
 CPU_FLOPS_PER_S = 170e9
@@ -339,6 +343,7 @@ def plan(
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    v_head_dim: int | None = None,
     dtype: str = "float32",
     kv_element_bytes: int | None = None,
     causal: bool = True,
@@ -363,7 +368,7 @@ def plan(
         cu_seqlens_q: [num_seqs + 1] integers, from 0, not decreasing: where each slice's rows start. List, numpy array
             or CPU tensor.
         seq_lens: [num_seqs] integers >= 0: the keys of each sequence, this step's included.
-        num_q_heads, num_kv_heads, head_dim: the shape of the attention.
+        num_q_heads, num_kv_heads, head_dim, v_head_dim: the shape of the attention; ``v_head_dim`` None is head_dim.
         dtype: ``float32``, ``bfloat16`` or ``float16``: what q, k and v are held in.
         kv_element_bytes: bytes of an element of K and V if not those of ``dtype``; of int4, priced as if in bytes, 1.
         causal: whether a row sees no key behind its own position.
@@ -397,8 +402,9 @@ def plan(
     if hardware is None:
         hardware = cpu_hardware()
     spec = make_spec(
-        num_q_heads, num_kv_heads, head_dim, dtype, kv_element_bytes, causal, window_left, invariant, hardware
-    )
+        num_q_heads, num_kv_heads, head_dim, v_head_dim, dtype, kv_element_bytes, causal, window_left, invariant,
+        hardware,
+    )  # fmt: skip
     total_q = int(starts[-1])
     group_size = num_q_heads // num_kv_heads
     if total_q * group_size > _INT32_MAX:

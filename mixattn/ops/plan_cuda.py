@@ -37,8 +37,8 @@ class DevicePlan:
     Args:
         max_num_seqs, max_total_q: slices and rows of the largest step. With more than there is room for a plan has no
             items, and its header says so; nothing is written past the buffer, and ``attention`` writes nothing.
-        num_q_heads, num_kv_heads, head_dim, dtype, kv_element_bytes, causal, window_left, invariant: as for
-            ``mixattn.plan``.
+        num_q_heads, num_kv_heads, head_dim, v_head_dim, dtype, kv_element_bytes, causal, window_left, invariant: as
+            for ``mixattn.plan``.
         hardware: whose workers to balance over (``mixattn.device_hardware``, or ``with_workers`` of ``H100`` or
             ``A100``).
         max_kv_len: keys of the longest sequence; an invariant plan has room for all of them, others need none.
@@ -48,10 +48,10 @@ class DevicePlan:
     Attributes:
         buffer: [num_words] int32 on the device: header, items, merges (work_item.h). Words that a plan has no items or
             merges for hold anything.
-        workspace: what ``attention`` needs besides, for any plan that fits: 4 (head_dim + 1) bytes for each partial row
-            that the planner may need. An invariant plan may need max_total_q num_q_heads ceil(max_kv_len /
+        workspace: what ``attention`` needs besides, for any plan that fits: 4 (v_head_dim + 1) bytes for each partial
+            row that the planner may need. An invariant plan may need max_total_q num_q_heads ceil(max_kv_len /
             ``hardware.invariant_split_tokens``) of them; others a number that depends on ``hardware`` more than on the
-            step (csrc/common/plan.h): 139 MB for an H100 at head_dim 128.
+            step (csrc/common/plan.h): 139 MB for an H100 at v_head_dim 128.
         terms: what the plans are made for.
     Raises:
         ValueError: naming the argument, its value and the bound.
@@ -66,6 +66,7 @@ class DevicePlan:
         num_q_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        v_head_dim: int | None = None,
         dtype: str = "bfloat16",
         kv_element_bytes: int | None = None,
         causal: bool = True,
@@ -82,8 +83,9 @@ class DevicePlan:
         self.device = torch.device(device)
         choose_backend(self.device.type, "cuda")
         self._spec = make_spec(
-            num_q_heads, num_kv_heads, head_dim, dtype, kv_element_bytes, causal, window_left, invariant, hardware
-        )
+            num_q_heads, num_kv_heads, head_dim, v_head_dim, dtype, kv_element_bytes, causal, window_left, invariant,
+            hardware,
+        )  # fmt: skip
         if page_size is not None and not 1 <= page_size <= _INT32_MAX:
             raise ValueError(f"page_size must be in [1, {_INT32_MAX}] or None, got {page_size}")
         self._hardware, self._max_num_seqs, self._page_size = hardware, max_num_seqs, page_size
@@ -114,13 +116,15 @@ class DevicePlan:
         self.buffer = torch.empty(num_words, dtype=torch.int32, device=self.device)
         self.buffer[: _C.PLAN_HEADER_WORDS] = 0  # no items
         self.device = self.buffer.device
-        self.workspace = new_workspace(partial_rows, merges, head_dim, self.device)
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        self.workspace = new_workspace(partial_rows, merges, v_head_dim, self.device)
         self.terms = DevicePlanTerms(
             max_num_seqs=max_num_seqs,
             max_total_q=max_total_q,
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
+            v_head_dim=v_head_dim,
             kv_element_bytes=DTYPE_BYTES[dtype] if kv_element_bytes is None else kv_element_bytes,
             causal=int(causal),
             window_left=-1 if window_left is None else window_left,

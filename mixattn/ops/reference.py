@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixattn.ops.kv_dtypes import MIN_ROW_SCALE, QUANTIZED, Scale
+from mixattn.ops.kv_dtypes import MIN_ROW_SCALE, QUANTIZED, Scale, v_head_dim
 
 TREE_MASK_BITS = 64
 """Of a ``tree_mask`` word: bit d is for the key d positions before the row's own."""
@@ -124,13 +124,13 @@ def attention_reference(
     Args: as ``ops.attention``; ``compute_dtype`` is what every intermediate is held in (float64 for truth; q's own
         dtype gives what eager torch would compute in that dtype).
     Returns:
-        out [total_q, num_q_heads, head_dim] and lse [total_q, num_q_heads] (natural log), both in ``compute_dtype``.
+        out [total_q, num_q_heads, v_head_dim] and lse [total_q, num_q_heads] (natural log), both in ``compute_dtype``.
         A row that sees no key has out 0, and for lse its head's sink, -inf without sinks.
     """
     total_q, num_q_heads, head_dim = q.shape
     group_size = num_q_heads // k_cache.shape[2]
     softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    out = torch.zeros(total_q, num_q_heads, head_dim, dtype=compute_dtype, device=q.device)
+    out = torch.zeros(total_q, num_q_heads, v_head_dim(v_cache), dtype=compute_dtype, device=q.device)
     if sinks is None:
         sinks = torch.full((num_q_heads,), -torch.inf, device=q.device)
     sinks = sinks.to(compute_dtype)
@@ -152,7 +152,7 @@ def attention_reference(
             .repeat_interleave(group_size, dim=1)
             .transpose(0, 1)
             for cache, scale in ((k_cache, k_scale), (v_cache, v_scale))
-        )  # [num_q_heads, kv_len, head_dim]
+        )  # [num_q_heads, kv_len, head_dim], and with v_head_dim
         queries = q[rows].to(compute_dtype).transpose(0, 1)  # [num_q_heads, q_len, head_dim]
         scores = queries @ keys.transpose(1, 2) * softmax_scale  # [num_q_heads, q_len, kv_len]
         if soft_cap is not None:

@@ -28,10 +28,16 @@ class Shape:
     kv_element_bytes: int
     causal: bool
     window_left: int | None
+    v_head_dim: int | None = None
+    """None: head_dim."""
 
     @property
     def group_size(self) -> int:
         return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
 
 @dataclass(frozen=True)
@@ -127,8 +133,9 @@ def price(tile: Tile, num_keys: int, slice_tiles: Sequence[Tile], shape: Shape, 
         fetched_keys = num_keys * distinct // sum(t.kv_end - t.kv_begin for t in seen)
     else:
         fetched_keys = 0
-    flops = 4 * shape.head_dim * priced_rows * num_keys
-    num_bytes = 2 * shape.head_dim * shape.kv_element_bytes * (fetched_keys + tile.num_rows)
+    dims = shape.head_dim + shape.value_dim
+    flops = 2 * dims * priced_rows * num_keys
+    num_bytes = dims * shape.kv_element_bytes * (fetched_keys + tile.num_rows)
     compute_fs = flops * round(1e18 / hardware.flops_per_s) // 1000
     memory_fs = num_bytes * round(1e18 / hardware.bytes_per_s) // 1000
     total_fs = round(1e15 * hardware.item_overhead_s) + max(compute_fs, memory_fs)
@@ -161,7 +168,7 @@ def choose_large_target(
         )
         wave_fs = -(-num_items // num_cores) * (large_fs // num_items)
         longest_fs = max(-(-cost_fs // n) for (_, cost_fs), n in zip(large, splits, strict=True))
-        partial_bytes = 2 * 4 * (shape.head_dim + 1) * num_partial_rows
+        partial_bytes = 2 * 4 * (shape.value_dim + 1) * num_partial_rows
         partial_fs = min(partial_bytes // 1000 * round(1e18 / hardware.bytes_per_s), MAX_COST_FS)
         alone_fs = max(wave_fs, longest_fs) // hardware.workers_per_core
         return max(alone_fs, total_fs // hardware.num_workers) + partial_fs // hardware.num_workers
@@ -201,7 +208,7 @@ def is_cheaper(group: Group, shape: Shape, hardware: Hardware) -> bool:
 
     A row's partial results, two at least, are written and read; a large tile has more to do than its rows.
     """
-    kilobytes = 2 * 4 * (shape.head_dim + 1) * 2 * group.num_rows // 1000
+    kilobytes = 2 * 4 * (shape.value_dim + 1) * 2 * group.num_rows // 1000
     merging_fs = min(kilobytes * round(1e18 / hardware.bytes_per_s), MAX_COST_FS)
     shared = group.shared_tile(hardware)
     if shared.kind != SMALL:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import mixattn
 from mixattn.config import RopeConfig
+from mixattn.ops.kv_dtypes import V_HEAD_DIM_BACKENDS
 from mixattn.ops.reference import append_kv_reference, rope_reference
 from mixattn.ops.rope import rope_cos_sin
 
@@ -19,7 +20,13 @@ MAX_POSITIONS = 64
 
 
 def make_inputs(
-    dtype: torch.dtype, *, num_tokens: int = 13, head_dim: int = 64, page_size: int = 16, rotary_dim: int | None = None
+    dtype: torch.dtype,
+    *,
+    num_tokens: int = 13,
+    head_dim: int = 64,
+    page_size: int = 16,
+    rotary_dim: int | None = None,
+    v_head_dim: int | None = None,
 ) -> dict[str, Any]:
     """Tensors of one call; the caches hold NaN, so that a slot that should not be written shows when it is."""
     generator = torch.Generator().manual_seed(1)
@@ -27,9 +34,9 @@ def make_inputs(
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     return {
         "k": torch.randn(num_tokens, 2, head_dim, generator=generator).to(dtype),
-        "v": torch.randn(num_tokens, 2, head_dim, generator=generator).to(dtype),
+        "v": torch.randn(num_tokens, 2, v_head_dim or head_dim, generator=generator).to(dtype),
         "k_cache": torch.full((num_pages, page_size, 2, head_dim), torch.nan, dtype=dtype),
-        "v_cache": torch.full((num_pages, page_size, 2, head_dim), torch.nan, dtype=dtype),
+        "v_cache": torch.full((num_pages, page_size, 2, v_head_dim or head_dim), torch.nan, dtype=dtype),
         "slot_mapping": torch.randperm(num_pages * page_size, generator=generator)[:num_tokens],
         "q": torch.randn(num_tokens, 6, head_dim, generator=generator).to(dtype),
         "positions": torch.randint(0, MAX_POSITIONS, (num_tokens,), generator=generator),
@@ -63,12 +70,16 @@ def assert_one_rounding(result: Tensor, truth: Tensor) -> None:
         {"head_dim": 40, "rotary_dim": 24},
         {"head_dim": 96, "rotary_dim": 2},
         {"head_dim": 256, "rotary_dim": 64},
+        {"head_dim": 192, "v_head_dim": 128, "rotary_dim": 64},
+        {"head_dim": 24, "v_head_dim": 136, "page_size": 7},
     ],
     ids=str,
 )
 def test_append_kv_with_rope_matches_reference(
     backend: str, dtype: torch.dtype, interleaved: bool, shape: dict[str, int]
 ) -> None:
+    if "v_head_dim" in shape and backend not in V_HEAD_DIM_BACKENDS:
+        pytest.skip(f"{backend} takes heads of V of K's size only")
     inputs = make_inputs(dtype, **shape)
     truth = clone(inputs)
     for cache in ("k_cache", "v_cache"):

@@ -20,12 +20,14 @@ from tests.cases import (
     PREFIX_CASES,
     QUANTIZED_FORMATS,
     SCORE_CASES,
+    V_HEAD_DIM_CASES,
     AttentionCase,
     AttentionInputs,
     KvFormat,
     assert_attention_close,
     make_inputs,
     plan_arguments,
+    poisoned_out,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -63,7 +65,7 @@ def make_plan(case: AttentionCase, inputs: AttentionInputs) -> WorkPlan | None:
 
 def run(case: AttentionCase, inputs: AttentionInputs, backend: str = "cpu") -> tuple[Tensor, Tensor]:
     """out and lse of the case; what was in ``out`` before is NaN."""
-    out = torch.full_like(inputs.q, torch.nan)
+    out = poisoned_out(inputs)
     result, lse = mixattn.attention(
         inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **inputs.score_tensors, **inputs.scales,
         **case.options, plan=make_plan(case, inputs), out=out, return_lse=True, backend=backend,
@@ -73,7 +75,7 @@ def run(case: AttentionCase, inputs: AttentionInputs, backend: str = "cpu") -> t
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES + SCORE_CASES + PREFIX_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES + SCORE_CASES + PREFIX_CASES + V_HEAD_DIM_CASES, ids=lambda case: case.id)
 def test_attention_of_named_case_is_within_twice_eager(case: AttentionCase, dtype: torch.dtype, isa: str) -> None:
     inputs = make_inputs(case, dtype)
     out, lse = run(case, inputs)
@@ -81,7 +83,7 @@ def test_attention_of_named_case_is_within_twice_eager(case: AttentionCase, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES + SCORE_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES + SCORE_CASES + V_HEAD_DIM_CASES, ids=lambda case: case.id)
 def test_reference_backend_of_named_case_is_within_twice_eager(case: AttentionCase, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
     out, lse = run(case, inputs, backend="reference")
@@ -91,7 +93,7 @@ def test_reference_backend_of_named_case_is_within_twice_eager(case: AttentionCa
 def quantized_cases() -> list[Any]:
     """Every case with two of the quantised dtypes, and those about splits, windows and page edges with all four."""
     made = []
-    for idx, case in enumerate(CASES + SCORE_CASES + PREFIX_CASES):
+    for idx, case in enumerate(CASES + SCORE_CASES + PREFIX_CASES + V_HEAD_DIM_CASES):
         has_all = case.num_workers is not None or case.window_left is not None or len(set(case.kv_lens)) > 2
         for offset in range(4 if has_all else 2):
             kv = QUANTIZED_FORMATS[(5 * idx + offset) % len(QUANTIZED_FORMATS)]
@@ -173,6 +175,7 @@ def random_cases(draw: st.DrawFn) -> AttentionCase:
         num_q_heads=num_kv_heads * draw(st.integers(1, 9)),
         num_kv_heads=num_kv_heads,
         head_dim=8 * draw(st.integers(1, 32)),
+        v_head_dim=draw(st.none() | st.integers(1, 32).map(lambda n: 8 * n)),
         page_size=draw(st.integers(1, 70)),
         causal=causal,
         window_left=draw(st.none() | st.integers(0, 200)),

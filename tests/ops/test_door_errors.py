@@ -126,7 +126,7 @@ BAD_ATTENTION = [
     ("plan", plan_for(window_left=3), ValueError, "plan was made for window_left 3, this call has None"),
     ("plan", plan_for(cu_seqlens_q=[0, 1, 4], seq_lens=[20, 7]), ValueError, "plan was made for num_seqs 2, .* has 3"),
     ("plan", plan_for(cu_seqlens_q=[0, 1, 5, 5]), ValueError, "plan was made for total_q 5, this call has 4"),
-    ("out", torch.zeros(4, 4, 32), ValueError, "out .* with head_dim 32, but q has head_dim 64"),
+    ("out", torch.zeros(4, 4, 32), ValueError, "out .* with v_head_dim 32, but v_cache has v_head_dim 64"),
     ("out", torch.zeros(4, 4, 64).half(), ValueError, "out must be torch.float32, got torch.float16"),
     ("out", torch.zeros(4, 4, 128)[..., ::2], ValueError, "last dimension of out must be contiguous"),
     ("out", torch.zeros(4, 1, 64).expand(4, 4, 64), ValueError, "out is written and must not have stride 0"),
@@ -189,6 +189,13 @@ def test_attention_of_unsupported_head_dim_names_the_nearest(head_dim: int, near
     arguments.update(q=torch.zeros(4, 4, head_dim), out=None)
     arguments.update({name: torch.zeros(6, 16, 2, head_dim) for name in ("k_cache", "v_cache")})
     with pytest.raises(NotImplementedError, match=f"head_dim {head_dim} .* the nearest is {nearest}$"):
+        mixattn.attention(**arguments)
+
+
+@pytest.mark.parametrize(("v_head_dim", "nearest"), [(4, 8), (60, 64), (264, 256)])
+def test_attention_of_unsupported_v_head_dim_names_the_nearest(v_head_dim: int, nearest: int) -> None:
+    arguments = attention_arguments() | {"v_cache": torch.zeros(6, 16, 2, v_head_dim), "out": None}
+    with pytest.raises(NotImplementedError, match=f"v_head_dim {v_head_dim} .* the nearest is {nearest}$"):
         mixattn.attention(**arguments)
 
 

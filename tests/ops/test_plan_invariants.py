@@ -43,6 +43,7 @@ class Batch:
             num_q_heads=shape.num_q_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
+            v_head_dim=shape.v_head_dim,
             kv_element_bytes=shape.kv_element_bytes,
             causal=shape.causal,
             window_left=shape.window_left,
@@ -63,6 +64,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         kv_element_bytes=draw(st.sampled_from([1, 2, 4])),
         causal=draw(st.booleans()),
         window_left=draw(st.none() | st.integers(0, 5000)),
+        v_head_dim=draw(st.none() | st.sampled_from([8, 128])),
     )
 
 
