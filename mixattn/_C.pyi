@@ -16,6 +16,7 @@ class PlanSpec:
         num_q_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        v_head_dim: int,
         kv_element_bytes: int,
         causal: bool,
         window_left: int,
@@ -78,7 +79,7 @@ def attention(
     alibi_slopes: int,  # [num_seqs, num_q_heads] float32; 0: off
     sinks: int,  # [num_q_heads] float32; 0: off
     tree_mask: int,  # [total_q] int64; 0: off
-    partial_out: int,  # [num_partial_rows, head_dim] float32
+    partial_out: int,  # [num_partial_rows, v_head_dim] float32
     partial_lse: int,  # [num_partial_rows] float32
     tickets: int,  # [num_tickets] int32, zero before the first call and after every call
     total_q: int,
@@ -86,6 +87,7 @@ def attention(
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    v_head_dim: int,
     num_pages: int,
     page_size: int,
     max_pages: int,
@@ -128,6 +130,7 @@ def append_kv(
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    v_head_dim: int,
     num_pages: int,
     page_size: int,
     max_positions: int,
