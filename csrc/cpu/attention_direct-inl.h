@@ -15,6 +15,9 @@ constexpr int kDirectKeys = 64;  // keys of a direct tile: enough that softmax's
 constexpr int kBlockKeys = 8;
 // A tile has a multiple of these, so that its scores are whole vectors.
 constexpr int kPaddedKeys = kLanes > kBlockKeys ? kLanes : kBlockKeys;
+// Keys whose values are added up before the sums go back to o: twice as many where their rows are half as long.
+template <typename T>
+constexpr int kValueKeys = sizeof(T) == 1 ? kPaddedKeys : kBlockKeys;
 
 // Scores of a block of kRows rows lie key by key, scores[key * kRows + row], so that softmax needs no sums across a
 // vector: lane i belongs to row i % kRows.
@@ -77,25 +80,25 @@ MIXATTN_INLINE void score_block(const float* q, int64_t q_stride, const typename
         }
       }
     }
-    Vec sums[kKeys * kRows];
-    for (int i = 0; i < kKeys * kRows; ++i) sums[i] = Dot::to_vec(products[i]);
-    for (; d + kLanes <= head_dim; d += kLanes) {  // only FloatDot takes a head_dim that leaves something over
-      for (int i = 0; i < kKeys; ++i) {
-        const Vec key = load(element_at(keys[i], d));
-        for (int r = 0; r < kRows; ++r) {
-          sums[i * kRows + r] = fmadd(load(q + r * q_stride + d), key, sums[i * kRows + r]);
+    if constexpr (Dot::kTakesAnyDims) {
+      for (; d + kLanes <= head_dim; d += kLanes) {
+        for (int i = 0; i < kKeys; ++i) {
+          const Vec key = load(element_at(keys[i], d));
+          for (int r = 0; r < kRows; ++r) {
+            products[i * kRows + r] = fmadd(load(q + r * q_stride + d), key, products[i * kRows + r]);
+          }
+        }
+      }
+      if (kLanes > 8 && d < head_dim) {
+        for (int i = 0; i < kKeys; ++i) {
+          const Vec key = load_half(element_at(keys[i], d));
+          for (int r = 0; r < kRows; ++r) {
+            products[i * kRows + r] = fmadd(load(q + r * q_stride + d), key, products[i * kRows + r]);
+          }
         }
       }
     }
-    if (kLanes > 8 && d < head_dim) {
-      for (int i = 0; i < kKeys; ++i) {
-        const Vec key = load_half(element_at(keys[i], d));
-        for (int r = 0; r < kRows; ++r) {
-          sums[i * kRows + r] = fmadd(load(q + r * q_stride + d), key, sums[i * kRows + r]);
-        }
-      }
-    }
-    sum_each(sums, scores + n * kRows);
+    sum_each(products, scores + n * kRows);
   }
 }
 
@@ -151,7 +154,7 @@ MIXATTN_INLINE void load_columns(const T* source, Vec* value) {
   }
 }
 
-// o[r][d, d + kVecs kLanes) += sum_j weights[j kRows + r] v[j][offset + d...] over kBlockKeys keys.
+// o[r][d, d + kVecs kLanes) += sum_j weights[j kRows + r] v[j][offset + d...] over kValueKeys<T> keys.
 template <typename T, int kRows, int kVecs>
 MIXATTN_INLINE void value_columns(const float* weights, const T* const* v, int64_t offset, int64_t d, float* o,
                                   int64_t o_stride, const Ahead<T>& ahead) {
@@ -160,7 +163,7 @@ MIXATTN_INLINE void value_columns(const float* weights, const T* const* v, int64
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kAccs; ++c) acc[r][c] = load(o + r * o_stride + d + c * kLanes);
   }
-  for (int j = 0; j < kBlockKeys; ++j) {
+  for (int j = 0; j < kValueKeys<T>; ++j) {
     Vec value[kAccs];
     load_columns<T, kVecs>(element_at(v[j] + offset, d), value);
     prefetch_piece(ahead, j, d, kAccs * kLanes);
@@ -258,7 +261,7 @@ MIXATTN_INLINE void pair_columns(const float* weights, const float* units, const
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kVecs; ++c) sums[r][c] = Dot::start_sum();
   }
-  for (int j = 0; j < kBlockKeys; j += 2) {
+  for (int j = 0; j < kValueKeys<typename Dot::Key>; j += 2) {
     IntVec pairs[kVecs];
     for (int c = 0; c < kVecs; c += 2) {
       const int64_t at = offset + d + c * kLanes;
@@ -287,7 +290,7 @@ template <class Dot, int kRows>
 MIXATTN_INLINE void pair_block(const float* weights, const float* units, const typename Dot::Key* const* v,
                                int64_t offset, int64_t v_head_dim, float* o, int64_t o_stride,
                                const Ahead<typename Dot::Key>& ahead) {
-  constexpr int kVecs = 8 / kRows;
+  constexpr int kVecs = kValueKeys<typename Dot::Key> / kRows;  // as many accumulators as keys
   int64_t d = 0;
   for (; d + kVecs * kLanes <= v_head_dim; d += kVecs * kLanes) {
     pair_columns<Dot, kRows, kVecs>(weights, units, v, offset, d, o, o_stride, ahead);
@@ -408,22 +411,30 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
   float* const scores = scratch;  // (num_items, padded_rows, kDirectKeys)
   float scales[kDirectKeys];      // of one head's keys
 
-  const int64_t step_bytes = kBlockKeys * row_bytes<T>(p.head_dim);
-  const int64_t near = (kNearBytes + step_bytes - 1) / step_bytes, far = (kFarBytes + step_bytes - 1) / step_bytes;
+  struct Distance {  // in blocks
+    int64_t near, far;
+  };
+  const auto distance = [](int64_t block_bytes) {
+    return Distance{(kNearBytes + block_bytes - 1) / block_bytes, (kFarBytes + block_bytes - 1) / block_bytes};
+  };
+  const Distance k_distance = distance(kBlockKeys * row_bytes<T>(p.head_dim));
+  const Distance v_distance = distance(kValueKeys<T> * row_bytes<T>(p.v_head_dim));
   struct Operand {
     const T* const* rows;
     int64_t num_keys;
     int64_t head_stride;
   };
-  // What is read so many steps after block j of head n: of these rows, or of those that are read when they are done.
-  const auto after = [&](int64_t steps, const Operand& now, const Operand& then, int64_t j, int64_t n) {
-    const int64_t key = j + (n + steps) / num_items * kBlockKeys, head = (n + steps) % num_items;
+  // What is read so many blocks after block j of head n: of these rows, or of those that are read when they are done.
+  const auto after = [&](int64_t blocks, int block_keys, const Operand& now, const Operand& then, int64_t j,
+                         int64_t n) {
+    const int64_t key = j + (n + blocks) / num_items * block_keys, head = (n + blocks) % num_items;
     if (key < now.num_keys) return BlockRows<T>{now.rows + key, head * now.head_stride};
-    const int64_t then_key = clamp(key - now.num_keys, 0, then.num_keys - kBlockKeys);
+    const int64_t then_key = clamp(key - now.num_keys, 0, then.num_keys - block_keys);
     return BlockRows<T>{then.rows + then_key, head * then.head_stride};
   };
-  const auto ahead_of = [&](const Operand& now, const Operand& then, int64_t j, int64_t n) {
-    return Ahead<T>{after(near, now, then, j, n), after(far, now, then, j, n)};
+  const auto ahead_of = [&](Distance blocks, int block_keys, const Operand& now, const Operand& then, int64_t j,
+                            int64_t n) {
+    return Ahead<T>{after(blocks.near, block_keys, now, then, j, n), after(blocks.far, block_keys, now, then, j, n)};
   };
 
   KeyRows<T> tiles[2];
@@ -445,7 +456,7 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
     for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
       for (int64_t n = 0; n < num_items; ++n) {
         // Always this head's block that comes next: K is read before V, and V before the next tile's K.
-        const Ahead<T> ahead = ahead_of(k_now, v_now, j, n);
+        const Ahead<T> ahead = ahead_of(k_distance, kBlockKeys, k_now, v_now, j, n);
         for (int64_t r = 0; r < padded_rows; r += kRows) {
           score_block<Dot, kRows>(rows[n].q + r * rows[n].q_stride, rows[n].q_stride, keys.k + j, n * p.k_head_stride,
                                   p.head_dim, ahead, scores + (n * padded_rows + r) * kDirectKeys + j * kRows);
@@ -488,9 +499,9 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
         Values::template finish_weights<kRows>(head_scores + r * kDirectKeys, padded_keys);
       }
     }
-    for (int64_t j = 0; j < padded_keys; j += kBlockKeys) {
+    for (int64_t j = 0; j < padded_keys; j += kValueKeys<T>) {
       for (int64_t n = 0; n < num_items; ++n) {
-        const Ahead<T> ahead = ahead_of(v_now, k_next, j, n);
+        const Ahead<T> ahead = ahead_of(v_distance, kValueKeys<T>, v_now, k_next, j, n);
         for (int64_t r = 0; r < padded_rows; r += kRows) {
           Values::template add_block<kRows>(scores + (n * padded_rows + r) * kDirectKeys, j, keys.v,
                                             n * p.v_head_stride, p.v_head_dim, rows[n].o + r * rows[n].o_stride,

@@ -24,6 +24,7 @@ template <typename T>
 struct FloatDot {
   static constexpr int kDepth = 2 * kLanes;
   static constexpr bool kHasFactor = false;
+  static constexpr bool kTakesAnyDims = true;  // also a head_dim that kDepth leaves something of
   typedef T Key;
   typedef Vec Sum;
   struct Operand {
@@ -65,6 +66,7 @@ struct FloatDot {
 struct PairDot {
   static constexpr int kDepth = 2 * kLanes;
   static constexpr bool kHasFactor = true;
+  static constexpr bool kTakesAnyDims = false;
   typedef IntVec Operand;
 
   static bool has_pairs(const AttentionParams& p) { return p.head_dim % kDepth == 0 && p.v_head_dim % kDepth == 0; }

@@ -122,6 +122,11 @@ MIXATTN_INLINE IntVec load_int16(const int16_t* p) {
 MIXATTN_INLINE Vec int_to_float(IntVec x) {
   return _mm256_cvtepi32_ps(x);
 }
+MIXATTN_INLINE void sum_each(const IntVec (&x)[8], float* out) {
+  Vec floats[8];
+  for (int i = 0; i < 8; ++i) floats[i] = int_to_float(x[i]);
+  sum_each(floats, out);
+}
 MIXATTN_INLINE IntVec load_words(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }

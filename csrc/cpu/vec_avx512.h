@@ -134,20 +134,29 @@ MIXATTN_INLINE void sum_each(const Vec (&x)[8], float* out) {
   for (int i = 0; i < 8; ++i) halves[i] = _mm256_add_ps(low_half(x[i]), high_half(x[i]));
   sum_each8(halves, out);
 }
-MIXATTN_INLINE void sum_each(const Vec (&x)[16], float* out) {
-  // As sum_each8 within quarters of 4 lanes; then quarters are added, by twos and by fours.
-  Vec pairs[8], quads[4];
+// [i] = the sum of x[i]'s lanes by `add`. What can be is blended and not shuffled: shuffles have one port (Intel) or
+// two half as wide (Zen 4).
+template <typename Add>
+MIXATTN_INLINE Vec sum_16(const Vec (&x)[16], const Add& add) {
+  constexpr int kOrder[16] = {0, 4,  2,  6,  1, 5,  3,  7,
+                              8, 12, 10, 14, 9, 13, 11, 15};  // so that [i] is x[i]'s in the end
+  Vec halves[8], pairs[4], lanes[2];
   for (int i = 0; i < 8; ++i) {
-    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    const Vec a = x[kOrder[2 * i]], b = x[kOrder[2 * i + 1]];
+    halves[i] = add(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
   }
   for (int i = 0; i < 4; ++i) {
-    quads[i] = _mm512_add_ps(_mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0x44),
-                             _mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0xee));
+    const Vec a = halves[2 * i], b = halves[2 * i + 1];
+    pairs[i] = add(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps(a, b, 0x4e));
   }
-  const auto add_quarters = [](Vec a, Vec b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  };
-  _mm512_storeu_ps(out, add_quarters(add_quarters(quads[0], quads[1]), add_quarters(quads[2], quads[3])));
+  for (int i = 0; i < 2; ++i) {
+    const Vec a = pairs[2 * i], b = pairs[2 * i + 1];
+    lanes[i] = add(_mm512_mask_blend_ps(0xaaaa, a, b), _mm512_permute_ps(_mm512_mask_blend_ps(0x5555, a, b), 0xb1));
+  }
+  return add(_mm512_shuffle_f32x4(lanes[0], lanes[1], 0x88), _mm512_shuffle_f32x4(lanes[0], lanes[1], 0xdd));
+}
+MIXATTN_INLINE void sum_each(const Vec (&x)[16], float* out) {
+  _mm512_storeu_ps(out, sum_16(x, [](Vec a, Vec b) { return _mm512_add_ps(a, b); }));
 }
 
 // Sums of products of pairs of 16 bits: each lane adds its two products.
@@ -161,6 +170,19 @@ MIXATTN_INLINE IntVec load_int16(const int16_t* p) {
 }
 MIXATTN_INLINE Vec int_to_float(IntVec x) {
   return _mm512_cvtepi32_ps(x);
+}
+MIXATTN_INLINE void sum_each(const IntVec (&x)[16], float* out) {
+  Vec words[16];
+  for (int i = 0; i < 16; ++i) words[i] = _mm512_castsi512_ps(x[i]);
+  const Vec sums = sum_16(words, [](Vec a, Vec b) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  });
+  _mm512_storeu_ps(out, int_to_float(_mm512_castps_si512(sums)));
+}
+MIXATTN_INLINE void sum_each(const IntVec (&x)[8], float* out) {
+  Vec floats[8];
+  for (int i = 0; i < 8; ++i) floats[i] = int_to_float(x[i]);
+  sum_each(floats, out);
 }
 MIXATTN_INLINE IntVec load_words(const void* p) {
   return _mm512_loadu_si512(p);
