@@ -2,8 +2,7 @@
 
 ``backend`` may name one of mixattn's own; FlashInfer's names are taken for "auto". Workspace buffers are not used.
 
-Source: flashinfer/prefill.py at 002920b, decode.py at 002752a, attention/_core.py at 050f5dd, cascade.py at 01c897d and
-page.py at 0478a48 of flashinfer-ai/flashinfer.
+Source: flashinfer/prefill.py, decode.py, attention/_core.py, cascade.py and page.py of flashinfer-python 0.7.4.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from mixattn.compat.paged_batch import (
     PagedKVCache,
     padded_table,
     split_cache,
+    split_scales,
     tree_words,
     unpack_bits,
 )
@@ -42,6 +42,7 @@ class _PagedWrapper:
         self._kv_layout = kv_layout
         self._backend = backend if backend in BACKEND_NAMES else None
         self._batch: PagedBatch | None = None
+        self._has_token_scales = False
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -67,6 +68,7 @@ class _PagedWrapper:
         q_scale: Scale | None = None,
         k_scale: Scale | None = None,
         v_scale: Scale | None = None,
+        token_scales: PagedKVCache | None = None,
         sinks: Tensor | None = None,
         out: Tensor | None,
         lse: Tensor | None,
@@ -76,6 +78,7 @@ class _PagedWrapper:
             q,
             k_cache,
             v_cache,
+            token_scales=None if token_scales is None else split_scales(token_scales, self._kv_layout),
             score_scale=_scalar("q_scale", q_scale) * _scalar("k_scale", k_scale),
             value_scale=_scalar("v_scale", v_scale),
             sinks=None if sinks is None else sinks.float(),
@@ -102,9 +105,14 @@ class BatchPrefillWithPagedKVCacheWrapper(_PagedWrapper):
         backend: str = "auto",
         jit_args: list[Any] | None = None,
         jit_kwargs: dict[str, Any] | None = None,
+        variant_owns_mask: bool = False,
+        max_total_num_rows: int | None = None,
     ) -> None:
-        _no_graph("BatchPrefillWithPagedKVCacheWrapper", use_cuda_graph)
-        accept_only(type(self).__name__, None, "the nearest is no variant", jit_args=jit_args, jit_kwargs=jit_kwargs)
+        function = type(self).__name__
+        _no_graph(function, use_cuda_graph)
+        accept_only(function, None, "the nearest is no variant", jit_args=jit_args, jit_kwargs=jit_kwargs)
+        accept_only(function, False, "the nearest is a tree in custom_mask", variant_owns_mask=variant_owns_mask)
+        accept_only(function, None, "it is for CUDA graphs; the nearest is None", max_total_num_rows=max_total_num_rows)
         super().__init__(kv_layout, backend)
 
     def plan(
@@ -143,6 +151,8 @@ class BatchPrefillWithPagedKVCacheWrapper(_PagedWrapper):
         max_sequence_kv: int | None = None,
         fixed_split_size: int | None = None,
         disable_split_kv: bool = False,
+        uniform_q_len: int | None = None,
+        use_token_head_sf: bool = False,
     ) -> None:
         """Keeps the batch and its work plan for ``run``.
 
@@ -151,6 +161,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_PagedWrapper):
             paged_kv_last_page_len: [num_seqs], 1 to page_size.
             custom_mask: [sum(q_len * kv_len)] bool, in place of ``causal``; a tree (``paged_batch.tree_words``).
             packed_custom_mask: the same in bits.
+            use_token_head_sf: whether ``run`` gets a scale per token and head in ``kv_cache_sf``; float8 caches only.
         Raises:
             NotImplementedError: naming an argument that mixattn cannot honour.
         """
@@ -165,6 +176,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_PagedWrapper):
             max_item_len_ptr=max_item_len_ptr,
         )
         accept_only(function, 0, "the nearest is 0", token_pos_in_items_len=token_pos_in_items_len)
+        self._has_token_scales = use_token_head_sf
         host_indptr, host_starts = paged_kv_indptr.cpu(), qo_indptr.cpu()
         host_lens = (
             get_seq_lens(host_indptr, paged_kv_last_page_len.cpu(), page_size)
@@ -212,39 +224,58 @@ class BatchPrefillWithPagedKVCacheWrapper(_PagedWrapper):
         out: Tensor | None = None,
         lse: Tensor | None = None,
         return_lse: bool = False,
+        lse_base: str = "log2",
+        lse_layout: str = "NH",
         enable_pdl: bool | None = None,
         window_left: int | None = None,
         sinks: Tensor | None = None,
         kv_cache_sf: PagedKVCache | None = None,
         skip_softmax_threshold_scale_factor: float | None = None,
+        use_fp16_softmax: bool | None = None,
+        uses_spcompress: bool | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """out [total_q, num_qo_heads, head_dim]; with ``return_lse`` also lse [total_q, num_qo_heads], base 2.
+        """out [total_q, num_qo_heads, head_dim_vo]; with ``return_lse`` also lse [total_q, num_qo_heads] float32.
 
         Args:
             paged_kv_cache: [num_pages, 2, page_size, num_kv_heads, head_dim], or a pair (heads first in HND).
             q_scale, k_scale, v_scale: of whole tensors: they multiply the scores and the result.
+            lse: written and returned; in ``lse_layout``.
+            lse_base: ``log2`` or ``ln``. lse_layout: ``NH``, or ``HN`` for [num_qo_heads, total_q].
             sinks: [num_qo_heads]; lse includes them.
+            kv_cache_sf: the scales of a plan with ``use_token_head_sf``: as ``paged_kv_cache`` without head_dim.
         Raises:
             RuntimeError: nothing was planned.
+            ValueError: ``kv_cache_sf`` is missing, or was not planned; ``lse_base`` or ``lse_layout`` is another.
             NotImplementedError: naming an argument that mixattn cannot honour.
         """
         batch = self._planned()
         function = "BatchPrefillWithPagedKVCacheWrapper.run"
         accept_only(function, (), "the nearest is none", args=args)
-        accept_only(function, None, "the nearest is K and V in q's dtype", kv_cache_sf=kv_cache_sf)
+        if (kv_cache_sf is not None) != self._has_token_scales:
+            raise ValueError("kv_cache_sf must be given if, and only if, plan got use_token_head_sf")
+        for name, value, known in (("lse_base", lse_base, ("log2", "ln")), ("lse_layout", lse_layout, ("NH", "HN"))):
+            if value not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, got {value!r}")
         _check_window(batch, window_left)
-        result = self._run(
+        out, new_lse = self._run(
             batch,
             q,
             paged_kv_cache,
             q_scale=q_scale,
             k_scale=k_scale,
             v_scale=v_scale,
+            token_scales=kv_cache_sf,
             sinks=sinks,
             out=out,
-            lse=lse,
+            lse=None,
         )
-        return result if return_lse else result[0]
+        if not return_lse:
+            return out
+        if lse_base == "ln":
+            new_lse.mul_(math.log(2))
+        if lse_layout == "HN":
+            new_lse = new_lse.t().contiguous()
+        return out, new_lse if lse is None else lse.copy_(new_lse)
 
     def run_return_lse(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As ``run`` with ``return_lse``."""
@@ -324,9 +355,10 @@ class BatchDecodeWithPagedKVCacheWrapper(_PagedWrapper):
         paged_kv_last_page_len_buffer: Tensor | None = None,
         backend: str = "auto",
         jit_args: list[Any] | None = None,
+        jit_kwargs: dict[str, Any] | None = None,
     ) -> None:
         _no_graph("BatchDecodeWithPagedKVCacheWrapper", use_cuda_graph)
-        accept_only(type(self).__name__, None, "the nearest is no variant", jit_args=jit_args)
+        accept_only(type(self).__name__, None, "the nearest is no variant", jit_args=jit_args, jit_kwargs=jit_kwargs)
         super().__init__(kv_layout, backend)
         self.use_tensor_cores = use_tensor_cores
 
@@ -641,15 +673,25 @@ def append_paged_kv_cache(
     append_kv(append_key, append_value, k_cache, v_cache, slots)
 
 
-def get_batch_indices_positions(append_indptr: Tensor, seq_lens: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
+def get_batch_indices_positions(
+    append_indptr: Tensor,
+    seq_lens: Tensor,
+    nnz: int,
+    batch_indices: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The sequence and the position there [nnz] int32 of new rows that end their sequences.
 
     Args:
         append_indptr: [num_seqs + 1]; seq_lens: [num_seqs], the new rows included; nnz: append_indptr[-1].
+        batch_indices, positions: written and returned if given.
     """
     seq_idx = torch.repeat_interleave(append_indptr.diff().long(), output_size=nnz)
-    positions = torch.arange(nnz, device=append_indptr.device) + (seq_lens - append_indptr[1:])[seq_idx]
-    return seq_idx.int(), positions.int()
+    seq_positions = torch.arange(nnz, device=append_indptr.device) + (seq_lens - append_indptr[1:])[seq_idx]
+    return (
+        seq_idx.int() if batch_indices is None else batch_indices.copy_(seq_idx),
+        seq_positions.int() if positions is None else positions.copy_(seq_positions),
+    )
 
 
 def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:

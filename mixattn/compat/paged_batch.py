@@ -87,6 +87,7 @@ class PagedBatch:
         *,
         score_scale: float,
         value_scale: float,
+        token_scales: tuple[Tensor, Tensor] | None,
         sinks: Tensor | None,
         out: Tensor | None,
         lse: Tensor | None,
@@ -96,6 +97,7 @@ class PagedBatch:
 
         Args:
             score_scale: multiplies the softmax scale.
+            token_scales: of K and V, [num_pages, page_size, num_kv_heads] float32; for float8 caches.
             out, lse: written and returned if given.
         """
         self.check_run(q, k_cache, v_cache)
@@ -113,6 +115,8 @@ class PagedBatch:
             soft_cap=self.soft_cap,
             sinks=sinks,
             tree_mask=self.tree_mask,
+            k_scale=None if token_scales is None else token_scales[0],
+            v_scale=None if token_scales is None else token_scales[1],
             plan=self.work_plan,
             out=out,
             return_lse=True,
@@ -156,6 +160,22 @@ def split_cache(paged_kv_cache: PagedKVCache, kv_layout: str) -> tuple[Tensor, T
     if kv_layout == "HND":
         return k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     return k_cache, v_cache
+
+
+def split_scales(kv_cache_sf: PagedKVCache, kv_layout: str) -> tuple[Tensor, Tensor]:
+    """The scales [num_pages, page_size, num_kv_heads] of K and V, views of ``split_cache``'s argument less head_dim."""
+    if isinstance(kv_cache_sf, Tensor):
+        if kv_cache_sf.dim() != 4 or kv_cache_sf.shape[1] != 2:
+            raise ValueError(
+                "kv_cache_sf must be a pair or [num_pages, 2, page_size, num_kv_heads], got shape "
+                f"{list(kv_cache_sf.shape)}"
+            )
+        k_scale, v_scale = kv_cache_sf.unbind(1)
+    else:
+        k_scale, v_scale = kv_cache_sf
+    if kv_layout == "HND":
+        return k_scale.transpose(1, 2), v_scale.transpose(1, 2)
+    return k_scale, v_scale
 
 
 def tree_words(mask: Tensor, q_lens: Sequence[int], kv_lens: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ from mixattn.compat import flashinfer
 from mixattn.compat.paged_batch import tree_words, unpack_bits
 from mixattn.ops.reference import attention_reference, merge_states_reference, visible_keys
 from mixattn.ops.tree_mask import tree_mask
-from tests.cases import AttentionCase, AttentionInputs, assert_attention_close, make_inputs
+from tests.cases import V_HEAD_DIM_CASES, AttentionCase, AttentionInputs, KvFormat, assert_attention_close, make_inputs
 from tests.compat.batches import BY_ID, NAMES, csr_table
 
 MANY = pytest.mark.parametrize("case", [BY_ID[name] for name in NAMES], ids=lambda case: case.id)
@@ -102,6 +102,63 @@ def test_prefill_wrapper_reads_float8_with_scales() -> None:
     out = wrapper.run(inputs.q, tuple(caches), k_scale=0.5, v_scale=3.0)
     truth, _ = attention_reference(inputs.q, caches[0].float() * 0.5, caches[1].float() * 3, **inputs.index_tensors)
     torch.testing.assert_close(out, truth)
+
+
+@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
+@pytest.mark.parametrize("is_pair", [True, False], ids=["pair", "one"])
+def test_prefill_wrapper_reads_float8_with_a_scale_per_token_and_head(kv_layout: str, is_pair: bool) -> None:
+    case = AttentionCase("fp8", (1, 5), (20, 9))
+    inputs = make_inputs(case, torch.float32, kv=KvFormat(torch.float8_e4m3fn, "token"))
+    scales = [inputs.k_scale, inputs.v_scale]
+    if kv_layout == "HND":
+        scales = [scale.transpose(1, 2).contiguous() for scale in scales]
+    wrapper = planned_prefill(case, inputs, kv_layout, kv_data_type=torch.float8_e4m3fn, use_token_head_sf=True)
+    out = wrapper.run(
+        inputs.q, cache_of(inputs, kv_layout, is_pair),
+        kv_cache_sf=tuple(scales) if is_pair else torch.stack(scales, dim=1),
+    )  # fmt: skip
+    assert_attention_close(case, inputs, out, None)
+
+
+def test_prefill_wrapper_of_token_scales_that_plan_and_run_disagree_on_is_an_error() -> None:
+    case = AttentionCase("fp8", (1, 5), (20, 9))
+    inputs = make_inputs(case, torch.float32, kv=KvFormat(torch.float8_e4m3fn, "token"))
+    cache, scales = (inputs.k_cache, inputs.v_cache), (inputs.k_scale, inputs.v_scale)
+    for planned, given in ((True, None), (False, scales)):
+        wrapper = planned_prefill(case, inputs, kv_data_type=torch.float8_e4m3fn, use_token_head_sf=planned)
+        with pytest.raises(ValueError, match="kv_cache_sf must be given if, and only if, plan got use_token_head_sf"):
+            wrapper.run(inputs.q, cache, kv_cache_sf=given)
+    with pytest.raises(ValueError, match=r"kv_cache_sf must be a pair or \[num_pages, 2"):
+        planned_prefill(case, inputs, kv_data_type=torch.float8_e4m3fn, use_token_head_sf=True).run(
+            inputs.q, cache, kv_cache_sf=scales[0]
+        )
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_prefill_wrapper_returns_lse_in_the_base_and_layout_it_is_asked_for(is_given: bool) -> None:
+    case = AttentionCase("lse", (1, 5), (20, 9))
+    inputs = make_inputs(case, torch.float32)
+    wrapper, cache = planned_prefill(case, inputs), (inputs.k_cache, inputs.v_cache)
+    _, lse = wrapper.run(inputs.q, cache, return_lse=True)
+    buffer = torch.full((case.num_q_heads, case.total_q), torch.nan) if is_given else None
+    _, natural = wrapper.run(inputs.q, cache, lse=buffer, return_lse=True, lse_base="ln", lse_layout="HN")
+    assert buffer is None or natural is buffer
+    assert natural.is_contiguous()
+    torch.testing.assert_close(natural, lse.t() * math.log(2))
+    for option in ("lse_base", "lse_layout"):
+        with pytest.raises(ValueError, match=f"{option} must be .* got 'log10'"):
+            wrapper.run(inputs.q, cache, **{option: "log10"})
+
+
+@pytest.mark.parametrize("name", ["v128-of-192-chunk-beside-decodes", "v128-of-64"])
+def test_prefill_wrapper_takes_values_of_another_head_dim(name: str) -> None:
+    case = next(case for case in V_HEAD_DIM_CASES if case.id == name)
+    inputs = make_inputs(case, torch.float32)
+    cache = (inputs.k_cache, inputs.v_cache)
+    out, lse = planned_prefill(case, inputs, head_dim_vo=case.v_head_dim).run(inputs.q, cache, return_lse=True)
+    assert_attention_close(case, inputs, out, lse * math.log(2))
+    with pytest.raises(ValueError, match="values must have head_dim 8, as planned, got 128"):
+        planned_prefill(case, inputs, head_dim_vo=8).run(inputs.q, cache)
 
 
 def test_prefill_wrapper_lse_includes_sinks() -> None:
@@ -325,6 +382,10 @@ def test_append_stores_rows_in_their_pages(kv_layout: str, is_pair: bool) -> Non
     seq_lens = flashinfer.get_seq_lens(indptr, last_page_len, case.page_size)
     assert torch.equal(seq_lens, inputs.seq_lens)
     batch_indices, positions = flashinfer.get_batch_indices_positions(inputs.cu_seqlens_q, seq_lens, case.total_q)
+    buffers = torch.empty_like(batch_indices), torch.empty_like(positions)
+    written = flashinfer.get_batch_indices_positions(inputs.cu_seqlens_q, seq_lens, case.total_q, *buffers)
+    assert written[0] is buffers[0] and torch.equal(buffers[0], batch_indices)
+    assert written[1] is buffers[1] and torch.equal(buffers[1], positions)
     assert positions.tolist() == [17, 18, 19, 0, 11, 12, 13, 14, 15]
     shape = (12, 16, 2, 64) if kv_layout == "NHD" else (12, 2, 16, 64)
     caches = torch.zeros(12, 2, *shape[1:], dtype=torch.bfloat16)
