@@ -27,6 +27,15 @@ def widen(x):
 
 
 @triton.jit
+def widen_parts(parts):
+    """A tuple: ``widen`` of each tile of a tuple."""
+    wide = ()
+    for part in tl.static_range(len(parts)):
+        wide += (widen(parts[part]),)
+    return wide
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):
     """``x.to(dtype)`` of a float32 x, rounded to nearest even."""
     if IS_INTERPRETED and dtype == tl.bfloat16:

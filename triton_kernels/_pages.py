@@ -66,6 +66,7 @@ def load_keys(
     offsets,
     is_key,
     HEAD_DIM: tl.constexpr,
+    FIRST_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     KV_FORMAT: tl.constexpr,
     CAPABILITY: tl.constexpr,
@@ -74,14 +75,18 @@ def load_keys(
 ):
     """[keys, BLOCK_D] as stored, or float16 of what KV_FORMAT stores, from offsets behind head; as ``load_rows``.
 
-    What a mask leaves out of a quantised tile is finite. With IS_PINNED such a tile is widened as it was loaded.
+    Its columns are the dimensions from FIRST_DIM, an even number, on. What a mask leaves out of a quantised tile is
+    finite. With IS_PINNED such a tile is widened as it was loaded.
     """
+    NUM_DIMS: tl.constexpr = HEAD_DIM - FIRST_DIM
     if KV_FORMAT is None:
-        tile = load_rows((head + offsets[:, None]) + tl.arange(0, BLOCK_D)[None, :], is_key, HEAD_DIM, IS_MASKED)
+        pointers = (head + FIRST_DIM + offsets[:, None]) + tl.arange(0, BLOCK_D)[None, :]
+        tile = load_rows(pointers, is_key, NUM_DIMS, IS_MASKED)
     else:
         PACKED: tl.constexpr = 2 if KV_FORMAT == "int4" else 1
         byte = tl.arange(0, BLOCK_D // PACKED)
-        codes = load_rows((head + offsets[:, None]) + byte[None, :], is_key, HEAD_DIM // PACKED, IS_MASKED)
+        pointers = (head + FIRST_DIM // PACKED + offsets[:, None]) + byte[None, :]
+        codes = load_rows(pointers, is_key, NUM_DIMS // PACKED, IS_MASKED)
         tile = read_codes(codes, KV_FORMAT, CAPABILITY)
         if IS_PINNED:
             tile = pin_layout(tile, CAPABILITY)

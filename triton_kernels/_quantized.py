@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixattn.triton_kernels._numeric import widen
+from mixattn.triton_kernels._numeric import widen_parts
 
 INT4_ZERO = tl.constexpr(8)
 """The nibble that stands for 0."""
@@ -179,16 +179,22 @@ def element_dims(BLOCK_D: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def fit_half(x):
-    """(float16 [rows, columns], [rows] float32): x and powers of two, whose products are x.
+def fit_half(parts):
+    """(a tuple of float16 [rows, columns], [rows] float32): parts of rows, and powers of two, whose products they are.
 
     A row's largest lands in [1, 4). What is more than 2^13 times smaller than it may lose bits, by 2^-25 of it.
     """
-    wide = widen(x)
-    largest = tl.minimum(tl.maximum(tl.max(tl.abs(wide), 1), MIN_ROW_SCALE), MAX_ROW_EXPONENT)
+    wide = widen_parts(parts)
+    largest = tl.max(tl.abs(wide[0]), 1)
+    for part in tl.static_range(1, len(wide)):
+        largest = tl.maximum(largest, tl.max(tl.abs(wide[part]), 1))
+    largest = tl.minimum(tl.maximum(largest, MIN_ROW_SCALE), MAX_ROW_EXPONENT)
     exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
-    inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
-    return (wide * inverse[:, None]).to(tl.float16), exponent.to(tl.float32, bitcast=True)
+    inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True)[:, None]
+    halves = ()
+    for part in tl.static_range(len(wide)):
+        halves += ((wide[part] * inverse).to(tl.float16),)
+    return halves, exponent.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -4,10 +4,11 @@
 # Method  one program per token and block of heads: the first blocks take K and V, the rest Q; float32, rounded once,
 #         no product fused: what is stored are the bits of the reference
 # Grid    (total_q, blocks of kv heads + blocks of q heads), 4 warps; 8 heads of 128 dimensions are 16 bytes a thread
-# Shapes  k, v [total_q, num_kv_heads, head_dim], q [total_q, num_q_heads, head_dim], caches [num_pages, page_size, ...]
+# Shapes  k [total_q, num_kv_heads, head_dim], v [total_q, num_kv_heads, v_head_dim], q [total_q, num_q_heads,
+#         head_dim], caches [num_pages, page_size, ...]
 # Memory  reads and writes each element once; no shared memory; cos and sin of a token once per block of heads
-# Limits  any head_dim, page_size and strides, the last dimension contiguous; bf16, fp16, fp32, and caches of int8,
-#         float8 and int4, too
+# Limits  any head_dim, v_head_dim, page_size and strides, the last dimension contiguous; bf16, fp16, fp32, and caches
+#         of int8, float8 and int4, too
 # Twins   csrc/cpu/kv_cache-inl.h, csrc/cuda/append_kv.cuh
 #         truth ops/reference.py (append_kv_reference, rope_reference, quantize_reference)
 # Source  arXiv:2104.09864, equation 34
@@ -181,7 +182,9 @@ def append_kv_kernel(
     num_q_heads,
     page_size,
     HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -209,7 +212,7 @@ def append_kv_kernel(
         v_slots = v_cache + page * stride_v_cache_page + offset * stride_v_cache_token + head * stride_v_cache_head
         if KV_FORMAT is None:
             rotate_rows(k_rows, k_slots, is_head, cos_sin, HEAD_DIM, BLOCK_D, ROTARY_DIM, BLOCK_PAIRS, IS_INTERLEAVED)
-            copy_rows(v_rows, v_slots, is_head, 0, HEAD_DIM, BLOCK_D)
+            copy_rows(v_rows, v_slots, is_head, 0, V_HEAD_DIM, BLOCK_DV)
         else:
             k_slot_scale = k_scale
             if k_scale is not None:
@@ -222,8 +225,8 @@ def append_kv_kernel(
                 IS_INTERLEAVED, KV_FORMAT, WRITES_K_SCALE,
             )  # fmt: skip
             quantize_rows(
-                v_rows, v_slots, is_head, v_slot_scale, v_scale_value, cos_sin, HEAD_DIM, BLOCK_D, 0, IS_INTERLEAVED,
-                KV_FORMAT, WRITES_V_SCALE,
+                v_rows, v_slots, is_head, v_slot_scale, v_scale_value, cos_sin, V_HEAD_DIM, BLOCK_DV, 0,
+                IS_INTERLEAVED, KV_FORMAT, WRITES_V_SCALE,
             )  # fmt: skip
     elif q is not None:
         head = ((block - num_kv_blocks) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
@@ -297,7 +300,9 @@ def append_kv(
             num_q_heads,
             k_cache.shape[1],
             HEAD_DIM=head_dim,
+            V_HEAD_DIM=v.shape[2],
             BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_DV=triton.next_power_of_2(v.shape[2]),
             ROTARY_DIM=rotary_dim,
             BLOCK_PAIRS=triton.next_power_of_2(max(rotary_dim // 2, 1)),
             BLOCK_HEADS=block_heads,

@@ -2,23 +2,26 @@
 # Math    o_i = sum_j softmax_j(softmax_scale * q_i.k_j) v_j over the keys j that row i may see; soft cap, ALiBi, sinks
 #         and tree masks as ops/attention.py defines them, compiled in where they are used
 # Method  persistent programs draw the items of a plan (ops/plan.py) from a counter; online softmax over KV tiles: first
-#         those that every row sees whole, without any mask code, then those that it does not; items of split rows leave
-#         float32 partials, and the last of them to finish merges them in split order
+#         those that every row sees whole, without any mask code, then those that it does not; a head_dim of 192 is two
+#         products, of 128 and 64 columns; items of split rows leave float32 partials, and the last of them to finish
+#         merges them in split order
 # Grid    programs of 8 warps, as many as the SMs hold at once, whatever the batch; an item runs in the smallest tile of
 #         tiles.py that holds its rows: 128 or 16. Tiles are chosen by the compilers' output: no speed has been measured
-# Shapes  q, out [total_q, num_q_heads, head_dim], k_cache, v_cache [num_pages, page_size, num_kv_heads, head_dim] in
-#         bf16, fp16 or fp32, the caches also in int8, fp8 and int4 (_quantized.py) with scales; lse [total_q,
-#         num_q_heads] fp32; partials [num_partial_rows, head_dim] fp32
-# Memory  an item reads 2 keys head_dim element_bytes, and reads and writes rows head_dim element_bytes; one of split
-#         rows writes and reads again 4 rows (head_dim + 1) bytes instead; shared memory as tiles.shared_bytes
+# Shapes  q [total_q, num_q_heads, head_dim], k_cache [num_pages, page_size, num_kv_heads, head_dim], out and v_cache
+#         with v_head_dim, in bf16, fp16 or fp32, the caches also in int8, fp8 and int4 (_quantized.py) with scales; lse
+#         [total_q, num_q_heads] fp32; partials [num_partial_rows, v_head_dim] fp32
+# Memory  an item reads keys (head_dim + v_head_dim) element_bytes and rows head_dim element_bytes, and writes rows
+#         v_head_dim element_bytes; one of split rows writes and reads again 4 rows (v_head_dim + 1) bytes instead;
+#         shared memory as tiles.shared_bytes
 # Static  head_dim 128, bf16, pages of 16, group 4, causal (bench/static/README.md has the other cases):
 #                         registers  spills  shared bytes  programs  warp instructions per MMA-MFLOP, full tiles
 #                                                          per SM    of 128 rows / of 16
 #         sm_90 (wgmma)   128        0       98,304        2         759 / 1,976
 #         sm_80 (mma)     255        0       73,728        1         933 / 1,900
 #         sm_100 (tcgen05) 218       0       98,848        1         719 / 1,854
-# Limits  head_dim up to 256, any page_size, group and strides, the last dimension contiguous; sm_80+; Triton 3.5+. What
-#         a deployment fixes is compiled in: group size, page size, window, the strides of pages and of tokens in them
+# Limits  head_dim and v_head_dim up to 256, any page_size, group and strides, the last dimension contiguous; sm_80+;
+#         Triton 3.5+. What a deployment fixes is compiled in: group size, page size, window, the strides of pages and
+#         of tokens in them
 # Twins   csrc/cpu/mixed_attention-inl.h; truth ops/reference.py
 # Source  online softmax over tiles: arXiv:2307.08691, section 3; split keys: arXiv:2311.01282, section 3
 """Attention of one step's prefill chunks and decode rows, split keys merged, in one launch; ``attention`` on GPUs."""
@@ -34,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixattn.triton_kernels._launch import launch, target_capability
-from mixattn.triton_kernels._numeric import dot, narrow, widen
+from mixattn.triton_kernels._numeric import dot, narrow, widen_parts
 from mixattn.triton_kernels._pages import convert, load_keys, load_scales, locate_keys
 from mixattn.triton_kernels._quantized import MIN_ROW_SCALE, element_dims, fit_half
 from mixattn.triton_kernels._softmax import (
@@ -90,6 +93,22 @@ def apply_tree_mask(is_visible, key, row_position, row_word, slice_begin):
     return is_visible & (~has_bit | (bit == 1))
 
 
+@triton.constexpr_function
+def first_dim(block_d: tuple[int, ...], part: int) -> int:
+    """The first dimension of a head that this part of its columns holds."""
+    return sum(block_d[:part])
+
+
+@triton.jit
+def load_query(q_rows, is_row, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, KV_FORMAT: tl.constexpr):
+    """A tuple: the rows at q_rows [BLOCK_M], in as many tiles as BLOCK_D has widths, [BLOCK_M, BLOCK_D[part]] each."""
+    query = ()
+    for part in tl.static_range(len(BLOCK_D)):
+        dim = first_dim(BLOCK_D, part) + element_dims(BLOCK_D[part], KV_FORMAT)[None, :]
+        query += (tl.load(q_rows[:, None] + dim, mask=is_row[:, None] & (dim < HEAD_DIM), other=0.0),)
+    return query
+
+
 @triton.jit
 def attend_tile(
     query,
@@ -113,6 +132,8 @@ def attend_tile(
     score_scale,
     score_cap,
     HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     KV_FORMAT: tl.constexpr,
@@ -129,12 +150,14 @@ def attend_tile(
 ):
     """(accumulator, row_max, row_sum, value_max) after the keys [tile_begin, tile_begin + BLOCK_N).
 
-    Without IS_EDGE every row sees every key of the tile; with it, each its own part of [kv_begin, kv_end).
+    query is as ``load_query`` made it. Without IS_EDGE every row sees every key of the tile; with it, each its own part
+    of [kv_begin, kv_end).
     row_slope (ALiBi's, in log2 units) and row_word (tree_mask's) are None where these are off, and so are k_scale_head
     and v_scale_head without scales per token. score_scale is [1], for all rows, or [BLOCK_M].
     """
-    BLOCK_M: tl.constexpr = query.shape[0]
-    BLOCK_D: tl.constexpr = query.shape[1]
+    BLOCK_M: tl.constexpr = query[0].shape[0]
+    BLOCK_DV: tl.constexpr = accumulator.shape[1]
+    dtype: tl.constexpr = query[0].dtype
     key = tile_begin + tl.arange(0, BLOCK_N)
     is_key = (key >= kv_begin) & (key < kv_end)
     k_offsets = locate_keys(block_table_row, tile_begin, kv_end, BLOCK_N, PAGE_SIZE, K_STRIDES, IS_EDGE)
@@ -142,11 +165,16 @@ def attend_tile(
     if K_STRIDES != V_STRIDES:
         v_offsets = locate_keys(block_table_row, tile_begin, kv_end, BLOCK_N, PAGE_SIZE, V_STRIDES, IS_EDGE)
     # float32 products would have both halves of K and V in shared memory besides: more than there is.
-    IS_PINNED: tl.constexpr = query.dtype != tl.float32
-    IS_K_PINNED: tl.constexpr = IS_PINNED and BLOCK_D <= 128  # with more, K spills on its way to shared memory
-    k = load_keys(k_head, k_offsets, is_key, HEAD_DIM, BLOCK_D, KV_FORMAT, CAPABILITY, IS_K_PINNED, IS_EDGE)
-    k = convert(k, query.dtype)  # (BLOCK_N, BLOCK_D)
-    scores = dot(query, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # (BLOCK_M, BLOCK_N)
+    IS_PINNED: tl.constexpr = dtype != tl.float32
+    IS_K_PINNED: tl.constexpr = IS_PINNED and BLOCK_D[0] <= 128  # with more, K spills on its way to shared memory
+    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for part in tl.static_range(len(BLOCK_D)):
+        k = load_keys(
+            k_head, k_offsets, is_key, HEAD_DIM, first_dim(BLOCK_D, part), BLOCK_D[part], KV_FORMAT, CAPABILITY,
+            IS_K_PINNED, IS_EDGE,
+        )  # fmt: skip
+        k = convert(k, dtype)  # (BLOCK_N, BLOCK_D[part])
+        scores = dot(query[part], tl.trans(k), scores)
     if k_scale_head is not None:
         key_scale = load_scales(
             k_scale_head, block_table_row, tile_begin, kv_end, is_key, BLOCK_N, PAGE_SIZE, K_SCALE_STRIDES, IS_EDGE
@@ -183,7 +211,7 @@ def attend_tile(
         value_scale = load_scales(
             v_scale_head, block_table_row, tile_begin, kv_end, is_key, BLOCK_N, PAGE_SIZE, V_SCALE_STRIDES, IS_EDGE
         )
-        if query.dtype == tl.float32:
+        if dtype == tl.float32:
             weights = weights * value_scale[None, :]
         else:
             if IS_INVARIANT:
@@ -193,9 +221,9 @@ def attend_tile(
             weights, value_max, value_rescale = weigh_values(weights, value_scale, value_max)
             rescale = rescale * value_rescale
     # V of what is no key of the item is 0, not what memory holds there: 0 * NaN would be NaN.
-    v = load_keys(v_head, v_offsets, is_key, HEAD_DIM, BLOCK_D, KV_FORMAT, CAPABILITY, IS_PINNED, IS_EDGE)
-    v = convert(v, query.dtype)
-    accumulator = dot(narrow(weights, v.dtype), v, accumulator * rescale)  # v is (BLOCK_N, BLOCK_D)
+    v = load_keys(v_head, v_offsets, is_key, V_HEAD_DIM, 0, BLOCK_DV, KV_FORMAT, CAPABILITY, IS_PINNED, IS_EDGE)
+    v = convert(v, dtype)
+    accumulator = dot(narrow(weights, v.dtype), v, accumulator * rescale)  # v is (BLOCK_N, BLOCK_DV)
     return accumulator, row_max, row_sum, value_max
 
 
@@ -215,7 +243,7 @@ def store_rows(
     stride_out_token,
     stride_out_head,
     stride_lse_token,
-    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     KV_FORMAT: tl.constexpr,
     IS_INVARIANT: tl.constexpr,
@@ -240,7 +268,7 @@ def store_rows(
     num_rows = tl.load(item + ITEM_ROWS_AND_KIND, volatile=True) & NUM_ROWS_MASK
     dim = element_dims(accumulator.shape[1], KV_FORMAT)
     is_row = row < num_rows
-    is_value = is_row[:, None] & (dim < HEAD_DIM)[None, :]
+    is_value = is_row[:, None] & (dim < V_HEAD_DIM)[None, :]
     if is_whole:
         first_token = tl.load(cu_seqlens_q + tl.load(item + ITEM_SEQ_IDX, volatile=True))
         first_head = tl.load(item + ITEM_KV_HEAD, volatile=True) * GROUP_SIZE
@@ -253,7 +281,7 @@ def store_rows(
     else:
         # Through L2 (.cg): another program reads these.
         partial_row = (tl.load(item + ITEM_PARTIAL_ROW) + row).to(tl.int64)
-        partial_rows = partial_out + (partial_row * HEAD_DIM)[:, None]
+        partial_rows = partial_out + (partial_row * V_HEAD_DIM)[:, None]
         tl.store(partial_rows + dim[None, :], result, mask=is_value, cache_modifier=".cg")
         tl.store(partial_lse + partial_row, lse_log2, mask=is_row, cache_modifier=".cg")
 
@@ -298,7 +326,9 @@ def attend_item(
     score_cap,
     value_scale,
     HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -323,17 +353,16 @@ def attend_item(
     is_row = first_row + tl.arange(0, BLOCK_M) < num_rows
     token = (tl.load(cu_seqlens_q + seq_idx) + row // GROUP_SIZE).to(tl.int64)
     head = (kv_head * GROUP_SIZE + row % GROUP_SIZE).to(tl.int64)
-    q_rows = q + (token * stride_q_token + head * stride_q_head)[:, None]
-    dim = element_dims(BLOCK_D, KV_FORMAT)[None, :]
-    query = tl.load(q_rows + dim, mask=is_row[:, None] & (dim < HEAD_DIM), other=0.0)  # (BLOCK_M, BLOCK_D)
+    q_rows = q + (token * stride_q_token + head * stride_q_head)
+    query = load_query(q_rows, is_row, HEAD_DIM, BLOCK_D, KV_FORMAT)
     score_scale = tl.zeros([1], tl.float32) + score_scale
     if KV_FORMAT is not None:
         # float16 holds what is stored exactly, and costs an instruction for two elements where bfloat16 costs four.
-        if query.dtype == tl.bfloat16:
+        if query[0].dtype == tl.bfloat16:
             query, row_scale = fit_half(query)
             score_scale = score_scale * row_scale
-    elif query.dtype != k_cache.dtype.element_ty:
-        query = widen(query)
+    elif query[0].dtype != k_cache.dtype.element_ty:
+        query = widen_parts(query)
 
     block_table_row = block_table + seq_idx.to(tl.int64) * stride_block_table
     k_head = k_cache + kv_head.to(tl.int64) * stride_k_head
@@ -351,7 +380,7 @@ def attend_item(
         if V_SCALE_STRIDES is None:
             value_scale = value_scale * tl.load(v_scale_head)
             v_scale_head = None
-    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = new_row_sum(BLOCK_M, BLOCK_N)
     value_max = tl.full([BLOCK_M if IS_INVARIANT else 1, 1], MIN_ROW_SCALE, tl.float32)
@@ -396,11 +425,11 @@ def attend_item(
             accumulator, row_max, row_sum, value_max = attend_tile(
                 query, accumulator, row_max, row_sum, value_max, position, row_kv_end, row_slope, row_word, slice_begin,
                 tile * BLOCK_N, kv_begin, kv_end, block_table_row, k_head, v_head, k_scale_head, v_scale_head,
-                score_scale, score_cap, HEAD_DIM, BLOCK_N, PAGE_SIZE, KV_FORMAT, CAPABILITY, K_STRIDES, V_STRIDES,
-                K_SCALE_STRIDES, V_SCALE_STRIDES, IS_CAUSAL, WINDOW_LEFT, HAS_SOFT_CAP, IS_INVARIANT,
-                IS_EDGE=is_edge == 1,
+                score_scale, score_cap, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, KV_FORMAT, CAPABILITY,
+                K_STRIDES, V_STRIDES, K_SCALE_STRIDES, V_SCALE_STRIDES, IS_CAUSAL, WINDOW_LEFT, HAS_SOFT_CAP,
+                IS_INVARIANT, IS_EDGE=is_edge == 1,
             )  # fmt: skip
-    if v_scale_head is not None and query.dtype != tl.float32:
+    if v_scale_head is not None and query[0].dtype != tl.float32:
         accumulator = accumulator * value_max
     elif KV_FORMAT is not None:
         accumulator = accumulator * value_scale
@@ -419,8 +448,8 @@ def merge_item(
     stride_out_token,
     stride_out_head,
     stride_lse_token,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
     """The partials of all splits of some rows, in split order, to out and lse."""
@@ -430,12 +459,12 @@ def merge_item(
     num_rows = tl.load(merge + MERGE_NUM_ROWS)
     first_partial_row = tl.load(merge + MERGE_PARTIAL_ROW)
     num_splits = tl.load(merge + MERGE_NUM_SPLITS)
-    dim = tl.arange(0, BLOCK_D)
-    is_dim = (dim < HEAD_DIM)[None, :]
+    dim = tl.arange(0, BLOCK_DV)
+    is_dim = (dim < V_HEAD_DIM)[None, :]
     for block_begin in tl.range(0, num_rows, MERGE_BLOCK_ROWS, num_stages=1):
         row = block_begin + tl.arange(0, MERGE_BLOCK_ROWS)
         is_row = row < num_rows
-        accumulator = tl.zeros([MERGE_BLOCK_ROWS, BLOCK_D], tl.float32)
+        accumulator = tl.zeros([MERGE_BLOCK_ROWS, BLOCK_DV], tl.float32)
         row_max = tl.full([MERGE_BLOCK_ROWS], -float("inf"), tl.float32)
         row_sum = tl.zeros([MERGE_BLOCK_ROWS], tl.float32)
         for split in tl.range(0, num_splits, num_stages=1):
@@ -443,11 +472,11 @@ def merge_item(
             # Through L2 (.cg): L1 may hold what was here before another program wrote.
             split_lse = tl.load(partial_lse + partial_row, mask=is_row, other=-float("inf"), cache_modifier=".cg")
             split_out = tl.load(
-                partial_out + (partial_row * HEAD_DIM)[:, None] + dim[None, :],
+                partial_out + (partial_row * V_HEAD_DIM)[:, None] + dim[None, :],
                 mask=is_row[:, None] & is_dim,
                 other=0.0,
                 cache_modifier=".cg",
-            )  # (MERGE_BLOCK_ROWS, BLOCK_D)
+            )  # (MERGE_BLOCK_ROWS, BLOCK_DV)
             accumulator, row_max, row_sum = absorb_state(accumulator, row_max, row_sum, split_out, split_lse)
         token = (first_token + (row_begin + row) // GROUP_SIZE).to(tl.int64)
         head = (first_head + (row_begin + row) % GROUP_SIZE).to(tl.int64)
@@ -494,7 +523,9 @@ def mixed_attention_kernel(
     score_cap,
     value_scale,
     HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -530,13 +561,13 @@ def mixed_attention_kernel(
                         q, k_cache, v_cache, k_scale, v_scale, block_table, alibi_slopes, tree_mask, item, first_row,
                         cu_seqlens_q, seq_lens, stride_q_token, stride_q_head, stride_k_head, stride_v_head,
                         stride_k_scale_head, stride_v_scale_head, stride_block_table, stride_alibi_seq, score_scale,
-                        score_cap, value_scale, HEAD_DIM, BLOCK_D, BLOCK_M[tile], BLOCK_N[tile], NUM_STAGES[tile],
-                        GROUP_SIZE, PAGE_SIZE, KV_FORMAT, CAPABILITY, K_STRIDES, V_STRIDES, K_SCALE_STRIDES,
-                        V_SCALE_STRIDES, IS_CAUSAL, WINDOW_LEFT, HAS_SOFT_CAP, IS_INVARIANT,
+                        score_cap, value_scale, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_M[tile], BLOCK_N[tile],
+                        NUM_STAGES[tile], GROUP_SIZE, PAGE_SIZE, KV_FORMAT, CAPABILITY, K_STRIDES, V_STRIDES,
+                        K_SCALE_STRIDES, V_SCALE_STRIDES, IS_CAUSAL, WINDOW_LEFT, HAS_SOFT_CAP, IS_INVARIANT,
                     )  # fmt: skip
                     store_rows(
                         accumulator, row_max, row_sum, out, lse, partial_out, partial_lse, sinks, item, first_row,
-                        cu_seqlens_q, stride_out_token, stride_out_head, stride_lse_token, HEAD_DIM, GROUP_SIZE,
+                        cu_seqlens_q, stride_out_token, stride_out_head, stride_lse_token, V_HEAD_DIM, GROUP_SIZE,
                         KV_FORMAT, IS_INVARIANT,
                     )  # fmt: skip
         merge_idx = tl.load(item + ITEM_MERGE_IDX)
@@ -549,7 +580,7 @@ def mixed_attention_kernel(
             if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.load(merge + MERGE_NUM_ITEMS) - 1:
                 merge_item(
                     out, lse, partial_out, partial_lse, sinks, merge, cu_seqlens_q, stride_out_token, stride_out_head,
-                    stride_lse_token, HEAD_DIM, BLOCK_D, GROUP_SIZE,
+                    stride_lse_token, V_HEAD_DIM, BLOCK_DV, GROUP_SIZE,
                 )  # fmt: skip
                 tl.store(ticket, 0)  # for the next launch: in this one nobody draws it again
         item_idx = tl.atomic_add(tickets, 1, sem="relaxed")
@@ -593,12 +624,14 @@ def mixed_attention(
     all tensors are on one device (the CPU under the interpreter).
 
     Args:
-        q: [total_q, num_q_heads, head_dim]; k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], float or
-            quantised (uint8 holds int4, [..., head_dim / 2]); any strides, the last dimension contiguous.
+        q: [total_q, num_q_heads, head_dim]; k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], and with
+            v_head_dim, float or quantised (uint8 holds int4, [..., head_dim / 2]); any strides, the last dimension
+            contiguous.
         cu_seqlens_q, seq_lens, block_table: int32, as for ``ops.attention``.
         plan_words: int32, the plan's ``buffer``, made with ``PLAN_BLOCK_ROWS`` for these lengths and this mask.
-        out: as q, written. lse: [total_q, num_q_heads] float32, written, natural log; or None.
-        partial_out: [at least the plan's num_partial_rows, head_dim] float32, contiguous, scratch.
+        out: [total_q, num_q_heads, v_head_dim], q's dtype, written. lse: [total_q, num_q_heads] float32, written,
+            natural log; or None.
+        partial_out: [at least the plan's num_partial_rows, v_head_dim] float32, contiguous, scratch.
         partial_lse: [at least the plan's num_partial_rows] float32, contiguous, scratch.
         tickets: [at least 1 + the plan's num_merges] int32, zeros; zeros again when the launch has ended. Two launches
             that may overlap need one each, as of the partials.
@@ -611,13 +644,13 @@ def mixed_attention(
         tiles: to run in; None for those of ``choose_call_tiles``.
         num_programs: of the grid; None for as many as the SMs hold at once.
     """
-    total_q, num_q_heads, head_dim = q.shape
+    total_q, num_q_heads, _ = q.shape
     if total_q == 0:
         return
     page_size, num_kv_heads = k_cache.shape[1:3]
     has_row_terms = alibi_slopes is not None or tree_mask is not None
     if tiles is None:
-        tiles = choose_call_tiles(q, k_cache, kv_format, has_row_terms=has_row_terms, invariant=invariant)
+        tiles = choose_call_tiles(q, v_cache, kv_format, has_row_terms=has_row_terms, invariant=invariant)
     major, minor = capability(q.device)
     if kv_format is not None:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
@@ -660,8 +693,10 @@ def mixed_attention(
             score_scale,
             (soft_cap or 0.0) * LOG2_E.value,
             float(v_scale) if isinstance(v_scale, (float, int)) else 1.0,
-            HEAD_DIM=head_dim,
+            HEAD_DIM=q.shape[2],
+            V_HEAD_DIM=out.shape[2],
             BLOCK_D=tiles.block_d,
+            BLOCK_DV=tiles.block_dv,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
             NUM_STAGES=tiles.num_stages,
@@ -684,11 +719,14 @@ def mixed_attention(
 
 
 def choose_call_tiles(
-    q: Tensor, k_cache: Tensor, kv_format: str | None, *, has_row_terms: bool, invariant: bool
+    q: Tensor, v_cache: Tensor, kv_format: str | None, *, has_row_terms: bool, invariant: bool
 ) -> TileChoice:
     """The tiles that a call runs in; ``has_row_terms`` as for ``choose_tiles``, the rest as for ``mixed_attention``."""
-    element_bytes, stored_bits = product_elements(q.dtype, k_cache.dtype, kv_format)
-    problem = TileProblem(q.shape[2], element_bytes, stored_bits, kv_format, has_row_terms, has_one_kind=invariant)
+    element_bytes, stored_bits = product_elements(q.dtype, v_cache.dtype, kv_format)
+    v_head_dim = v_cache.shape[3] * (2 if kv_format == "int4" else 1)
+    problem = TileProblem(
+        q.shape[2], v_head_dim, element_bytes, stored_bits, kv_format, has_row_terms, has_one_kind=invariant
+    )
     return tiles_for(problem, gpu(q.device))
 
 

@@ -24,7 +24,7 @@ from mixattn.triton_kernels.tiles import TileChoice, TileProblem, why_not
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Of the file."""
 KERNEL_FILES = ("mixed_attention.py", "_numeric.py", "_pages.py", "_quantized.py", "_softmax.py")
 
@@ -181,6 +181,7 @@ def _problem(entry: dict[str, Any]) -> TileProblem:
         )
     return TileProblem(
         head_dim=_positive(entry, "head_dim"),
+        v_head_dim=_positive(entry, "v_head_dim"),
         element_bytes=element_bytes,
         stored_bits=stored_bits,
         kv_format=None if entry["kv_format"] is None else _of(entry, "kv_format", str),
@@ -195,7 +196,8 @@ def _tiles(entry: dict[str, Any]) -> TileChoice:
         block_m=_integers(entry, "block_m"),
         block_n=_integers(entry, "block_n"),
         num_stages=_integers(entry, "num_stages"),
-        block_d=_positive(entry, "block_d"),
+        block_d=_integers(entry, "block_d"),
+        block_dv=_positive(entry, "block_dv"),
         num_warps=_positive(entry, "num_warps"),
         programs_per_sm=_positive(entry, "programs_per_sm"),
         max_registers=None if entry["max_registers"] is None else _positive(entry, "max_registers"),

@@ -20,6 +20,7 @@ class Case:
     Args:
         kv_dtype: what K and V are stored as, one of ``KV_CACHE_DTYPES``.
         decode_q: rows of each decode: 1, or more as in speculative verification.
+        v_head_dim: None is head_dim.
     """
 
     name: str
@@ -33,6 +34,11 @@ class Case:
     page_size: int = 16
     kv_dtype: str = "auto"
     decode_q: int = 1
+    v_head_dim: int | None = None
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     @property
     def q_lens(self) -> list[int]:
@@ -87,6 +93,8 @@ SWEEP_HEAD_DIMS = (64, 128, 256)
 SWEEP_GROUP_SIZES = (1, 4, 8)
 SWEEP_KV_DTYPES = ("auto", "fp8_e4m3")
 SWEEP_Q_HEADS = 32
+SPLIT_HEADS = Case("mixed-32x4k-chunk-512-hd192-v128-mha", 32, 4096, 512, 4096, 32, 32, 192, v_head_dim=128)
+"""Heads as DeepSeek V2 and V3 have them before they are absorbed."""
 CENTRE = (512, 32, 1 << 12, 128, 4, "auto")
 """Chunk, decodes, context, head_dim, group size and K and V: where all axes of the short sweep cross."""
 
@@ -112,7 +120,8 @@ def sweep_case(
 
 
 def sweep(is_full: bool) -> list[Case]:
-    """The mixed batches of a GPU's sweep: each axis alone through ``CENTRE``, which is first, or all combinations."""
+    """The mixed batches of a GPU's sweep: each axis alone through ``CENTRE``, which is first, or all combinations; then
+    ``SPLIT_HEADS``."""
     axes = (
         SWEEP_CHUNKS, SWEEP_DECODES, SWEEP_CONTEXTS, SWEEP_HEAD_DIMS, SWEEP_GROUP_SIZES, SWEEP_KV_DTYPES,
     )  # fmt: skip
@@ -121,7 +130,7 @@ def sweep(is_full: bool) -> list[Case]:
     else:
         points = [CENTRE, *((*CENTRE[:i], value, *CENTRE[i + 1 :]) for i, axis in enumerate(axes) for value in axis)]
     made = (sweep_case(*point) for point in dict.fromkeys(points))
-    return [case for case in made if case is not None]
+    return [*(case for case in made if case is not None), SPLIT_HEADS]
 
 
 def kind_cases(case: Case) -> dict[str, Case]:
@@ -142,19 +151,20 @@ def kind_cases(case: Case) -> dict[str, Case]:
     }
 
 
-def flops_and_bytes(case: Case, element_bytes: int, kv_row_bytes: float) -> list[tuple[int, int]]:
+def flops_and_bytes(case: Case, element_bytes: int, key_bytes: float) -> list[tuple[int, int]]:
     """Per slice: flops of the visible (row, key) pairs, and bytes of K and V read once plus q and out.
 
     Args:
         element_bytes: of q and out.
-        kv_row_bytes: of one head's row of K or V, its scale included.
+        key_bytes: of a key's K and V in one head, their scales included.
     """
     per_slice = []
     for q_len, kv_len in zip(case.q_lens, case.kv_lens, strict=True):
         pairs = sum(kv_len - q_len + row + 1 for row in range(q_len))
-        rows_bytes = 2 * q_len * case.num_q_heads * case.head_dim * element_bytes
-        kv_bytes = int(2 * kv_len * case.num_kv_heads * kv_row_bytes)
-        per_slice.append((4 * pairs * case.num_q_heads * case.head_dim, kv_bytes + rows_bytes))
+        dims = case.head_dim + case.value_dim
+        rows_bytes = q_len * case.num_q_heads * dims * element_bytes
+        kv_bytes = int(kv_len * case.num_kv_heads * key_bytes)
+        per_slice.append((2 * pairs * case.num_q_heads * dims, kv_bytes + rows_bytes))
     return per_slice
 
 
@@ -173,10 +183,10 @@ class Batch:
     block_table: Tensor
 
     @property
-    def kv_row_bytes(self) -> int:
-        """Of one head's row of K or V, its scale included."""
+    def key_bytes(self) -> int:
+        """Of a key's K and V in one head, their scales included."""
         scale_bytes = 0 if self.k_scale is None else self.k_scale.element_size()
-        return self.k_cache.shape[3] * self.k_cache.element_size() + scale_bytes
+        return sum(cache.shape[3] * cache.element_size() + scale_bytes for cache in (self.k_cache, self.v_cache))
 
     def real_caches(self) -> tuple[Tensor, Tensor]:
         """K and V in q's dtype."""
@@ -192,7 +202,7 @@ class Batch:
 def cache_bytes(case: Case, dtype: torch.dtype) -> int:
     """Bytes of K and V of the case, without scales."""
     num_rows = sum(-(-kv // case.page_size) for kv in case.kv_lens) * case.page_size * case.num_kv_heads
-    return 2 * num_rows * case.head_dim * kv_dtype(case.kv_dtype, dtype).itemsize
+    return num_rows * (case.head_dim + case.value_dim) * kv_dtype(case.kv_dtype, dtype).itemsize
 
 
 def make_batch(case: Case, dtype: torch.dtype, device: torch.device, *, has_row_scales: bool | None = None) -> Batch:
@@ -206,7 +216,7 @@ def make_batch(case: Case, dtype: torch.dtype, device: torch.device, *, has_row_
     is_cpu = device.type == "cpu"
     pages_each = [-(-kv // case.page_size) for kv in case.kv_lens]
     num_pages = sum(pages_each)
-    shape = (num_pages, case.page_size, case.num_kv_heads, case.head_dim)
+    rows = (num_pages, case.page_size, case.num_kv_heads)
     stored = kv_dtype(case.kv_dtype, dtype)
 
     def draw(*size: int) -> Tensor:
@@ -215,7 +225,9 @@ def make_batch(case: Case, dtype: torch.dtype, device: torch.device, *, has_row_
         return torch.randn(size, generator=generator, device=device, dtype=drawn_dtype)
 
     is_scaled = is_cpu if has_row_scales is None else has_row_scales
-    (k_cache, k_scale), (v_cache, v_scale) = (store(draw(*shape), stored, has_row_scales=is_scaled) for _ in range(2))
+    (k_cache, k_scale), (v_cache, v_scale) = (
+        store(draw(*rows, width), stored, has_row_scales=is_scaled) for width in (case.head_dim, case.value_dim)
+    )
     q = draw(sum(case.q_lens), case.num_q_heads, case.head_dim).to(dtype)
     order = torch.randperm(num_pages, generator=generator, device=device).int()
     block_table = torch.zeros(len(pages_each), max(pages_each), dtype=torch.int32, device=device)

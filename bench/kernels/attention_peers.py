@@ -125,6 +125,7 @@ def repaged(batch: Batch, cache: Tensor, page_size: int) -> tuple[Tensor, Tensor
 def flash_attention_2_arguments(batch: Batch) -> dict[str, Any]:
     """Of ``flash_attn.flash_attn_varlen_func``."""
     _refuse_quantized(batch, "K and V must be of q's dtype")
+    _refuse_v_head_dim(batch)
     (k, block_table), (v, _) = (repaged(batch, cache, FLASH_ATTENTION_2_PAGE) for cache in batch.real_caches())
     starts = torch.tensor([0, *batch.case.kv_lens], device=k.device).cumsum(0).int()
     return {
@@ -193,7 +194,9 @@ def flashinfer_prefill(batch: Batch, module: str = "flashinfer") -> Call:
     wrapper = importlib.import_module(module).BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
     case = batch.case
     pages = flashinfer_pages(case.kv_lens, case.page_size, batch.block_table)
-    wrapper.plan(batch.cu_seqlens_q, *pages, *_heads(batch), case.page_size, causal=True, **_dtypes(batch))
+    wrapper.plan(
+        batch.cu_seqlens_q, *pages, *_heads(batch), case.page_size, case.value_dim, causal=True, **_dtypes(batch)
+    )
     return lambda: wrapper.run(batch.q, (batch.k_cache, batch.v_cache))
 
 
@@ -204,8 +207,8 @@ def flashinfer_attention(batch: Batch, module: str = "flashinfer") -> Call:
     indptr, indices, _ = flashinfer_pages(case.kv_lens, case.page_size, batch.block_table)
     num_q_heads, num_kv_heads, head_dim = _heads(batch)
     wrapper.plan(
-        batch.cu_seqlens_q, indptr, indices, batch.seq_lens, num_q_heads, num_kv_heads, head_dim, head_dim,
-        case.page_size, causal=True, **_dtypes(batch),
+        batch.cu_seqlens_q, indptr, indices, batch.seq_lens, num_q_heads, num_kv_heads, head_dim,
+        case.value_dim, case.page_size, causal=True, **_dtypes(batch),
     )  # fmt: skip
     return lambda: wrapper.run(batch.q, (batch.k_cache, batch.v_cache))[0]
 
@@ -213,6 +216,7 @@ def flashinfer_attention(batch: Batch, module: str = "flashinfer") -> Call:
 def pod_plan_arguments(batch: Batch) -> list[Any]:
     """Of BatchPOD's ``plan``: the chunk's four index tensors, the decodes' four, and the shape."""
     case = batch.case
+    _refuse_v_head_dim(batch)
     if not case.chunk or not case.num_decodes:
         raise NotImplementedError("it takes a chunk beside decodes only")
     arguments: list[Any] = []
@@ -244,6 +248,11 @@ def flashinfer_pod(batch: Batch, module: str = "flashinfer") -> Call:
 def _refuse_quantized(batch: Batch, reason: str) -> None:
     if batch.k_cache.dtype != batch.q.dtype:
         raise NotImplementedError(reason)
+
+
+def _refuse_v_head_dim(batch: Batch) -> None:
+    if batch.case.value_dim != batch.case.head_dim:
+        raise NotImplementedError("it takes heads of V of K's size only")
 
 
 PEERS: dict[str, Callable[[Batch], Call]] = {

@@ -102,7 +102,7 @@ def main() -> None:
             ratios = ", ".join(f"{name} {timing.median_us / plain_us:.2f}" for name, timing in timings.items())
             print(f"{case.name:40} {dtype_name:9} {plain_us / 1e3:8.2f} ms: {ratios}", flush=True)
             element_bytes = getattr(torch, dtype_name).itemsize
-            per_slice = flops_and_bytes(case, element_bytes, case.head_dim * element_bytes)
+            per_slice = flops_and_bytes(case, element_bytes, 2 * case.head_dim * element_bytes)
             records += [
                 Record(
                     case.name, name, dtype_name, timing, bytes=sum(b for _, b in per_slice),

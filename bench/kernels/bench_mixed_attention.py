@@ -45,9 +45,9 @@ def run(
     batch = make_batch(case, dtype, torch.device("cpu"))
     work_plan = mixattn.plan(
         batch.cu_seqlens_q, batch.seq_lens, num_q_heads=case.num_q_heads, num_kv_heads=case.num_kv_heads,
-        head_dim=case.head_dim, kv_element_bytes=batch.k_cache.element_size(),
+        head_dim=case.head_dim, v_head_dim=case.value_dim, kv_element_bytes=batch.k_cache.element_size(),
     )  # fmt: skip
-    out = torch.empty_like(batch.q)
+    out = batch.q.new_empty((*batch.q.shape[:2], case.value_dim))
 
     def ours() -> Tensor:
         return mixattn.attention(
@@ -66,7 +66,7 @@ def run(
     torch.testing.assert_close(ours().float(), torchs().float(), atol=2e-2, rtol=2e-2)
     candidates: dict[str, Callable[[], object]] = {"mixattn": ours, "torch-sdpa": torchs}
     timings = time_interleaved(candidates, repeats)
-    per_slice = flops_and_bytes(case, batch.q.element_size(), batch.kv_row_bytes)
+    per_slice = flops_and_bytes(case, batch.q.element_size(), batch.key_bytes)
     roof_us = sum(max(f / roofs["fma_gflop_s"], b / roofs["read_gb_s"]) for f, b in per_slice) / 1e3
     return [
         Record(

@@ -134,8 +134,8 @@ def needed_bytes(case: Case) -> int:
     """Device memory for the case's own tensors, at the moment of the most: while its cache is drawn."""
     caches = cache_bytes(case, DTYPE)
     drawn = 0 if case.kv_dtype == "auto" else caches // (2 * kv_dtype(case.kv_dtype, DTYPE).itemsize) * DTYPE.itemsize
-    rows = sum(case.q_lens) * case.num_q_heads * case.head_dim * DTYPE.itemsize
-    return caches + drawn + 2 * rows
+    rows = sum(case.q_lens) * case.num_q_heads * (case.head_dim + case.value_dim) * DTYPE.itemsize
+    return caches + drawn + rows
 
 
 def why_not_here(case: Case, device: Device) -> str | None:
@@ -260,7 +260,7 @@ class Sweep:
 
     def _records(self, case: Case, result: CaseResult, halves: list[CaseResult]) -> list[Record]:
         stored = kv_dtype(case.kv_dtype, DTYPE)
-        per_slice = flops_and_bytes(case, DTYPE.itemsize, case.head_dim * stored.itemsize)
+        per_slice = flops_and_bytes(case, DTYPE.itemsize, (case.head_dim + case.value_dim) * stored.itemsize)
         flops, num_bytes = sum(f for f, _ in per_slice), sum(b for _, b in per_slice)
         plan = predicted.plan_of(case, self._device.hardware(case))
         roof_us = self._roofs.least_us(flops, num_bytes)

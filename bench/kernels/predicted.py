@@ -82,7 +82,7 @@ def problem_of(case: Case) -> TileProblem:
     """What the tiles of a case in bfloat16 depend on."""
     stored = kv_dtype(case.kv_dtype, Q_DTYPE)
     element_bytes, stored_bits = product_elements(Q_DTYPE, stored, kv_format(stored))
-    return TileProblem(case.head_dim, element_bytes, stored_bits, kv_format(stored))
+    return TileProblem(case.head_dim, case.value_dim, element_bytes, stored_bits, kv_format(stored))
 
 
 def hardware_of(case: Case, base: Hardware, num_sms: int, capability: tuple[int, int]) -> Hardware:
@@ -94,7 +94,7 @@ def plan_of(case: Case, hardware: Hardware) -> WorkPlan:
     """The plan of a case in bfloat16, K and V as it says."""
     return plan(
         np.concatenate([[0], np.cumsum(case.q_lens)]).astype(np.int32), case.kv_lens, num_q_heads=case.num_q_heads,
-        num_kv_heads=case.num_kv_heads, head_dim=case.head_dim,
+        num_kv_heads=case.num_kv_heads, head_dim=case.head_dim, v_head_dim=case.value_dim,
         kv_element_bytes=kv_dtype(case.kv_dtype, Q_DTYPE).itemsize, hardware=hardware,
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def predict(case: Case, gpu: PredictedGpu) -> list[Prediction]:
     """Ours first; then those of schedules.py that are known for the GPU and the case's head_dim and K and V."""
     slices = list(zip(case.q_lens, case.kv_lens, strict=True))
     element_bytes = kv_dtype(case.kv_dtype, Q_DTYPE).itemsize
-    shape = schedules.Shape(case.num_q_heads, case.num_kv_heads, case.head_dim, element_bytes)
+    shape = schedules.Shape(case.num_q_heads, case.num_kv_heads, case.head_dim, element_bytes, case.value_dim)
     made = plan_of(case, hardware_of(case, gpu.base, gpu.num_sms, gpu.capability))
     data_sheet = schedules.gpu_of(made.hardware)
     cost = made.cost
@@ -141,9 +141,10 @@ def kind_costs(made: WorkPlan, case: Case) -> list[KindCost]:
     granules = np.array(hardware.block_rows, np.int64)[items["kind"]]
     if hardware.row_granule is not None:
         granules = np.full_like(granules, hardware.row_granule)
-    flops = 4 * case.head_dim * (-(-num_rows // granules) * granules) * keys
+    dims = case.head_dim + case.value_dim
+    flops = 2 * dims * (-(-num_rows // granules) * granules) * keys
     element_bytes = kv_dtype(case.kv_dtype, Q_DTYPE).itemsize
-    num_bytes = 2 * case.head_dim * element_bytes * (fetched + num_rows)
+    num_bytes = dims * element_bytes * (fetched + num_rows)
     found = []
     for kind, name in enumerate(KIND_NAMES):
         is_kind = items["kind"] == kind

@@ -42,12 +42,17 @@ Slices = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the attention."""
+    """Of the attention. Args: v_head_dim: None is head_dim."""
 
     num_q_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
     kv_element_bytes: int = 2
+    v_head_dim: int | None = None
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     @property
     def group_size(self) -> int:
@@ -111,12 +116,13 @@ def bound_of(schedule: Schedule, slices: Slices, shape: Shape, gpu: Gpu = H100_G
     for unit in schedule.units:
         read[unit.seq_idx] += unit.num_keys
     sms = [0.0] * gpu.num_sms
+    dims = shape.head_dim + shape.value_dim
     compute_bound_s = memory_bound_s = 0.0
     for unit in schedule.units:
         distinct = slices[unit.seq_idx][1] * shape.num_kv_heads
         fetched = unit.num_keys * min(1.0, distinct / read[unit.seq_idx]) if unit.num_keys else 0.0
-        compute_s = 4 * shape.head_dim * unit.tile_rows * unit.num_keys / gpu.flops_per_s * gpu.num_sms
-        memory_s = 2 * shape.head_dim * shape.kv_element_bytes * fetched / gpu.bytes_per_s * gpu.num_sms
+        compute_s = 2 * dims * unit.tile_rows * unit.num_keys / gpu.flops_per_s * gpu.num_sms
+        memory_s = dims * shape.kv_element_bytes * fetched / gpu.bytes_per_s * gpu.num_sms
         if compute_s > memory_s:
             compute_bound_s += compute_s
         else:
@@ -133,7 +139,7 @@ def bound_of(schedule: Schedule, slices: Slices, shape: Shape, gpu: Gpu = H100_G
 
 
 def partial_row_bytes(shape: Shape) -> int:
-    return 4 * (shape.head_dim + 1)
+    return 4 * (shape.value_dim + 1)
 
 
 def visible_end(q_len: int, kv_len: int, packed_end: int, group_size: int) -> int:

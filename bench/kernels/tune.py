@@ -49,7 +49,8 @@ from mixattn.triton_kernels.tuned_tiles import (
     write_choices,
 )
 
-HEAD_DIMS = (128, 64, 96, 192, 256)
+HEADS = ((128, 128), (64, 64), (96, 96), (192, 192), (256, 256), (192, 128))
+"""head_dim and v_head_dim."""
 FORMS = ((2, 16, None), (4, 32, None), (2, 8, "int8"), (2, 8, "float8_e4m3fn"), (2, 8, "float8_e5m2"), (2, 4, "int4"))
 """Bytes of an element in the products, bits of one in memory, and what K and V are quantised to."""
 CACHE_DTYPES = {
@@ -75,20 +76,17 @@ OTHER_STAGES = (1, 3)
 def problems(is_full: bool) -> list[TileProblem]:
     """What is tuned for: each axis alone through head_dim 128 in 16 bits, which is first, or all combinations."""
     product = [
-        TileProblem(head_dim, *form, has_row_terms, has_one_kind)
-        for head_dim, form, has_row_terms, has_one_kind in itertools.product(
-            HEAD_DIMS, FORMS, (False, True), (False, True)
-        )
+        TileProblem(*head, *form, has_row_terms, has_one_kind)
+        for head, form, has_row_terms, has_one_kind in itertools.product(HEADS, FORMS, (False, True), (False, True))
     ]
     if is_full:
         return product
-    centre = product[0]
 
     def num_changes(problem: TileProblem) -> int:
         form = (problem.element_bytes, problem.stored_bits, problem.kv_format)
         return sum(
             (
-                problem.head_dim != centre.head_dim,
+                (problem.head_dim, problem.v_head_dim) != HEADS[0],
                 form != FORMS[0],
                 problem.has_row_terms,
                 problem.has_one_kind,
@@ -99,8 +97,10 @@ def problems(is_full: bool) -> list[TileProblem]:
 
 
 def name_of(problem: TileProblem) -> str:
-    """As ``hd128-16bit-int8-terms-one``."""
-    parts = [f"hd{problem.head_dim}", f"{8 * problem.element_bytes}bit"]
+    """As ``hd128-16bit-int8-terms-one``, or ``hd192-v128-16bit`` where V has another size."""
+    parts = [f"hd{problem.head_dim}"]
+    parts += [f"v{problem.v_head_dim}"] if problem.v_head_dim != problem.head_dim else []
+    parts += [f"{8 * problem.element_bytes}bit"]
     parts += [problem.kv_format] if problem.kv_format is not None else []
     return "-".join(parts + ["terms"] * problem.has_row_terms + ["one"] * problem.has_one_kind)
 
@@ -155,7 +155,7 @@ def cases_of(problem: TileProblem) -> list[Case]:
     """Decodes, a chunk, and both together."""
     centre = Case(
         f"tune-{name_of(problem)}", 32, 4096, 512, 4096, NUM_Q_HEADS, NUM_Q_HEADS // GROUP_SIZE, problem.head_dim,
-        kv_dtype=CACHE_DTYPES[problem.kv_format],
+        kv_dtype=CACHE_DTYPES[problem.kv_format], v_head_dim=problem.v_head_dim,
     )  # fmt: skip
     return [centre, *centre.parts]
 
@@ -201,12 +201,14 @@ class TunedBatch:
         made = plan(
             np.concatenate([[0], np.cumsum(case.q_lens)]).astype(np.int32), case.kv_lens,
             num_q_heads=case.num_q_heads, num_kv_heads=case.num_kv_heads, head_dim=case.head_dim,
-            kv_element_bytes=batch.k_cache.element_size(), invariant=self._problem.has_one_kind,
+            v_head_dim=case.value_dim, kv_element_bytes=batch.k_cache.element_size(),
+            invariant=self._problem.has_one_kind,
             hardware=with_workers(base_hardware(device.capability), device.num_sms, tiles.programs_per_sm),
         )  # fmt: skip
         to = device.torch_device
-        words, out = torch.from_numpy(made.buffer).to(to), torch.full_like(batch.q, torch.nan)
-        partial_out = torch.empty(made.num_partial_rows, case.head_dim, device=to)
+        words = torch.from_numpy(made.buffer).to(to)
+        out = batch.q.new_full((*batch.q.shape[:2], case.value_dim), torch.nan)
+        partial_out = torch.empty(made.num_partial_rows, case.value_dim, device=to)
         partial_lse = torch.empty(made.num_partial_rows, device=to)
         tickets = torch.zeros(1 + made.num_merges, dtype=torch.int32, device=to)
 
@@ -269,8 +271,9 @@ def records_of(problem: TileProblem, result: ProblemResult, cases: list[Case]) -
     """One for each candidate and batch that was timed."""
     records = []
     for case in cases:
-        bits = problem.stored_bits + (32 / case.head_dim if problem.kv_format is not None else 0)
-        per_slice = flops_and_bytes(case, problem.element_bytes, case.head_dim * bits / 8)
+        scale_bytes = 0 if problem.kv_format is None else 4
+        key_bytes = (case.head_dim + case.value_dim) * problem.stored_bits / 8 + 2 * scale_bytes
+        per_slice = flops_and_bytes(case, problem.element_bytes, key_bytes)
         for name, timing in result.timings[case.name].items():
             is_best = result.best is not None and short(result.best.tiles) == name
             records.append(

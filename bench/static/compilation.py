@@ -59,6 +59,7 @@ def compile_mixed_attention(
     dtype: str,
     head_dim: int,
     *,
+    v_head_dim: int | None = None,
     page_size: int = 16,
     num_kv_heads: int = 8,
     features: tuple[str, ...] = (),
@@ -70,6 +71,7 @@ def compile_mixed_attention(
     """The attention kernel for a common call: causal, 4 query heads to a kv head, K and V contiguous.
 
     Args:
+        v_head_dim: None is head_dim.
         features: of alibi_slopes, sinks and tree_mask those that the call has.
         kv_format, scale: what K and V are quantised to, None for not at all, and whether all share a scale, a head's
             keys, or each key of a head has its own.
@@ -77,25 +79,29 @@ def compile_mixed_attention(
     """
     has_row_terms = not {"alibi_slopes", "tree_mask"}.isdisjoint(features)
     stored_bits = STORED_BITS.get(kv_format, 8 * ELEMENT_BYTES[dtype])
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
     tiles = choose_tiles(
-        head_dim, ELEMENT_BYTES[dtype], capability, stored_bits=stored_bits, has_row_terms=has_row_terms,
-        has_one_kind=invariant,
+        head_dim, ELEMENT_BYTES[dtype], capability, v_head_dim=v_head_dim, stored_bits=stored_bits,
+        has_row_terms=has_row_terms, has_one_kind=invariant,
     )  # fmt: skip
-    row_bytes = num_kv_heads * head_dim if kv_format is None else num_kv_heads * head_dim * stored_bits // 8
-    strides = (page_size * row_bytes, row_bytes)
+    # In elements of the cache: int4's are bytes of two.
+    rows = [num_kv_heads * width // (2 if kv_format == "int4" else 1) for width in (head_dim, v_head_dim)]
+    k_strides, v_strides = ((page_size * row, row) for row in rows)
     scale_strides = (page_size * num_kv_heads, num_kv_heads) if scale == "token" else None
     if scale != "one":
         features = (*features, "k_scale", "v_scale")
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim,
+        "V_HEAD_DIM": v_head_dim,
         "BLOCK_D": tiles.block_d,
+        "BLOCK_DV": tiles.block_dv,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "NUM_STAGES": tiles.num_stages,
         "GROUP_SIZE": 4,
         "PAGE_SIZE": page_size,
-        "K_STRIDES": strides,
-        "V_STRIDES": strides,
+        "K_STRIDES": k_strides,
+        "V_STRIDES": v_strides,
         "KV_FORMAT": kv_format,
         "CAPABILITY": 10 * capability[0] + capability[1],
         "K_SCALE_STRIDES": scale_strides,
@@ -124,6 +130,8 @@ def compile_small_kernel(
     }
     if name == "append_kv":
         constants |= {
+            "V_HEAD_DIM": head_dim,
+            "BLOCK_DV": constants["BLOCK_D"],
             "ROTARY_DIM": head_dim,
             "BLOCK_PAIRS": constants["BLOCK_D"] // 2,
             "IS_INTERLEAVED": False,

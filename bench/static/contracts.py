@@ -123,6 +123,24 @@ CONTRACTS: list[AttentionContract | SmallKernelContract] = [
     AttentionContract("sm_90-hd256", (9, 0), 256, "HGMMA", large=600, small=2200, stack_bytes=8),
     AttentionContract("sm_80-hd256", (8, 0), 256, "HMMA", large=1400, small=2200, stack_bytes=8),
     AttentionContract("sm_100-hd256", (10, 0), 256, "UTCHMMA", large=600, small=2200, stack_bytes=96, local=(2, 16)),
+    # Heads of V of another size than K's: DeepSeek V2's and V3's, before K is absorbed.
+    AttentionContract(
+        "sm_90-hd192-v128", (9, 0), 192, "HGMMA", large=600, small=2000, changed={"v_head_dim": 128},
+    ),
+    AttentionContract(
+        "sm_80-hd192-v128", (8, 0), 192, "HMMA", large=1000, small=2000, stack_bytes=8, changed={"v_head_dim": 128},
+    ),
+    AttentionContract(
+        "sm_100-hd192-v128", (10, 0), 192, "UTCHMMA", large=600, small=2000, changed={"v_head_dim": 128},
+    ),
+    AttentionContract(
+        "sm_90-hd192-v128-int8-token", (9, 0), 192, "HGMMA", large=800, small=3700, stack_bytes=88,
+        changed={"v_head_dim": 128, "kv_format": "int8", "scale": "token"},
+    ),
+    AttentionContract(
+        "sm_80-hd192-v128-int8-token", (8, 0), 192, "HMMA", large=1400, small=3700, stack_bytes=8,
+        changed={"v_head_dim": 128, "kv_format": "int8", "scale": "token"},
+    ),
     AttentionContract(
         "sm_90-hd128-page64", (9, 0), 128, "HGMMA", large=900, small=2200, programs_per_sm=2,
         changed={"page_size": 64},

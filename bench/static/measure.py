@@ -43,13 +43,18 @@ def issued_flops(body: list[Instruction], num_warps: int) -> int | None:
     return None if None in issued else sum(flops or 0 for flops in issued)
 
 
+def flops_per_score(tiles: TileChoice) -> int:
+    """Of both products, columns of tiles past the heads' sizes included."""
+    return 2 * (sum(tiles.block_d) + tiles.block_dv)
+
+
 def measure_loop(body: list[Instruction], block_m: int, block_n: int, tiles: TileChoice) -> dict[str, Any]:
     """What one turn of a loop over keys costs a warp; flops are those of its two products.
 
     ``issued_flops`` are those of the instructions there, None where they do not say: more than ``flops`` means that
     warps repeat each other's products.
     """
-    flops = 4 * block_m * block_n * tiles.block_d
+    flops = block_m * block_n * flops_per_score(tiles)
     return {
         "instructions": len(body),
         "matrix": matrix_counts(body),
@@ -75,7 +80,7 @@ def measure(binary: Binary, tiles: TileChoice, capability: tuple[int, int]) -> d
         flops = issued_flops(body, tiles.num_warps)
         num_scores = sum(i.opcode.startswith("MUFU.EX2") for i in body) * 32 * tiles.num_warps
         if flops is not None:
-            num_scores = flops // (4 * tiles.block_d)
+            num_scores = flops // flops_per_score(tiles)
         distances = {name: abs(block_m * block_n - num_scores) for name, (block_m, block_n) in shapes.items()}
         kind = min(distances, key=distances.__getitem__)
         found.setdefault(kind, []).append(measure_loop(body, *shapes[kind], tiles))

@@ -241,7 +241,7 @@ def device_hardware(device: torch.device, programs_per_sm: int | None = None, sm
         from mixattn.triton_kernels.tiles import TileProblem
         from mixattn.triton_kernels.tuned_tiles import Gpu, tiles_for
 
-        programs_per_sm = tiles_for(TileProblem(128, 2, 16), Gpu(properties.name, capability)).programs_per_sm
+        programs_per_sm = tiles_for(TileProblem(128, 128, 2, 16), Gpu(properties.name, capability)).programs_per_sm
     return with_workers(base_hardware(capability), num_sms, programs_per_sm)
 
 
@@ -285,8 +285,8 @@ def _triton_tiles(call: AttentionCall) -> TileChoice:
 
     return choose_call_tiles(
         call.q,
-        call.k_cache,
-        kv_format(call.k_cache.dtype),
+        call.v_cache,
+        kv_format(call.v_cache.dtype),
         has_row_terms=call.alibi_slopes is not None or call.tree_mask is not None,
         invariant=call.invariant,
     )

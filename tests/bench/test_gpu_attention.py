@@ -18,6 +18,7 @@ from torch import Tensor
 from bench.kernels import attention_peers, bench_mixed_attention, gpu_attention, predicted, schedules
 from bench.kernels.attention_cases import (
     CENTRE,
+    SPLIT_HEADS,
     Batch,
     Case,
     cache_bytes,
@@ -50,6 +51,7 @@ def tiny_batch() -> Batch:
 def test_sweep_has_every_axis_through_the_centre_and_full_their_product() -> None:
     short, full = sweep(False), sweep(True)
     centre = sweep_case(*CENTRE)
+    assert short.pop() == full.pop() == SPLIT_HEADS
     assert short[0] == centre and centre not in short[1:]
     assert len({case.name for case in full}) == len(full)
     assert set(short) < set(full)
@@ -223,11 +225,13 @@ def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_workspace")
-@pytest.mark.parametrize("decode_q", [1, 3])
+@pytest.mark.parametrize("changed", [{}, {"decode_q": 3}, {"v_head_dim": 32}], ids=str)
 @pytest.mark.parametrize("peer", attention_peers.PEERS)
-def test_peers_arguments_mean_the_same_batch(peer: str, decode_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_arguments_mean_the_same_batch(
+    peer: str, changed: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The drop-ins of mixattn.compat take the very arguments that the libraries do, and check them.
-    batch = make_batch(replace(TINY, decode_q=decode_q), torch.bfloat16, CPU)
+    batch = make_batch(replace(TINY, **changed), torch.bfloat16, CPU)
     monkeypatch.setitem(sys.modules, "our_pod", our_pod_module())
     modules = {
         "flash-attn-2": "mixattn.compat.flash_attn",
@@ -237,6 +241,10 @@ def test_peers_arguments_mean_the_same_batch(peer: str, decode_q: int, monkeypat
         "flashinfer-pod": "our_pod",
     }
     make = attention_peers.PEERS[peer]
+    if "v_head_dim" in changed and peer in ("flash-attn-2", "flashinfer-pod"):
+        with pytest.raises(NotImplementedError, match="heads of V of K's size only"):
+            make(batch, modules[peer])  # type: ignore[call-arg]
+        return
     call = make(batch, modules[peer]) if peer in modules else make(batch)  # type: ignore[call-arg]
     torch.testing.assert_close(call().float(), expected(batch), atol=1e-2, rtol=1e-2)
 
@@ -311,7 +319,7 @@ def test_whole_run_on_cpu_tensors_verifies_times_and_records(
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert [record["backend"] for record in records] == ["mixattn-triton", "torch-sdpa"]
     ours = records[0]
-    per_slice = flops_and_bytes(TINY, 2, 128)
+    per_slice = flops_and_bytes(TINY, 2, 2 * 128)
     assert ours["flops"] == sum(f for f, _ in per_slice) and ours["bytes"] == sum(b for _, b in per_slice)
     assert ours["share_of_roof"] == pytest.approx(
         Roofs(100.0, 10.0).least_us(ours["flops"], ours["bytes"]) / ours["timing"]["median_us"]

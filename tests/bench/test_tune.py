@@ -22,20 +22,24 @@ from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS, SHARED_BYTES, TileChoi
 from mixattn.triton_kernels.tuned_tiles import read_choices
 from tests.bench.test_gpu_attention import DEVICE, wall_clock
 
-CENTRE = TileProblem(128, 2, 16)
+CENTRE = TileProblem(128, 128, 2, 16)
 
 
 def tiny_cases(problem: TileProblem) -> list[Case]:
-    centre = Case("tiny", 2, 40, 9, 40, 4, 2, problem.head_dim, kv_dtype=tune.CACHE_DTYPES[problem.kv_format])
+    centre = Case(
+        "tiny", 2, 40, 9, 40, 4, 2, problem.head_dim, kv_dtype=tune.CACHE_DTYPES[problem.kv_format],
+        v_head_dim=problem.v_head_dim,
+    )  # fmt: skip
     return [centre, *centre.parts]
 
 
 def test_problems_have_every_axis_through_the_centre_and_full_their_product() -> None:
     few, full = tune.problems(False), tune.problems(True)
-    assert few[0] == CENTRE and len(few) == 4 + 5 + 1 + 1 + 1
-    assert len(set(full)) == len(full) == 5 * 6 * 2 * 2 and set(few) < set(full)
+    assert few[0] == CENTRE and len(few) == 5 + 5 + 1 + 1 + 1
+    assert len(set(full)) == len(full) == 6 * 6 * 2 * 2 and set(few) < set(full)
     assert len({tune.name_of(problem) for problem in full}) == len(full)
-    assert tune.name_of(TileProblem(64, 2, 8, "int8", True, True)) == "hd64-16bit-int8-terms-one"
+    assert tune.name_of(TileProblem(64, 64, 2, 8, "int8", True, True)) == "hd64-16bit-int8-terms-one"
+    assert tune.name_of(TileProblem(192, 128, 2, 16)) == "hd192-v128-16bit"
 
 
 @pytest.mark.parametrize("capability", [*SHARED_BYTES, (11, 0)])
@@ -70,7 +74,8 @@ def test_without_a_gpu_candidates_are_printed_and_the_status_is_77(
     assert tune.main() == 77
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("No GPU: ") and not file.exists() and not record.exists()
-    expected = [tune.short(tiles) for gpu in GPUS for tiles in tune.candidates(TileProblem(64, 2, 16), gpu.capability)]
+    problem = TileProblem(64, 64, 2, 16)
+    expected = [tune.short(tiles) for gpu in GPUS for tiles in tune.candidates(problem, gpu.capability)]
     assert [line.strip() for line in lines[1:] if line.startswith(" ")] == expected
 
 
@@ -103,9 +108,10 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 INTERPRETER = replace(DEVICE, name=triton_attention.INTERPRETED_NAME)
 """Whose tiles calls on CPU tensors run in."""
 PROBLEMS = [
-    TileProblem(64, 2, 16),
-    TileProblem(64, 2, 8, "int8", has_row_terms=True),
-    TileProblem(64, 4, 32, has_one_kind=True),
+    TileProblem(64, 64, 2, 16),
+    TileProblem(64, 64, 2, 8, "int8", has_row_terms=True),
+    TileProblem(64, 64, 4, 32, has_one_kind=True),
+    TileProblem(192, 128, 2, 16),
 ]
 
 
@@ -203,8 +209,8 @@ def test_candidate_that_is_wrong_or_fails_is_named_and_neither_timed_nor_chosen(
 
 def test_problem_that_fits_no_sm_is_left_out_aloud(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = replace(INTERPRETER, capability=(8, 6))
-    assert tune.run_on(small, [TileProblem(1024, 4, 32)], 1, wall_clock, file) == 0
-    assert "hd1024-32bit             left out: head_dim 1024 with 4-byte" in capsys.readouterr().out
+    assert tune.run_on(small, [TileProblem(1024, 1024, 4, 32)], 1, wall_clock, file) == 0
+    assert "hd1024-32bit             left out: head_dim 1024 and v_head_dim 1024 with 4-byte" in capsys.readouterr().out
     assert not file.exists()
 
 

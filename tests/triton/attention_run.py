@@ -12,7 +12,7 @@ from mixattn.ops.kv_dtypes import kv_format
 from mixattn.ops.plan import Hardware, WorkPlan, plan
 from mixattn.triton_kernels.mixed_attention import mixed_attention
 from mixattn.triton_kernels.tiles import PLAN_BLOCK_ROWS
-from tests.cases import AttentionCase, AttentionInputs, KvFormat, make_inputs, plan_arguments
+from tests.cases import AttentionCase, AttentionInputs, KvFormat, make_inputs, plan_arguments, poisoned_out
 
 GARBAGE_WORD = 0x7F7F7F7F
 """Fills the plan past its items and merges: as an index it is out of every bound."""
@@ -115,9 +115,9 @@ def prepare(
         inputs=inputs.to(device),
         work_plan=work_plan,
         plan_words=words.to(device),
-        out=torch.empty(inputs.q.shape, dtype=dtype, device=device),
+        out=poisoned_out(inputs).to(device),
         lse=torch.empty(inputs.q.shape[:2], dtype=torch.float32, device=device),
-        partial_out=torch.empty(work_plan.num_partial_rows, case.head_dim, device=device),
+        partial_out=torch.empty(work_plan.num_partial_rows, case.value_dim, device=device),
         partial_lse=torch.empty(work_plan.num_partial_rows, device=device),
         tickets=torch.zeros(1 + work_plan.num_merges, dtype=torch.int32, device=device),
         invariant=invariant,

@@ -12,7 +12,7 @@ import torch
 import mixattn
 from mixattn import env
 from mixattn.triton_kernels import mixed_attention as triton_attention
-from tests.cases import AttentionCase, make_inputs
+from tests.cases import AttentionCase, assert_attention_close, make_inputs
 from tests.cuda.conftest import driver, emulation  # noqa: F401, the fixtures
 from tests.cuda.emulation import Emulation
 from tests.device_batch import BATCHES, GARBAGE_WORD, SHAPE, DeviceBatch, device_plan
@@ -92,6 +92,20 @@ def test_captured_graph_groups_slices_by_the_table_of_each_replay(
         batch.check(case, inputs)
         assert plan.read().num_groups == num_groups
         assert not plan.workspace.tickets.any()
+
+
+def test_attention_by_a_device_plan_with_heads_of_v_of_another_size(driver: Emulation) -> None:  # noqa: F811
+    sizes = {"head_dim": 192, "v_head_dim": 128}
+    plan = device_plan(hardware(8, 64), **sizes)
+    case = AttentionCase("v128-of-192", (1, 40, 9), (300, 90, 200), **{**SHAPE, **sizes})
+    inputs = make_inputs(case, torch.bfloat16)
+    arguments = {**inputs.index_tensors, "plan": plan, "backend": "triton"}
+    plan.update(inputs.cu_seqlens_q, inputs.seq_lens)
+    assert plan.read().num_merges > 0 and plan.workspace.partial_out.shape[1] == 128
+    out, lse = mixattn.attention(inputs.q, inputs.k_cache, inputs.v_cache, **arguments, return_lse=True)
+    assert_attention_close(case, inputs, out, lse)
+    with pytest.raises(ValueError, match=r"v_head_dim 128, .* 192"):
+        mixattn.attention(inputs.q, inputs.k_cache, inputs.k_cache, **arguments)
 
 
 def test_attention_of_a_batch_that_has_no_plan_writes_nothing(

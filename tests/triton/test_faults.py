@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import CASES, PREFIX_CASES, SCORE_CASES, AttentionInputs, KvFormat, assert_attention_close, make_inputs
+from tests.cases import (
+    CASES,
+    PREFIX_CASES,
+    SCORE_CASES,
+    V_HEAD_DIM_CASES,
+    AttentionInputs,
+    KvFormat,
+    assert_attention_close,
+    make_inputs,
+)
 from tests.triton import attention_run
 from tests.triton.test_mixed_attention import FAR_CASE, FAR_PAGE_STRIDE, far_apart
 
@@ -45,6 +54,9 @@ ATTENTION = "mixed_attention.py"
 CHUNK = "q65-kv200-page16-gqa3"
 SPLITS = "splits-chunk-beside-decodes"
 DECODE = "q1-kv100-page16-gqa3"
+V_NARROWER = "v128-of-192-splits"
+V_WIDER = "v256-of-64"
+V_WIDER_SPLITS = "v128-of-64"
 INT8 = KvFormat(torch.int8, "token")
 
 FAULTS = [
@@ -59,8 +71,8 @@ FAULTS = [
     Fault("slot-off-by-one-in-its-page", "_pages.py", "(run_begin % PAGE_SIZE)", "((run_begin + 1) % PAGE_SIZE)",
           "q1-kv6,7,8-page7-gqa2"),
     Fault("v-past-the-last-key-not-zeroed", ATTENTION,
-          "load_keys(v_head, v_offsets, is_key, HEAD_DIM, BLOCK_D, KV_FORMAT, CAPABILITY, IS_PINNED, IS_EDGE)",
-          "load_keys(v_head, v_offsets, is_key, HEAD_DIM, BLOCK_D, KV_FORMAT, CAPABILITY, IS_PINNED, False)", DECODE),
+          "V_HEAD_DIM, 0, BLOCK_DV, KV_FORMAT, CAPABILITY, IS_PINNED, IS_EDGE)",
+          "V_HEAD_DIM, 0, BLOCK_DV, KV_FORMAT, CAPABILITY, IS_PINNED, False)", DECODE),
     Fault("sums-not-rescaled", ATTENTION, "v, accumulator * rescale)", "v, accumulator)", "scale-and-peaked-scores"),
     Fault("merge-one-split-too-early", ATTENTION, "merge + MERGE_NUM_ITEMS) - 1", "merge + MERGE_NUM_ITEMS) - 2",
           SPLITS),
@@ -88,6 +100,20 @@ FAULTS = [
           CHUNK, kv=INT8),
     Fault("int4-columns-taken-for-dimensions", "_quantized.py", "dim % HALF * 2 + dim // HALF", "dim + 0 * HALF",
           DECODE, kv=KvFormat(torch.uint8, "token")),
+    Fault("out-stored-with-the-width-of-k", ATTENTION, "stride_lse_token, V_HEAD_DIM, GROUP_SIZE",
+          "stride_lse_token, HEAD_DIM, GROUP_SIZE", V_WIDER),
+    Fault("partials-as-far-apart-as-k-is-wide", ATTENTION, "(partial_row * V_HEAD_DIM)[:, None] + dim",
+          "(partial_row * BLOCK_DV // 2)[:, None] + dim", V_WIDER_SPLITS),
+    Fault("merge-of-as-many-columns-as-k-has", ATTENTION, "stride_lse_token, V_HEAD_DIM, BLOCK_DV",
+          "stride_lse_token, HEAD_DIM, BLOCK_DV", V_WIDER_SPLITS),
+    Fault("v-masked-by-the-width-of-k", ATTENTION, "is_key, V_HEAD_DIM, 0, BLOCK_DV", "is_key, HEAD_DIM, 0, BLOCK_DV",
+          V_WIDER),
+    Fault("second-part-of-a-head-is-the-first", ATTENTION, "sum(block_d[:part])", "0 * sum(block_d[:part])",
+          V_NARROWER),
+    Fault("second-part-of-k-left-out", ATTENTION, "dot(query[part], tl.trans(k), scores)",
+          "dot(query[0], tl.trans(k), scores) if part == 0 else scores", V_NARROWER),
+    Fault("int4-part-of-k-at-elements-and-not-bytes", "_pages.py", "head + FIRST_DIM // PACKED", "head + FIRST_DIM",
+          V_NARROWER, kv=KvFormat(torch.uint8, "token")),
     Fault("e4m3-scaled-as-float16", "_quantized.py", "256.0, tl.float16", "1.0, tl.float16",
           DECODE, kv=KvFormat(torch.float8_e4m3fn, "token")),
 ]  # fmt: skip
@@ -124,7 +150,8 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
 
 def outcome(case_id: str, kv: KvFormat | None, device: torch.device) -> str:
     """``right``, ``result`` or ``tickets``."""
-    case = next(case for case in CASES + SCORE_CASES + PREFIX_CASES if case.id == case_id)
+    cases = CASES + SCORE_CASES + PREFIX_CASES + V_HEAD_DIM_CASES
+    case = next(case for case in cases if case.id == case_id)
     inputs = make_inputs(case, torch.float16, kv=kv)
     run = attention_run.prepare(case, torch.float16, device, inputs=inputs)
     run.launch()

@@ -21,7 +21,7 @@ SHAPES = {
 """q_lens and kv_lens."""
 AXES: dict[str, list[Any]] = {
     "shape": [*SHAPES],
-    "head_dim": [64, 96, 128, 192, 256],
+    "head_dims": [(64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128), (64, 128), (128, 64), (40, 256)],
     "group_size": [1, 3, 4, 8],
     "page_size": [1, 7, 16, 64],
     "dtype": [torch.bfloat16, torch.float16, torch.float32],
@@ -47,9 +47,9 @@ def case_of(row: dict[str, Any], name: str) -> AttentionCase:
         # A tree in which every row hangs on the one two before it: two branches.
         words += tree_mask([None if i < 2 else i - 2 for i in range(q_len)]).tolist() if q_len else []
     return AttentionCase(
-        name, q_lens, kv_lens, num_q_heads=row["group_size"], num_kv_heads=1, head_dim=row["head_dim"],
-        page_size=row["page_size"], window_left=row["window_left"], soft_cap=row["soft_cap"],
-        num_workers=row["num_workers"], alibi=row["alibi"], has_sinks=row["has_sinks"],
+        name, q_lens, kv_lens, num_q_heads=row["group_size"], num_kv_heads=1, head_dim=row["head_dims"][0],
+        v_head_dim=row["head_dims"][1], page_size=row["page_size"], window_left=row["window_left"],
+        soft_cap=row["soft_cap"], num_workers=row["num_workers"], alibi=row["alibi"], has_sinks=row["has_sinks"],
         tree_mask=tuple(words) if row["has_tree"] else None,
     )  # fmt: skip
 

@@ -20,10 +20,18 @@ from mixattn.ops.plan import plan
 from mixattn.ops.reference import quantize_reference
 from mixattn.triton_kernels.mixed_attention import mixed_attention
 from mixattn.triton_kernels.tiles import MAX_BLOCK_N
-from tests.cases import CASES, SCORE_CASES, AttentionCase, KvFormat, assert_attention_close, make_inputs
+from tests.cases import (
+    CASES,
+    SCORE_CASES,
+    V_HEAD_DIM_CASES,
+    AttentionCase,
+    KvFormat,
+    assert_attention_close,
+    make_inputs,
+)
 from tests.triton.attention_run import hardware, prepare
 
-NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 3, 1, 16
+NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM = 3, 1, 16, 24
 NUM_TOKENS = 150
 SPLIT_TOKENS = 64
 """Of the plans here: the request has three splits, and its chunks' rows see one, two or all of them."""
@@ -74,7 +82,10 @@ def sum_products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Sequence:
-    """q of a whole sequence [num_tokens, heads, HEAD_DIM], and its k, v and their scales as they are stored."""
+    """q of a whole sequence [num_tokens, heads, HEAD_DIM], and its k, v and their scales as they are stored.
+
+    k is [num_tokens, kv heads, HEAD_DIM] of real values, v with V_HEAD_DIM.
+    """
 
     q: Tensor
     k: Tensor
@@ -87,10 +98,13 @@ class Sequence:
         generator = torch.Generator().manual_seed(seed)
         q = torch.randn(num_tokens, NUM_Q_HEADS, HEAD_DIM, generator=generator).to(dtype)
         # Magnitudes that differ from token to token, and so do the scales.
-        kv_rows = torch.randn(2, num_tokens, NUM_KV_HEADS, HEAD_DIM, generator=generator)
-        kv_rows *= 2.0 ** torch.randint(-3, 4, (2, num_tokens, 1, 1), generator=generator)
+        kv_rows = [
+            torch.randn(num_tokens, NUM_KV_HEADS, size, generator=generator)
+            * 2.0 ** torch.randint(-3, 4, (num_tokens, 1, 1), generator=generator)
+            for size in (HEAD_DIM, V_HEAD_DIM)
+        ]
         if kv_format(kv.dtype) is None:
-            return cls(q, *kv_rows.to(kv.dtype), None, None)
+            return cls(q, *(rows.to(kv.dtype) for rows in kv_rows), None, None)
         (k, k_scale), (v, v_scale) = (quantize_reference(rows, kv.dtype) for rows in kv_rows)
         return cls(q, k, v, k_scale, v_scale)
 
@@ -125,11 +139,11 @@ def attend(
                 pool[slot] = getattr(sequence, name)[:end]
     q = torch.cat([sequence.q[begin:end] for sequence, begin, end in slices]).to(device)
     work_plan = plan(
-        starts, lens, num_q_heads=NUM_Q_HEADS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, kv_element_bytes=2,
-        window_left=options.get("window_left"), invariant=invariant,
+        starts, lens, num_q_heads=NUM_Q_HEADS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, v_head_dim=V_HEAD_DIM,
+        kv_element_bytes=2, window_left=options.get("window_left"), invariant=invariant,
         hardware=dataclasses.replace(hardware(8, SPLIT_TOKENS), invariant_split_tokens=SPLIT_TOKENS),
     )  # fmt: skip
-    out = torch.full_like(q, torch.nan)
+    out = q.new_full((*q.shape[:2], V_HEAD_DIM), torch.nan)
     lse = torch.full(q.shape[:2], torch.nan, device=device)
     k_cache, v_cache, k_scale, v_scale = (None if pool is None else pool.to(device) for pool in pools.values())
     assert k_cache is not None and v_cache is not None
@@ -137,7 +151,7 @@ def attend(
         q, k_cache, v_cache, torch.tensor(starts, dtype=torch.int32, device=device),
         torch.tensor(lens, dtype=torch.int32, device=device), block_table.to(device),
         torch.from_numpy(work_plan.buffer).to(device), out, lse,
-        torch.full((work_plan.num_partial_rows, HEAD_DIM), torch.nan, device=device),
+        torch.full((work_plan.num_partial_rows, V_HEAD_DIM), torch.nan, device=device),
         torch.full((work_plan.num_partial_rows,), torch.nan, device=device),
         torch.zeros(1 + work_plan.num_merges, dtype=torch.int32, device=device),
         softmax_scale=HEAD_DIM**-0.5, causal=True, kv_format=kv_format(k_cache.dtype), k_scale=k_scale,
@@ -228,12 +242,13 @@ def test_default_rows_of_another_chunking_have_other_bits(device: torch.device) 
 NAMED = (
     "q1-kv100-page16-gqa3", "chunk-beside-decodes", "q-without-keys", "splits-chunk-beside-decodes",
     "non-causal-window", "sinks-rows-without-keys", "tree-splits", "head-dim-256",
+    "v128-of-192-splits",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("case_id", NAMED)
 def test_invariant_attention_of_named_case_is_within_twice_eager(case_id: str, device: torch.device) -> None:
-    case = next(case for case in CASES + SCORE_CASES if case.id == case_id)
+    case = next(case for case in CASES + SCORE_CASES + V_HEAD_DIM_CASES if case.id == case_id)
     inputs = make_inputs(case, torch.bfloat16)
     run = prepare(case, torch.bfloat16, device, inputs=inputs, invariant=True)
     run.launch()

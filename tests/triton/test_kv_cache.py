@@ -20,15 +20,23 @@ def table(rotary_dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def make(dtype: torch.dtype, num_kv_heads: int, num_q_heads: int, head_dim: int, page_size: int) -> dict[str, Tensor]:
+def make(
+    dtype: torch.dtype,
+    num_kv_heads: int,
+    num_q_heads: int,
+    head_dim: int,
+    page_size: int,
+    v_head_dim: int | None = None,
+) -> dict[str, Tensor]:
     """The tensors of a call; the caches hold NaN."""
     generator = torch.Generator().manual_seed(1)
-    cache_shape = (NUM_PAGES, page_size, num_kv_heads, head_dim)
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    pool = (NUM_PAGES, page_size, num_kv_heads)
     return {
         "k": torch.randn(TOTAL_Q, num_kv_heads, head_dim, generator=generator).to(dtype),
-        "v": torch.randn(TOTAL_Q, num_kv_heads, head_dim, generator=generator).to(dtype),
-        "k_cache": torch.full(cache_shape, torch.nan, dtype=dtype),
-        "v_cache": torch.full(cache_shape, torch.nan, dtype=dtype),
+        "v": torch.randn(TOTAL_Q, num_kv_heads, v_head_dim, generator=generator).to(dtype),
+        "k_cache": torch.full((*pool, head_dim), torch.nan, dtype=dtype),
+        "v_cache": torch.full((*pool, v_head_dim), torch.nan, dtype=dtype),
         "slot_mapping": torch.randperm(NUM_PAGES * page_size, generator=generator)[:TOTAL_Q],
         "q": torch.randn(TOTAL_Q, num_q_heads, head_dim, generator=generator).to(dtype),
         "positions": torch.randint(MAX_POSITIONS, (TOTAL_Q,), generator=generator),
@@ -44,21 +52,25 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "interleaved"])
 @pytest.mark.parametrize(
-    ("num_kv_heads", "num_q_heads", "head_dim", "rotary_dim", "page_size"),
-    [(2, 6, 16, 16, 16), (1, 9, 40, 12, 7), (9, 9, 24, 24, 1)],
-    ids=["whole-page16-gqa3", "partial-page7-gqa9", "whole-page1-mha9"],
-)
+    ("num_kv_heads", "num_q_heads", "head_dim", "v_head_dim", "rotary_dim", "page_size"),
+    [
+        (2, 6, 16, 16, 16, 16), (1, 9, 40, 40, 12, 7), (9, 9, 24, 24, 24, 1), (2, 2, 192, 128, 64, 16),
+        (2, 2, 16, 72, 16, 16),
+    ],
+    ids=["whole-page16-gqa3", "partial-page7-gqa9", "whole-page1-mha9", "partial-v128-of-192", "whole-v72-of-16"],
+)  # fmt: skip
 def test_append_kv_rotates_and_stores_like_the_reference(
     num_kv_heads: int,
     num_q_heads: int,
     head_dim: int,
+    v_head_dim: int,
     rotary_dim: int,
     page_size: int,
     interleaved: bool,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    tensors = make(dtype, num_kv_heads, num_q_heads, head_dim, page_size)
+    tensors = make(dtype, num_kv_heads, num_q_heads, head_dim, page_size, v_head_dim)
     on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
     cos_sin = table(rotary_dim)
     actual_q = append_kv(**on_device, rope_cos_sin=cos_sin.to(device), interleaved=interleaved)
@@ -72,7 +84,8 @@ def test_append_kv_rotates_and_stores_like_the_reference(
     assert_same(actual_q, expected_q.to(dtype))
     assert_same(on_device["k_cache"], tensors["k_cache"].to(dtype))
     assert_same(on_device["v_cache"], tensors["v_cache"].to(dtype))
-    assert int(on_device["k_cache"].isnan().sum()) == (NUM_PAGES * page_size - TOTAL_Q) * num_kv_heads * head_dim
+    for name, size in (("k_cache", head_dim), ("v_cache", v_head_dim)):
+        assert int(on_device[name].isnan().sum()) == (NUM_PAGES * page_size - TOTAL_Q) * num_kv_heads * size
 
 
 def test_append_kv_without_rope_stores_the_same_bits(device: torch.device) -> None:

@@ -15,6 +15,7 @@ from tests.cases import (
     CASES,
     PREFIX_CASES,
     SCORE_CASES,
+    V_HEAD_DIM_CASES,
     AttentionCase,
     AttentionInputs,
     assert_attention_close,
@@ -34,7 +35,7 @@ def check(run: AttentionRun, inputs: AttentionInputs) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES + V_HEAD_DIM_CASES, ids=lambda case: case.id)
 def test_mixed_attention_named_case_is_within_twice_eager(
     case: AttentionCase, dtype: torch.dtype, device: torch.device
 ) -> None:

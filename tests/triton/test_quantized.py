@@ -18,6 +18,7 @@ from tests.cases import (
     CASES,
     QUANTIZED_FORMATS,
     SCORE_CASES,
+    V_HEAD_DIM_CASES,
     AttentionCase,
     AttentionInputs,
     KvFormat,
@@ -36,7 +37,7 @@ SHAPES = (
     "q1-kv100-page16-gqa3", "q1-kv6,7,8-page7-gqa2", "q40-kv100-page1-gqa8", "chunk-beside-decodes", "head-dim-96",
     "q-without-keys", "splits-chunk-beside-decodes", "window-chunk-beside-decodes", "non-causal",
     "soft-cap-window-splits", "alibi-soft-cap-window-splits", "sinks-chunk-beside-decodes",
-    "tree-keys-that-no-row-sees",
+    "tree-keys-that-no-row-sees", *(case.id for case in V_HEAD_DIM_CASES),
 )  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def test_attention_over_one_key_returns_v_of_every_code(
 def test_quantized_attention_of_named_case_is_within_twice_eager(
     case_id: str, kv: KvFormat, q_dtype: torch.dtype, device: torch.device
 ) -> None:
-    case = next(case for case in CASES + SCORE_CASES if case.id == case_id)
+    case = next(case for case in CASES + SCORE_CASES + V_HEAD_DIM_CASES if case.id == case_id)
     inputs = make_inputs(case, q_dtype, kv=kv)
     run = prepare(case, q_dtype, device, inputs=inputs)
     run.launch()
@@ -168,18 +169,27 @@ def test_attention_over_a_row_that_was_not_finite_is_nan_for_every_row_that_sees
 
 @pytest.mark.parametrize("kind", ["none", "unit", "one", "head", "token"])
 @pytest.mark.parametrize(
-    ("x_dtype", "head_dim", "interleaved"),
-    [(torch.float32, 8, False), (torch.bfloat16, 40, True), (torch.float16, 128, False)],
+    ("x_dtype", "head_dim", "v_head_dim", "interleaved"),
+    [
+        (torch.float32, 8, 8, False), (torch.bfloat16, 40, 16, True), (torch.float16, 128, 128, False),
+        (torch.float32, 24, 136, False),
+    ],
     ids=str,
-)
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_append_kv_stores_the_bits_of_the_reference(
-    dtype: torch.dtype, x_dtype: torch.dtype, head_dim: int, interleaved: bool, kind: str, device: torch.device
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    head_dim: int,
+    v_head_dim: int,
+    interleaved: bool,
+    kind: str,
+    device: torch.device,
 ) -> None:
     if kind == "none" and QUANTIZED[dtype].needs_scale:
         kind = "unit"
-    k, v = make_rows(x_dtype, head_dim), make_rows(x_dtype, head_dim).flip(0)
-    width = head_dim // 2 if dtype == torch.uint8 else head_dim
+    k, v = make_rows(x_dtype, head_dim), make_rows(x_dtype, v_head_dim).flip(0)
+    widths = [size // 2 if dtype == torch.uint8 else size for size in (head_dim, v_head_dim)]
     tensors = {
         "k": k, "v": v, "slot_mapping": torch.randperm(48, generator=torch.Generator().manual_seed(7))[: len(k)],
         "positions": torch.randint(0, 50, (len(k),), generator=torch.Generator().manual_seed(6)),
@@ -187,7 +197,7 @@ def test_append_kv_stores_the_bits_of_the_reference(
     }  # fmt: skip
     results = []
     for append, place in ((append_kv, device), (append_kv_reference, torch.device("cpu"))):
-        caches = [torch.full((NUM_PAGES, PAGE_SIZE, 2, width), 0x33, dtype=torch.uint8).view(dtype) for _ in "kv"]
+        caches = [torch.full((NUM_PAGES, PAGE_SIZE, 2, size), 0x33, dtype=torch.uint8).view(dtype) for size in widths]
         cache_tensors = dict(zip(("k_cache", "v_cache"), (cache.to(place) for cache in caches), strict=True))
         scales = {"k_scale": make_scale(kind, 2), "v_scale": make_scale(kind, 2)}
         scales = {name: scale.to(place) if isinstance(scale, Tensor) else scale for name, scale in scales.items()}

@@ -21,11 +21,13 @@ def is_power_of_two(value: int) -> bool:
 @pytest.mark.parametrize("capability", [*SHARED_BYTES, (11, 0)])
 def test_choose_tiles_every_supported_head_fits_shared_memory(capability: tuple[int, int]) -> None:
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
-    for head_dim, element_bytes in itertools.product(HEAD_DIMS, (2, 4)):
-        tiles = choose_tiles(head_dim, element_bytes, capability)
-        assert max(head_dim, 16) <= tiles.block_d < 2 * max(head_dim, 9)
+    for head_dim, v_head_dim, element_bytes in itertools.product(HEAD_DIMS, HEAD_DIMS, (2, 4)):
+        tiles = choose_tiles(head_dim, element_bytes, capability, v_head_dim=v_head_dim)
+        assert max(head_dim, 16) <= sum(tiles.block_d) < 2 * max(head_dim, 9)
+        assert max(v_head_dim, 16) <= tiles.block_dv < 2 * max(v_head_dim, 9)
         assert tiles.block_m[0] <= PLAN_BLOCK_ROWS[0] and tiles.block_m == tuple(sorted(tiles.block_m, reverse=True))
-        assert all(is_power_of_two(size) and size >= 16 for size in (tiles.block_d, *tiles.block_m, *tiles.block_n))
+        sizes = (*tiles.block_d, tiles.block_dv, *tiles.block_m, *tiles.block_n)
+        assert all(is_power_of_two(size) and size >= 16 for size in sizes)
         assert tiles.programs_per_sm * (shared_bytes(tiles, element_bytes, capability) + 1024) <= limit + 1024
 
 
@@ -37,11 +39,42 @@ def test_choose_tiles_head_dim_128_bfloat16_is_what_the_contracts_measure(
         block_m=(128, 16),
         block_n=(64, 128),
         num_stages=(2, 2),
-        block_d=128,
+        block_d=(128,),
+        block_dv=128,
         num_warps=8,
         programs_per_sm=programs_per_sm,
         max_registers=max_registers,
     )
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "columns"),
+    [(8, (16,)), (24, (32,)), (96, (128,)), (128, (128,)), (136, (128, 16)), (160, (128, 32)), (192, (128, 64)),
+     (200, (256,)), (256, (256,))],
+)  # fmt: skip
+def test_choose_tiles_wide_head_of_k_is_in_two_tiles_where_they_have_fewer_columns(
+    head_dim: int, columns: tuple[int, ...]
+) -> None:
+    assert choose_tiles(head_dim, 2, (9, 0)).block_d == columns
+
+
+@pytest.mark.parametrize(("capability", "num_keys"), [((8, 0), 64), ((9, 0), 128), ((10, 0), 128)])
+def test_choose_tiles_head_dim_192_with_values_of_128_is_what_the_contracts_measure(
+    capability: tuple[int, int], num_keys: int
+) -> None:
+    assert choose_tiles(192, 2, capability, v_head_dim=128) == TileChoice(
+        block_m=(128, 16),
+        block_n=(num_keys, 128),
+        num_stages=(2, 2),
+        block_d=(128, 64),
+        block_dv=128,
+        num_warps=8,
+        programs_per_sm=1,
+        max_registers=None,
+    )
+    num_quantized_keys = 128 if capability == (9, 0) else 64
+    assert choose_tiles(192, 2, capability, v_head_dim=128, stored_bits=8).block_n == (num_quantized_keys, 128)
+    assert choose_tiles(192, 2, capability, v_head_dim=128, has_row_terms=True).block_n == (64, 128)
 
 
 @pytest.mark.parametrize(
@@ -60,9 +93,9 @@ def test_choose_tiles_wide_head_has_as_many_rows_as_registers_hold(
 @pytest.mark.parametrize("hardware", [H100, A100], ids=lambda hardware: hardware.name)
 def test_choose_tiles_fit_the_plans_of_the_gpu(hardware: Hardware) -> None:
     assert hardware.block_rows == PLAN_BLOCK_ROWS
-    for capability, head_dim in itertools.product(SHARED_BYTES, HEAD_DIMS):
+    for capability, head_dim, v_head_dim in itertools.product(SHARED_BYTES, HEAD_DIMS, HEAD_DIMS):
         # Otherwise the first tile of a split would not start where an unsplit walk has a tile start.
-        for block_n in choose_tiles(head_dim, 2, capability).block_n:
+        for block_n in choose_tiles(head_dim, 2, capability, v_head_dim=v_head_dim).block_n:
             assert hardware.split_tokens % block_n == 0
 
 
@@ -83,7 +116,8 @@ def test_choose_tiles_before_ampere_is_refused() -> None:
 
 
 def test_choose_tiles_head_past_shared_memory_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match=r"head_dim 4096 with 2-byte .* 99 KiB .* 8\.6; the nearest"):
+    message = r"head_dim 4096 and v_head_dim 4096 with 2-byte .* 99 KiB .* 8\.6; the nearest"
+    with pytest.raises(NotImplementedError, match=message):
         choose_tiles(4096, 2, (8, 6))
 
 

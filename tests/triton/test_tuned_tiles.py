@@ -26,8 +26,8 @@ from mixattn.triton_kernels.tuned_tiles import Gpu, TunedChoice, read_choices, t
 from tests.cases import AttentionCase, assert_attention_close, make_inputs
 
 GPU = Gpu("NVIDIA H100 80GB HBM3", (9, 0))
-PROBLEM = TileProblem(128, 2, 16)
-TILES = TileChoice((64, 16), (64, 64), (2, 2), 128, 4, 2, None)
+PROBLEM = TileProblem(128, 128, 2, 16)
+TILES = TileChoice((64, 16), (64, 64), (2, 2), (128,), 128, 4, 2, None)
 
 
 def tuned(**changes: Any) -> TunedChoice:
@@ -48,7 +48,9 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_choices_come_back_from_the_file_as_they_were_written(file: Path) -> None:
-    others = [tuned(problem=replace(PROBLEM, head_dim=64), tiles=replace(TILES, block_d=64)), tuned(triton="3.5.0")]
+    others = [
+        tuned(problem=replace(PROBLEM, head_dim=192), tiles=replace(TILES, block_d=(128, 64))), tuned(triton="3.5.0"),
+    ]  # fmt: skip
     write_choices(file, [tuned(), *others])
     newer = tuned(tiles=replace(TILES, block_n=(32, 64)))
     write_choices(file, [newer])
@@ -95,7 +97,7 @@ def test_named_file_that_is_missing_is_an_error(file: Path) -> None:
 
 def changed(path: str, value: Any) -> dict[str, Any]:
     """The file's content with one thing in it changed; a value of ... takes it out."""
-    content: Any = json.loads(json.dumps({"format": 1, "choices": [asdict(tuned())]}))
+    content: Any = json.loads(json.dumps({"format": 2, "choices": [asdict(tuned())]}))
     *parents, last = [int(part) if part.isdigit() else part for part in path.split("/")]
     at = content
     for part in parents:
@@ -110,7 +112,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("format", 2, "the file: format must be 1, got 2"),
+        ("format", 1, "the file: format must be 2, got 1"),
         ("choices", {}, "the file: choices must be list"),
         ("choices/0/problem", ..., r"choices\[0\]: problem is missing"),
         ("choices/0/problem/head_dim", "128", "head_dim must be int, got '128'"),
@@ -120,7 +122,10 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("choices/0/tiles/block_m", [16, 64], "tiles: block_m must be descending powers of two"),
         ("choices/0/tiles/block_m", [64.0, 16], "block_m must hold integers"),
         ("choices/0/tiles/block_n", [64, 96], "tiles: block_n must be powers of two"),
-        ("choices/0/tiles/block_d", 64, "tiles: block_d must be 128, got 64"),
+        ("choices/0/problem/v_head_dim", ..., "a TileProblem has head_dim, v_head_dim"),
+        ("choices/0/tiles/block_d", 128, "block_d must be list, got 128"),
+        ("choices/0/tiles/block_d", [64], r"tiles: block_d must be \(128,\) and block_dv 128, got \(64,\) and 128"),
+        ("choices/0/tiles/block_dv", 64, r"tiles: block_d must be \(128,\) and block_dv 128, got \(128,\) and 64"),
         ("choices/0/tiles/programs_per_sm", 3, "tiles: 3 programs of 128 threads with 255 registers do not fit an SM"),
         ("choices/0/tiles/num_stages", [4, 4], "shared memory do not fit"),
         ("choices/0/gpu/capability", [9], "capability must be"),
@@ -148,8 +153,9 @@ def test_file_that_is_no_json_is_refused(file: Path) -> None:
 @pytest.mark.parametrize("capability", [*SHARED_BYTES, (11, 0)])
 def test_choose_tiles_are_such_as_a_file_may_hold(capability: tuple[int, int]) -> None:
     forms = ((2, 16, None), (4, 32, None), (2, 8, "int8"), (2, 4, "int4"))
-    for head_dim, form, terms, one in itertools.product(range(8, 257, 8), forms, (False, True), (False, True)):
-        problem = TileProblem(head_dim, *form, terms, one)
+    heads = [*((size, size) for size in range(8, 257, 8)), *itertools.product((8, 64, 96, 128, 192, 256), repeat=2)]
+    for head, form, terms, one in itertools.product(heads, forms, (False, True), (False, True)):
+        problem = TileProblem(*head, *form, terms, one)
         assert why_not(problem.choose(capability), problem, capability) is None
 
 
@@ -157,9 +163,9 @@ def test_call_runs_in_tuned_tiles_and_plans_for_their_programs(file: Path, monke
     if not env.triton_interpret():
         pytest.skip("observes the launch in the interpreter")
     case = AttentionCase("tuned", (1, 40), (70, 60), num_q_heads=4, head_dim=64)
-    tiles = TileChoice((32, 16), (32, 16), (3, 2), 64, 4, 3, 160)
+    tiles = TileChoice((32, 16), (32, 16), (3, 2), (64,), 64, 4, 3, 160)
     interpreter = triton_attention.gpu(torch.device("cpu"))
-    write_choices(file, [tuned(gpu=interpreter, problem=TileProblem(64, 2, 16), tiles=tiles)])
+    write_choices(file, [tuned(gpu=interpreter, problem=TileProblem(64, 64, 2, 16), tiles=tiles)])
     launched: list[Any] = []
     kernel = triton_attention.mixed_attention_kernel
 
@@ -199,6 +205,6 @@ def test_tuned_tiles_need_neither_torch_nor_triton() -> None:
     script = (
         "import sys; sys.modules['torch'] = sys.modules['triton'] = None\n"
         "from mixattn.triton_kernels.tuned_tiles import Gpu, TileProblem, tiles_for\n"
-        "tiles_for(TileProblem(128, 2, 16), Gpu('any', (9, 0)))"
+        "tiles_for(TileProblem(128, 128, 2, 16), Gpu('any', (9, 0)))"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
