@@ -58,14 +58,20 @@ std::vector<emu::Region> regions_of(const LaunchParams& launch) {
           {"tickets", p.tickets, span_bytes({{p.num_tickets, 1}}, sizeof(int32_t))}};
 }
 
-const LaunchParams& params_of(void** arguments) {
-  return *static_cast<const LaunchParams*>(arguments[0]);
-}
-
-bool add(const char* name, void (*kernel)(LaunchParams)) {
-  return emulated_driver::add_kernel(
-      name, {[kernel](void** arguments) { kernel(params_of(arguments)); },
-             [](void** arguments) { return regions_of(params_of(arguments)); }, sizeof(LaunchParams)});
+// Params: LaunchParams, or what begins with them. The argument may lie anywhere, parameters may not.
+template <class Params>
+bool add(const char* name, void (*kernel)(Params)) {
+  const auto run = [kernel](void** arguments) {
+    Params params;
+    memcpy(static_cast<void*>(&params), arguments[0], sizeof params);
+    kernel(params);
+  };
+  const auto regions = [](void** arguments) {
+    Params params;
+    memcpy(static_cast<void*>(&params), arguments[0], sizeof params);
+    return regions_of(params);
+  };
+  return emulated_driver::add_kernel(name, {run, regions, sizeof(Params)});
 }
 
 #define STRING(text) #text

@@ -19,6 +19,7 @@ using namespace mixattn::cuda;
 // The signatures are checked against those that the loader calls.
 #define DECLARE(name, signature) EXPORT Result name signature;
 MIXATTN_DRIVER_FUNCTIONS(DECLARE)
+MIXATTN_LATER_DRIVER_FUNCTIONS(DECLARE)
 #undef DECLARE
 
 namespace {
@@ -166,6 +167,7 @@ EXPORT const char* mixattn_emulation_counts() {
          ", \"num_threads\": " + std::to_string(counts.num_threads) +
          ", \"num_blocks\": " + std::to_string(num_blocks) + ", \"num_mmas\": " + std::to_string(counts.num_mmas) +
          ", \"num_copies\": " + std::to_string(counts.num_copies) +
+         ", \"num_boxes\": " + std::to_string(counts.num_boxes) +
          ", \"num_wavefronts\": " + std::to_string(counts.num_wavefronts) + ", \"conflicts\": {";
   for (const auto& [line, count] : counts.conflicts) {
     if (text.back() != '{') text += ", ";
@@ -285,6 +287,23 @@ Result cuOccupancyMaxActiveBlocksPerMultiprocessor(int* num_blocks, FunctionHand
                                                    size_t dynamic_shared_bytes) {
   *num_blocks = dynamic_shared_bytes <= size_t(function_of(function).max_shared_bytes) ? 1 : 0;
   return kSuccess;
+}
+// Of elements that are not of 16 bits, and other swizzles, there are no maps here.
+Result cuTensorMapEncodeTiled(void* map, int data_type, uint32_t rank, void* data, const uint64_t* sizes,
+                              const uint64_t* outer_strides, const uint32_t* box, const uint32_t* element_strides,
+                              int interleave, int swizzle, int l2_promotion, int fill) {
+  if (num_contexts == 0) return kInvalidContext;
+  if (config.capability < 90 || rank < 1 || rank > emu::BoxedTensor::kMostDims) return kInvalidValue;
+  const bool has_emulated_form = data_type == kMapUInt16 && interleave == kMapNoInterleave && swizzle == kMapSwizzle128;
+  if (!has_emulated_form || l2_promotion < 0 || l2_promotion > 3 || fill != kMapFillZero) return kInvalidValue;
+  emu::BoxedTensor tensor = {static_cast<const char*>(data), int(rank), {}, {}, {}};
+  for (uint32_t d = 0; d < rank; ++d) {
+    if (element_strides[d] != 1) return kInvalidValue;
+    tensor.sizes[d] = sizes[d];
+    tensor.strides[d] = d == 0 ? 0 : outer_strides[d - 1];
+    tensor.box[d] = box[d];
+  }
+  return emu::encode_map(map, tensor) == nullptr ? kSuccess : kInvalidValue;
 }
 Result cuLaunchKernel(FunctionHandle handle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                       unsigned block_y, unsigned block_z, unsigned dynamic_shared_bytes, StreamHandle, void** arguments,
