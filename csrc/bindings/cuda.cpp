@@ -3,7 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bindings/append_kv_call.h"
@@ -172,12 +176,25 @@ void cuda_merge_states(const mixattn::MergeStatesParams& p, Image& image, uintpt
   launch_rows(p, mixattn::cuda::merge_states_kernel(p), p.num_tokens * p.num_heads, image, stream);
 }
 
-// A kernel of pointers, with a grid of its own: for bench/static/selftest_device.py.
+// A tensor of BoxedTensor's dimensions: address, sizes, strides, box.
+using BoxedArgument = std::tuple<uintptr_t, std::array<int64_t, 4>, std::array<int64_t, 3>, std::array<int32_t, 4>>;
+
+// A kernel of a tensor map, if there is one, and pointers, with a grid of its own: for bench/static/selftest_device.py.
 void launch_pointers(Image& image, const std::string& kernel, int num_blocks, int num_threads, int shared_bytes,
-                     std::vector<uintptr_t> pointers, uintptr_t stream) {
+                     std::vector<uintptr_t> pointers, const std::optional<BoxedArgument>& boxed, uintptr_t stream) {
   Launch prepared = image.prepare(kernel, num_threads, shared_bytes);
   prepared.num_blocks = num_blocks;
   std::vector<void*> arguments;
+  mx::TensorMap map;
+  if (boxed) {
+    const auto& [data, sizes, strides, box] = *boxed;
+    BoxedTensor tensor = {at<const void>(data), {}, {}, {}};
+    std::copy(sizes.begin(), sizes.end(), tensor.sizes);
+    std::copy(strides.begin(), strides.end(), tensor.strides);
+    std::copy(box.begin(), box.end(), tensor.box);
+    image.encode_map(tensor, &map);
+    arguments.push_back(&map);
+  }
   for (uintptr_t& pointer : pointers) arguments.push_back(&pointer);
   launch(image, prepared, stream, arguments.data());
 }
@@ -211,7 +228,7 @@ void bind_cuda(py::module_& m) {
           },
           py::kw_only(), arg("kernel"), arg("num_threads"), arg("shared_bytes"))
       .def("launch_pointers", &launch_pointers, py::kw_only(), arg("kernel"), arg("num_blocks"), arg("num_threads"),
-           arg("shared_bytes"), arg("pointers"), arg("stream"));
+           arg("shared_bytes"), arg("pointers"), arg("boxed") = py::none(), arg("stream"));
   m.def("cuda_instances", &cuda_instances, "Every kernel that is compiled for GPUs.");
   m.def("cuda_plan_kernel", [] { return describe(mixattn::cuda::plan_kernel()); });
   m.def("cuda_plan_scratch_words", &mixattn::cuda::plan_scratch_words, arg("spec"), arg("num_seqs"),

@@ -89,7 +89,8 @@ def test_selftest_has_every_primitive_kernel() -> None:
     """A kernel of primitives.cuh is in the selftest, unless it is one that a GPU cannot settle."""
     kernels, entries = set(), {}
     for suffix in ("", "_sm90"):
-        kernels |= set(re.findall(r"MX_KERNEL (\w+)\(", (EMU / f"primitives{suffix}.cuh").read_text()))
+        kernel = r"(?:MX_KERNEL (?=\w+\()|MX_DEVICE void (?=\w+\(const TensorMap&))(\w+)"
+        kernels |= set(re.findall(kernel, (EMU / f"primitives{suffix}.cuh").read_text()))
         text = (EMU / f"primitive_entries{suffix}.h").read_text()
         entries |= dict(re.findall(r"^  X\((\w+), (\w+)[<)]", text, re.MULTILINE))
     assert list(entries) == [primitive.name for primitive in primitives_of(HOPPER)]

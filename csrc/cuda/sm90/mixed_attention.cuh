@@ -163,8 +163,8 @@ MX_DEVICE void release(uint32_t barrier) {
   if (this_thread().lane == 0) mx::mbarrier_arrive(barrier);
 }
 
-// The same behind a wait, with nothing between that brings the lanes together: one that still waits would miss the phase
-// if the next one ended, too.
+// The same behind a wait, with nothing between that brings the lanes together: one that still waits would miss the
+// phase if the next one ended, too.
 MX_DEVICE void release_behind_wait(uint32_t barrier) {
   mx::sync_warp();  // all lanes have waited
   release(barrier);
