@@ -19,7 +19,7 @@
 #include "cuda/instances.h"
 #include "cuda/merge_states.cuh"
 #include "cuda/plan.cuh"
-#include "cuda/sm90/params.h"
+#include "cuda/sm90/key_maps.h"
 
 namespace py = pybind11;
 
@@ -38,6 +38,7 @@ using mixattn::cuda::Kernel;
 using mixattn::cuda::Launch;
 using mixattn::cuda::LaunchParams;
 using mixattn::cuda::StreamHandle;
+using mixattn::cuda::sm90::KeyMaps;
 
 py::dict describe(const Kernel& kernel) {
   py::dict result;
@@ -85,24 +86,22 @@ py::dict cuda_instance(const AttentionParams& p, std::pair<int, int> capability,
   return describe(mixattn::cuda::instance_for(p, 10 * capability.first + capability.second, has_small_apart));
 }
 
-// The call for the kernel of sm_90, with maps of its pages where it can have them.
-mixattn::cuda::sm90::Params make_sm90_params(const LaunchParams& launch, const Image& image) {
+// The maps of a call's K and V; none where its pages or the driver allow none.
+KeyMaps make_key_maps(const AttentionParams& p, const Image& image) {
   namespace sm90 = mixattn::cuda::sm90;
-  sm90::Params params = {launch, {}, {}, image.has_maps() ? sm90::box_slots(launch.call) : 0};
-  if (params.box_slots == 0) return params;
-  const AttentionParams& p = launch.call;
-  BoxedTensor keys = {p.k_cache,
+  KeyMaps maps = {{}, {}, image.has_maps() ? sm90::box_slots(p) : 0};
+  if (maps.box_slots == 0) return maps;
+  const auto encode = [&](const void* data, int64_t head_stride, int64_t token_stride, int64_t page_stride,
+                          mx::TensorMap& map) {
+    image.encode_map({data,
                       {p.head_dim, p.num_kv_heads, p.page_size, p.num_pages},
-                      {p.k_head_stride, p.k_token_stride, p.k_page_stride},
-                      {sm90::kPanelColumns, 1, params.box_slots, 1}};
-  BoxedTensor values = keys;
-  values.data = p.v_cache;
-  values.strides[0] = p.v_head_stride;
-  values.strides[1] = p.v_token_stride;
-  values.strides[2] = p.v_page_stride;
-  image.encode_map(keys, &params.k_map);
-  image.encode_map(values, &params.v_map);
-  return params;
+                      {head_stride, token_stride, page_stride},
+                      {sm90::kPanelColumns, 1, maps.box_slots, 1}},
+                     &map);
+  };
+  encode(p.k_cache, p.k_head_stride, p.k_token_stride, p.k_page_stride, maps.k);
+  encode(p.v_cache, p.v_head_stride, p.v_token_stride, p.v_page_stride, maps.v);
+  return maps;
 }
 
 // p.plan is on the host, or nullptr; device_plan has the same words where the kernel reads them.
@@ -116,12 +115,8 @@ void cuda_attention(AttentionParams p, Image& image, uintptr_t device_plan, bool
   prepared.num_blocks = prepared.num_blocks / image.num_sms() * static_cast<int>(num_sms);
   p.plan = at<const int32_t>(device_plan);
   LaunchParams params = mixattn::cuda::make_launch_params(p);
-  if (instance.has_maps) {
-    mixattn::cuda::sm90::Params with_maps = make_sm90_params(params, image);
-    void* arguments[] = {&with_maps};
-    return launch(image, prepared, stream, arguments);
-  }
-  void* arguments[] = {&params};
+  KeyMaps maps = instance.has_maps ? make_key_maps(p, image) : KeyMaps{};
+  void* arguments[] = {&params, &maps};  // kernels without maps have one parameter: the second is not looked at
   launch(image, prepared, stream, arguments);
 }
 

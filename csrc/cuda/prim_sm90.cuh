@@ -76,7 +76,8 @@ MX_DEVICE void fence_proxy_async() {
 
 // Starts the copy of the map's box from these coordinates on, in elements, the innermost dimension first, to `to`,
 // which starts 1,024 bytes. Rows of 128 bytes lie there as wgmma wants them; what is outside of the tensor is 0. The
-// bytes of the whole box count towards the phase of `barrier` that is under way: who waits for it sees them.
+// bytes of the whole box count towards the phase of `barrier` that is under way: who waits for it sees them. Of the
+// tensor it sees what kernels before this one wrote.
 MX_DEVICE void load_box(uint32_t to, const TensorMap& map, int x0, int x1, int x2, int x3, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "

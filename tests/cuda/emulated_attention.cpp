@@ -18,6 +18,7 @@ EMULATED_SM90(MIXATTN_SM90_ENTRY)
 namespace {
 
 using mixattn::cuda::LaunchParams;
+using mixattn::cuda::sm90::KeyMaps;
 
 struct Dim {
   int64_t size;
@@ -58,20 +59,27 @@ std::vector<emu::Region> regions_of(const LaunchParams& launch) {
           {"tickets", p.tickets, span_bytes({{p.num_tickets, 1}}, sizeof(int32_t))}};
 }
 
-// Params: LaunchParams, or what begins with them. The argument may lie anywhere, parameters may not.
-template <class Params>
-bool add(const char* name, void (*kernel)(Params)) {
+// The argument may lie anywhere, a parameter may not.
+template <class Param>
+Param param_at(const void* argument) {
+  Param param;
+  memcpy(static_cast<void*>(&param), argument, sizeof param);
+  return param;
+}
+
+std::vector<emu::Region> regions_at(void** arguments) {
+  return regions_of(param_at<LaunchParams>(arguments[0]));
+}
+
+bool add(const char* name, void (*kernel)(LaunchParams)) {
+  const auto run = [kernel](void** arguments) { kernel(param_at<LaunchParams>(arguments[0])); };
+  return emulated_driver::add_kernel(name, {run, regions_at, {sizeof(LaunchParams)}});
+}
+bool add(const char* name, void (*kernel)(LaunchParams, KeyMaps)) {
   const auto run = [kernel](void** arguments) {
-    Params params;
-    memcpy(static_cast<void*>(&params), arguments[0], sizeof params);
-    kernel(params);
+    kernel(param_at<LaunchParams>(arguments[0]), param_at<KeyMaps>(arguments[1]));
   };
-  const auto regions = [](void** arguments) {
-    Params params;
-    memcpy(static_cast<void*>(&params), arguments[0], sizeof params);
-    return regions_of(params);
-  };
-  return emulated_driver::add_kernel(name, {run, regions, sizeof(Params)});
+  return emulated_driver::add_kernel(name, {run, regions_at, {sizeof(LaunchParams), sizeof(KeyMaps)}});
 }
 
 #define STRING(text) #text

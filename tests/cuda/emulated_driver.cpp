@@ -82,10 +82,19 @@ struct CapturedLaunch {
   int num_blocks;
   int num_threads;
   int shared_bytes;
-  std::vector<char> argument;
+  std::vector<std::string> arguments;
 };
 bool is_capturing = false;
 std::vector<CapturedLaunch> graph;
+
+// What the driver copies of a launch.
+std::vector<std::string> copied(const Function& function, void** arguments) {
+  std::vector<std::string> copies;
+  for (const size_t num_bytes : function.kernel.argument_bytes) {
+    copies.emplace_back(static_cast<const char*>(*arguments++), num_bytes);
+  }
+  return copies;
+}
 
 Result run(const Function& function, int blocks, int num_threads, int shared_bytes, void** arguments) {
   launched = function.name;
@@ -96,8 +105,7 @@ Result run(const Function& function, int blocks, int num_threads, int shared_byt
   recording::Launch recorded;
   if (!path.empty()) {
     recorded = {function.name, blocks, num_threads, uint32_t(shared_bytes), {}, recorded_tensors, {}, {}};
-    const char* const argument = static_cast<const char*>(arguments[0]);
-    recorded.params.assign(argument, argument + function.kernel.argument_bytes);
+    recorded.params = copied(function, arguments);
     recorded.before = recording::contents(recorded_tensors);
   }
   try {
@@ -190,8 +198,9 @@ EXPORT void mixattn_emulation_end_capture() {
 // Runs the graph. Returns why a launch has failed; nullptr if none has.
 EXPORT const char* mixattn_emulation_replay() {
   for (CapturedLaunch& each : graph) {
-    void* arguments[] = {each.argument.data()};
-    if (run(*each.function, each.num_blocks, each.num_threads, each.shared_bytes, arguments) != kSuccess) {
+    std::vector<void*> arguments;
+    for (std::string& argument : each.arguments) arguments.push_back(argument.data());
+    if (run(*each.function, each.num_blocks, each.num_threads, each.shared_bytes, arguments.data()) != kSuccess) {
       return report.c_str();
     }
   }
@@ -314,11 +323,6 @@ Result cuLaunchKernel(FunctionHandle handle, unsigned grid_x, unsigned grid_y, u
   if (std::max({grid_y, grid_z, block_y, block_z}) > 1) return kInvalidValue;  // one-dimensional: prim.cuh
   if (dynamic_shared_bytes > unsigned(function.max_shared_bytes)) return kInvalidValue;
   if (!is_capturing) return run(function, int(grid_x), int(block_x), int(dynamic_shared_bytes), arguments);
-  const char* const argument = static_cast<const char*>(arguments[0]);
-  graph.push_back({&function,
-                   int(grid_x),
-                   int(block_x),
-                   int(dynamic_shared_bytes),
-                   {argument, argument + function.kernel.argument_bytes}});
+  graph.push_back({&function, int(grid_x), int(block_x), int(dynamic_shared_bytes), copied(function, arguments)});
   return kSuccess;
 }

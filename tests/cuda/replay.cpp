@@ -48,8 +48,12 @@ int run(const std::string& path, uint64_t seed) {
     memory.emplace_back(static_cast<char*>(::operator new(bytes.size(), kAlignment)));
     memcpy(memory.back().get(), bytes.data(), bytes.size());
   }
-  relocate(launch.params, launch.tensors, memory);
-  void* arguments[] = {launch.params.data()};
+  std::vector<void*> argument_list;
+  for (std::string& param : launch.params) {
+    relocate(param, launch.tensors, memory);
+    argument_list.push_back(param.data());
+  }
+  void** const arguments = argument_list.data();
   std::vector<emu::Region> regions = {{"anything", nullptr, SIZE_MAX}};
   if (kernel.regions) regions = kernel.regions(arguments);
   emu::launch(emu::config_of_seed(seed), launch.num_blocks, launch.num_threads, launch.shared_bytes, regions,

@@ -7,13 +7,15 @@
 //         does its softmax.
 // Grid    a block per SM, 512 threads; registers as kDecodeRegisters, ... : 65,536 together
 // Shapes  as cuda/mixed_attention.cuh; tiles (128, 128) of (packed query rows, keys), and sm80's small one
-// Memory  an item reads 2 keys head_dim elements of K and V, and reads and writes rows head_dim; shared: tile.cuh
+// Memory  an item reads 2 keys head_dim elements of K and V, and reads and writes rows head_dim; shared: tile.cuh.
+//         K and V by TMA where pages are a multiple of 16 slots (key_maps.h), others and cut tiles by cp.async
 // Static  nvcc 13.0, bf16, head_dim 128: 516 warp instructions per MMA-MFLOP of large tiles, 2,556 of small ones; no
 //         spills, no wgmma serialised, no bank conflicts in the copies and the decodes (wgmma's reads are not counted)
 // Limits  as cuda/mixed_attention.cuh, but head_dim 64, 96, 128, and neither ALiBi nor tree masks; the plan has small
 //         items apart (Hardware.separates_small)
 // Twins   sm80/mixed_attention.cuh, triton_kernels/mixed_attention.py; truth ops/reference.py
-// Source  arXiv:2407.08608, section 3 (roles, turns, products issued ahead); wgmma: PTX ISA 8.7, section 9.7.15
+// Source  arXiv:2407.08608, section 3 (roles, turns, products issued ahead); wgmma: PTX ISA 8.7, section 9.7.15; TMA:
+//         section 9.7.9.27
 #pragma once
 
 #include "cuda/sm90/tile.cuh"
@@ -88,9 +90,13 @@ MX_DEVICE void send_keys(const sm80::Cache<T>& cache, const mx::TensorMap& map, 
 }
 
 template <class T, int kHeadDim, Scores kScores>
-MX_DEVICE void produce(const Params& p) {
+MX_DEVICE void produce(const LaunchParams& p, const KeyMaps& maps) {
   using Shared = Layout<kHeadDim>;
   const uint32_t query_full = mx::shared_base() + Shared::kQueryFull;
+  if (this_thread().idx == 0 && maps.box_slots > 0) {
+    mx::prefetch_map(maps.k);
+    mx::prefetch_map(maps.v);
+  }
   RingPlace<Shared> ring = {0, 0};
   for (int count = 0;; ++count) {
     const Item item = prefill_item<Shared>(count);
@@ -110,11 +116,11 @@ MX_DEVICE void produce(const Params& p) {
     for (int32_t tile_begin = first_tile(item); tile_begin < item[kKvEnd]; tile_begin += Tile::kKeys) {
       const sm80::KeyPlace place = sm80::find_key<Tile, kScores>(p, item, tile_begin);
       const bool is_whole = tile_begin >= item[kKvBegin] && tile_begin + Tile::kKeys <= item[kKvEnd];
-      const int32_t box_slots = is_whole ? p.box_slots : 0;
+      const int32_t box_slots = is_whole ? maps.box_slots : 0;
       mx::mbarrier_wait(ring.empty(), ring.parity ^ 1);  // before K
-      send_keys<T, kHeadDim>(sm80::k_cache<T>(p), p.k_map, box_slots, item, place, ring, tile_begin, announcement);
+      send_keys<T, kHeadDim>(sm80::k_cache<T>(p), maps.k, box_slots, item, place, ring, tile_begin, announcement);
       mx::mbarrier_wait(ring.empty(), ring.parity ^ 1);  // before V
-      send_keys<T, kHeadDim>(sm80::v_cache<T>(p), p.v_map, box_slots, item, place, ring, tile_begin, announcement);
+      send_keys<T, kHeadDim>(sm80::v_cache<T>(p), maps.v, box_slots, item, place, ring, tile_begin, announcement);
     }
     finish_copies(announcement);
   }
@@ -323,7 +329,7 @@ MX_DEVICE void init_barriers() {
 
 // The body of a kernel; its entry points are in entry.cuh.
 template <class T, int kHeadDim, Scores kScores>
-MX_DEVICE void mixed_attention(const Params& p) {
+MX_DEVICE void mixed_attention(const LaunchParams& p, const KeyMaps& maps) {
   const int team = mx::thread_idx() / kNumThreads;
   if (mx::thread_idx() == 0) init_barriers<Layout<kHeadDim>>();
   mx::sync_threads();  // the barriers are there
@@ -332,7 +338,7 @@ MX_DEVICE void mixed_attention(const Params& p) {
     run_queue<T, kHeadDim, AttendSmall<T, kHeadDim, kScores>>(p, Queue::kSmall);
   } else if (team == 1) {
     mx::lower_registers<kProducerRegisters>();
-    produce<T, kHeadDim, kScores>(p);
+    produce<T, kHeadDim, kScores>(p, maps);
   } else {
     mx::raise_registers<kConsumerRegisters>();
     consume<T, kHeadDim, kScores>(p, team - 2);

@@ -2,7 +2,7 @@
 // Method  A matrix lies as panels of 64 columns: a row of a panel is 128 bytes, its 16-byte chunks permuted as wgmma
 //         wants them (prim_sm90.cuh). K and V take turns in a ring of tiles; Q has one place. Each has a barrier that
 //         says it is there and one that says nobody needs it any more.
-//         Keys come in two ways. Where pages allow (params.h), a tile whose 128 keys are all the item's is loaded in
+//         Keys come in two ways. Where pages allow (key_maps.h), a tile whose 128 keys are all the item's is loaded in
 //         boxes: slots of one page, one panel, a thread for all of it. Others are gathered, 16 bytes a lane, so that
 //         what lies beside the item's keys, maybe NaN, becomes 0.
 // Shapes  Q (128, head_dim); tiles of 128 keys; kNumSlots of them in the ring: what two blocks of threads leave
@@ -13,7 +13,7 @@
 #pragma once
 
 #include "cuda/sm80/mixed_attention.cuh"
-#include "cuda/sm90/params.h"
+#include "cuda/sm90/key_maps.h"
 
 namespace mixattn {
 namespace cuda {
