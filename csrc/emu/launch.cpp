@@ -191,6 +191,7 @@ Stats launch(const Config& config, int num_blocks, int num_threads, size_t share
   machine.random_state = (config.seed + 1) * 0x9e3779b97f4a7c15u;
   machine.atomics.clear();
   machine.boxes.clear();
+  machine.agents.clear();
   start_threads();
   machine.start.release_anew();
   machine.end.release_anew();

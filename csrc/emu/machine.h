@@ -175,9 +175,10 @@ struct Machine {
   std::vector<std::unique_ptr<Thread>> threads;
   std::map<const void*, AtomicWord> atomics;
   std::vector<PendingBox> boxes;
-  sanitizer::Order start, end;     // of the launch
-  std::vector<Warp*> ready_warps;  // those with ready threads
-  size_t turn;                     // of Schedule::kInTurn
+  std::vector<std::unique_ptr<sanitizer::Agent>> agents;  // of boxes that have landed: reports may name them
+  sanitizer::Order start, end;                            // of the launch
+  std::vector<Warp*> ready_warps;                         // those with ready threads
+  size_t turn;                                            // of Schedule::kInTurn
   Stats stats;
   std::string error;  // of the first misuse; the launch ends with it
   uint64_t random_state;

@@ -342,11 +342,12 @@ void wgmma(float* d, int num_column_tiles, LeftOperand a, uint64_t b, bool adds,
         product.left[row * kDepth + k] = element_value(uint16_t(lane.a.fragment[i / 2] >> (16 * (i % 2))), element);
       }
     }
-    check_operands(product, 8 * num_column_tiles, site);
+    // First: a sanitizer says more of a race than the check does.
     for_each_lane([&](const Thread& lane) {
       sanitizer::As as(lane.fiber.identity());
       tell_operands(product, 8 * num_column_tiles, line, site);
     });
+    check_operands(product, 8 * num_column_tiles, site);
     if (into.num_pending == 0) {
       for_each_register(into, [&](float& value, int at) {
         into.sums[at] = value;

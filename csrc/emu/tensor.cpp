@@ -120,7 +120,7 @@ void load_box(uint32_t to, const void* map, BoxPlace place, uint32_t barrier_add
 void land_box() {
   std::vector<PendingBox>& boxes = machine.boxes;
   std::swap(boxes[machine.random(uint32_t(boxes.size()))], boxes.back());
-  const PendingBox box = std::move(boxes.back());
+  PendingBox box = std::move(boxes.back());
   boxes.pop_back();
   MemoryBarrier& barrier = box.block->memory_barriers.at(box.barrier);
   for (const PendingBox::Piece& piece : box.pieces) {
@@ -132,7 +132,8 @@ void land_box() {
     }
     box.block->unfenced_writer[piece.shared_offset / kGranuleBytes] = 0;
   }
-  sanitizer::As as(box.agent->identity());
+  machine.agents.push_back(std::move(box.agent));
+  sanitizer::As as(machine.agents.back()->identity());
   for (const PendingBox::Piece& piece : box.pieces) {
     if (piece.source != nullptr) sanitizer::read(piece.source, kGranuleBytes, box.line);
     sanitizer::write(box.block->shared.data() + piece.shared_offset, kGranuleBytes, box.line);

@@ -41,14 +41,16 @@ void relocate(std::string& params, const std::vector<recording::Span>& tensors, 
 }
 
 int run(const std::string& path, uint64_t seed) {
-  recording::Launch launch = recording::read(path);
+  // Static: when a launch ends with an error, fibers are left that have read them.
+  static recording::Launch launch;
+  static std::vector<void*> argument_list;
+  launch = recording::read(path);
   const emulated_driver::Kernel& kernel = kernels().at(launch.name);
   std::vector<Memory> memory;
   for (const std::string& bytes : launch.before) {
     memory.emplace_back(static_cast<char*>(::operator new(bytes.size(), kAlignment)));
     memcpy(memory.back().get(), bytes.data(), bytes.size());
   }
-  std::vector<void*> argument_list;
   for (std::string& param : launch.params) {
     relocate(param, launch.tensors, memory);
     argument_list.push_back(param.data());

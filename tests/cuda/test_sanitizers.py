@@ -228,14 +228,14 @@ RACE_LINES: dict[str, tuple[str, ...]] = {
     "quantised-no-barrier-before-v-is-read": ("mx::ldmatrix_x4_trans(values", "widen_keys<"),
     "quantised-no-barrier-before-q-is-read": ("fit_queries<", "mx::ld_shared("),
     "quantised-rows-scales-overwritten-before-they-are-read": ("store_scales<", "mx::ld_shared("),
-    "sm90-k-not-waited-for": ("mx::wgmma_shared(", "mx::load_box("),
+    "sm90-k-not-waited-for": ("mx::cp_async_wait<0>", "produce<"),
     "sm90-v-not-waited-for": ("mx::wgmma_registers(", "mx::load_box("),
     "sm90-scores-not-waited-for": ("mx::wgmma_shared(", "mx::load_box("),
     "sm90-sums-not-waited-for": ("mx::wgmma_registers(", "mx::load_box("),
     "sm90-copies-told-too-early": ("produce<", "consume<"),
     "sm90-queries-not-waited-for": ("draw_words(", "consume<"),
-    "sm90-queries-overwritten-while-they-are-read": ("mx::wgmma_shared(", "copy_queries<"),
-    "sm90-tiles-overwritten-while-they-are-read": ("mx::wgmma_wait", "mx::load_box("),
+    "sm90-queries-overwritten-while-they-are-read": ("mx::wgmma_shared(", "mx::cp_async_wait"),
+    "sm90-tiles-overwritten-while-they-are-read": ("mx::cp_async_wait<0>", "produce<"),
     "sm90-item-released-while-other-lanes-read-it": ("draw_words(", "consume<"),
     "no-barrier-before-sums-are-overwritten": ("set_shared_value(b.warp", "shared_value(b.lane"),
     "no-barrier-before-sums-are-read": ("set_shared_value(b.warp", "shared_value(b.lane"),
@@ -246,7 +246,10 @@ RACE_LINES: dict[str, tuple[str, ...]] = {
     "row-written-while-it-is-read": ("rotate<T>(", "mx::st_global_v4("),
     "page-and-offset-swapped": ("static_cast<uint16_t*>(cache) + to",),
 }
-"""Faults that are data races, and what the lines of the kernels that the report names have in them."""
+"""Faults that are data races, and what the lines of the kernels that the report names have in them.
+
+A box that lands has no stack to name: of a race with it there is the other line only.
+"""
 PAGE_EDGE = AttentionCase("page-edge", (20,), (160,))
 MISUSES: dict[str, tuple[Record, str, str]] = {
     "page-off-by-one": (attention(PAGE_EDGE), "heap-buffer-overflow", "block_table_row["),
