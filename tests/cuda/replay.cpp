@@ -27,14 +27,15 @@ std::map<std::string, emulated_driver::Kernel>& kernels() {
   return all;
 }
 
-// Puts addresses inside recorded tensors right: a word of the parameters that looks like one is one.
+// Puts addresses of recorded tensors right: a word of the parameters that looks like one is one. Not those inside of a
+// tensor: what is left in a struct's padding may look like them.
 void relocate(std::string& params, const std::vector<recording::Span>& tensors, const std::vector<Memory>& memory) {
   for (size_t at = 0; at + sizeof(uint64_t) <= params.size(); at += sizeof(uint64_t)) {
     uint64_t word;
     memcpy(&word, params.data() + at, sizeof word);
     for (size_t i = 0; i < tensors.size(); ++i) {
-      if (word < tensors[i].begin || word >= tensors[i].begin + tensors[i].num_bytes) continue;
-      const uint64_t moved = reinterpret_cast<uint64_t>(memory[i].get()) + (word - tensors[i].begin);
+      if (word != tensors[i].begin) continue;
+      const uint64_t moved = reinterpret_cast<uint64_t>(memory[i].get());
       memcpy(params.data() + at, &moved, sizeof moved);
     }
   }
