@@ -44,6 +44,8 @@ class Primitive:
         num_out: words that it writes.
         shared_bytes: of a block.
         tolerance: relative to max(1, |value|), of words that are float32; None: every bit must agree.
+        boxed: sizes, strides and box of the tensor of 16-bit elements that begins ``BOXED_AT`` words behind the input
+            and whose map the kernel also takes; the innermost dimension first, strides of the others.
     """
 
     name: str
@@ -53,6 +55,11 @@ class Primitive:
     num_threads: int = 32
     shared_bytes: int = 4096
     tolerance: float | None = None
+    boxed: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
+
+
+BOXED_AT = 16
+"""Before it are the coordinates of two boxes."""
 
 
 def words(*shape: int) -> Callable[[np.random.Generator], Words]:
@@ -160,12 +167,33 @@ def product(name: str, num_columns: int, num_words: int) -> Primitive:
     )
 
 
+def boxes(name: str, box_rows: int) -> Primitive:
+    """Two boxes of a tensor of rows of 72 in 80 elements, some of them beside it; strides do not rise."""
+    sizes, strides = (72, 3, 70, 4), (71 * 80, 80, 3 * 71 * 80)
+
+    def make(rng: np.random.Generator) -> Words:
+        head = rng.integers((0, -1, -20, -1), (2, 4, 80, 5), (BOXED_AT // 4, 4))
+        head[:, 0] *= 64
+        return np.concatenate([head.astype(np.int32).view(np.uint32).ravel(), words(sizes[3] * strides[2] // 2)(rng)])
+
+    return Primitive(
+        name,
+        make,
+        2 * 32 * box_rows,
+        num_threads=128,
+        shared_bytes=1024 + 128 * box_rows,
+        boxed=(sizes, strides, (64, 1, box_rows, 1)),
+    )
+
+
 SM90_PRIMITIVES = [
     product("wgmma_64_f16", 64, (64 + 64) * 32),
     product("wgmma_128_bf16", 128, (64 + 128) * 32),
     product("wgmma_registers_96_f16", 96, 128 * 4 + 2 * 128 * 32),
     product("wgmma_registers_128_bf16", 128, 128 * 4 + 2 * 128 * 32),
     Primitive("mbarrier", words(64), 64, num_threads=64),
+    boxes("box_16", 16),
+    boxes("box_64", 64),
 ]
 """Those that Hopper adds: on a GPU of compute capability 9.0."""
 HOPPER = (9, 0)
@@ -205,6 +233,7 @@ def run_on_device(image: _C.CudaImage, device: torch.device, primitive: Primitiv
         num_threads=primitive.num_threads,
         shared_bytes=primitive.shared_bytes,
         pointers=[on_device.data_ptr(), out.data_ptr()],
+        boxed=None if primitive.boxed is None else (on_device.data_ptr() + 4 * BOXED_AT, *primitive.boxed),
         stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
     )
     return out.cpu().numpy().view(np.uint32)
@@ -215,9 +244,16 @@ def run_emulated(primitive: Primitive, inputs: Words, seed: int) -> Words:
     out = np.full(primitive.num_out, 2**32 - 1, np.uint32)
     module = build("emulated_primitives", [FOLDER / "primitives.cpp"], [FOLDER])
     copy = aligned(inputs)
-    module.run(
-        primitive.name, copy, out, primitive.num_blocks, primitive.num_threads, seed, primitive.shared_bytes
-    )  # fmt: skip
+    if primitive.boxed is None:
+        module.run(
+            primitive.name, copy, out, primitive.num_blocks, primitive.num_threads, seed, primitive.shared_bytes
+        )  # fmt: skip
+    else:
+        sizes, strides, box = primitive.boxed
+        stride_bytes = [2 * stride for stride in strides]
+        module.run_boxed(
+            primitive.name, copy, out, sizes, stride_bytes, box, primitive.num_threads, seed, primitive.shared_bytes
+        )
     return out
 
 

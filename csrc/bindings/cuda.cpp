@@ -3,7 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bindings/append_kv_call.h"
@@ -15,6 +19,7 @@
 #include "cuda/instances.h"
 #include "cuda/merge_states.cuh"
 #include "cuda/plan.cuh"
+#include "cuda/sm90/key_maps.h"
 
 namespace py = pybind11;
 
@@ -24,6 +29,7 @@ using mixattn::at;
 using mixattn::AttentionParams;
 using mixattn::PlanHeader;
 using mixattn::PlanSpec;
+using mixattn::cuda::BoxedTensor;
 using mixattn::cuda::DeviceDescription;
 using mixattn::cuda::Driver;
 using mixattn::cuda::Image;
@@ -32,6 +38,7 @@ using mixattn::cuda::Kernel;
 using mixattn::cuda::Launch;
 using mixattn::cuda::LaunchParams;
 using mixattn::cuda::StreamHandle;
+using mixattn::cuda::sm90::KeyMaps;
 
 py::dict describe(const Kernel& kernel) {
   py::dict result;
@@ -79,6 +86,24 @@ py::dict cuda_instance(const AttentionParams& p, std::pair<int, int> capability,
   return describe(mixattn::cuda::instance_for(p, 10 * capability.first + capability.second, has_small_apart));
 }
 
+// The maps of a call's K and V; none where its pages or the driver allow none.
+KeyMaps make_key_maps(const AttentionParams& p, const Image& image) {
+  namespace sm90 = mixattn::cuda::sm90;
+  KeyMaps maps = {{}, {}, image.has_maps() ? sm90::box_slots(p) : 0};
+  if (maps.box_slots == 0) return maps;
+  const auto encode = [&](const void* data, int64_t head_stride, int64_t token_stride, int64_t page_stride,
+                          mx::TensorMap& map) {
+    image.encode_map({data,
+                      {p.head_dim, p.num_kv_heads, p.page_size, p.num_pages},
+                      {head_stride, token_stride, page_stride},
+                      {sm90::kPanelColumns, 1, maps.box_slots, 1}},
+                     &map);
+  };
+  encode(p.k_cache, p.k_head_stride, p.k_token_stride, p.k_page_stride, maps.k);
+  encode(p.v_cache, p.v_head_stride, p.v_token_stride, p.v_page_stride, maps.v);
+  return maps;
+}
+
 // p.plan is on the host, or nullptr; device_plan has the same words where the kernel reads them.
 void cuda_attention(AttentionParams p, Image& image, uintptr_t device_plan, bool has_small_apart, int64_t num_sms,
                     uintptr_t stream) {
@@ -90,7 +115,8 @@ void cuda_attention(AttentionParams p, Image& image, uintptr_t device_plan, bool
   prepared.num_blocks = prepared.num_blocks / image.num_sms() * static_cast<int>(num_sms);
   p.plan = at<const int32_t>(device_plan);
   LaunchParams params = mixattn::cuda::make_launch_params(p);
-  void* arguments[] = {&params};
+  KeyMaps maps = instance.has_maps ? make_key_maps(p, image) : KeyMaps{};
+  void* arguments[] = {&params, &maps};  // kernels without maps have one parameter: the second is not looked at
   launch(image, prepared, stream, arguments);
 }
 
@@ -145,12 +171,25 @@ void cuda_merge_states(const mixattn::MergeStatesParams& p, Image& image, uintpt
   launch_rows(p, mixattn::cuda::merge_states_kernel(p), p.num_tokens * p.num_heads, image, stream);
 }
 
-// A kernel of pointers, with a grid of its own: for bench/static/selftest_device.py.
+// A tensor of BoxedTensor's dimensions: address, sizes, strides, box.
+using BoxedArgument = std::tuple<uintptr_t, std::array<int64_t, 4>, std::array<int64_t, 3>, std::array<int32_t, 4>>;
+
+// A kernel of a tensor map, if there is one, and pointers, with a grid of its own: for bench/static/selftest_device.py.
 void launch_pointers(Image& image, const std::string& kernel, int num_blocks, int num_threads, int shared_bytes,
-                     std::vector<uintptr_t> pointers, uintptr_t stream) {
+                     std::vector<uintptr_t> pointers, const std::optional<BoxedArgument>& boxed, uintptr_t stream) {
   Launch prepared = image.prepare(kernel, num_threads, shared_bytes);
   prepared.num_blocks = num_blocks;
   std::vector<void*> arguments;
+  mx::TensorMap map;
+  if (boxed) {
+    const auto& [data, sizes, strides, box] = *boxed;
+    BoxedTensor tensor = {at<const void>(data), {}, {}, {}};
+    std::copy(sizes.begin(), sizes.end(), tensor.sizes);
+    std::copy(strides.begin(), strides.end(), tensor.strides);
+    std::copy(box.begin(), box.end(), tensor.box);
+    image.encode_map(tensor, &map);
+    arguments.push_back(&map);
+  }
   for (uintptr_t& pointer : pointers) arguments.push_back(&pointer);
   launch(image, prepared, stream, arguments.data());
 }
@@ -184,7 +223,7 @@ void bind_cuda(py::module_& m) {
           },
           py::kw_only(), arg("kernel"), arg("num_threads"), arg("shared_bytes"))
       .def("launch_pointers", &launch_pointers, py::kw_only(), arg("kernel"), arg("num_blocks"), arg("num_threads"),
-           arg("shared_bytes"), arg("pointers"), arg("stream"));
+           arg("shared_bytes"), arg("pointers"), arg("boxed") = py::none(), arg("stream"));
   m.def("cuda_instances", &cuda_instances, "Every kernel that is compiled for GPUs.");
   m.def("cuda_plan_kernel", [] { return describe(mixattn::cuda::plan_kernel()); });
   m.def("cuda_plan_scratch_words", &mixattn::cuda::plan_scratch_words, arg("spec"), arg("num_seqs"),

@@ -15,6 +15,9 @@ Driver::Driver(const std::string& path) {
   if (name == nullptr) throw DriverError(path + " has no " #name ": the driver is too old");
   MIXATTN_DRIVER_FUNCTIONS(MIXATTN_FIND)
 #undef MIXATTN_FIND
+#define MIXATTN_LOOK_FOR(name, signature) name = reinterpret_cast<Result(*) signature>(dlsym(library, #name));
+  MIXATTN_LATER_DRIVER_FUNCTIONS(MIXATTN_LOOK_FOR)
+#undef MIXATTN_LOOK_FOR
   is_emulation_ = dlsym(library, "mixattn_emulation") != nullptr;
   check(cuInit(0), "cuInit");
   check(cuDriverGetVersion(&version_), "cuDriverGetVersion");

@@ -30,6 +30,13 @@ constexpr int kAttributeCapabilityMinor = 76;
 constexpr int kFunctionMaxDynamicSharedBytes = 8;
 constexpr int kFunctionSharedMemoryCarveout = 9;
 
+// CUtensorMapDataType, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill
+constexpr int kMapUInt16 = 1;
+constexpr int kMapNoInterleave = 0;
+constexpr int kMapSwizzle128 = 3;
+constexpr int kMapL2Promotion128 = 2;
+constexpr int kMapFillZero = 0;
+
 // name, signature: every function that is used.
 #define MIXATTN_DRIVER_FUNCTIONS(X)                                                                                  \
   X(cuInit, (unsigned flags))                                                                                        \
@@ -51,6 +58,11 @@ constexpr int kFunctionSharedMemoryCarveout = 9;
   X(cuLaunchKernel,                                                                                                  \
     (FunctionHandle function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y, \
      unsigned block_z, unsigned dynamic_shared_bytes, StreamHandle stream, void** arguments, void** extra))
+// Those that a driver of CUDA 11 has not: nullptr there.
+#define MIXATTN_LATER_DRIVER_FUNCTIONS(X)                                                                       \
+  X(cuTensorMapEncodeTiled,                                                                                     \
+    (void* map, int data_type, uint32_t rank, void* data, const uint64_t* sizes, const uint64_t* outer_strides, \
+     const uint32_t* box, const uint32_t* element_strides, int interleave, int swizzle, int l2_promotion, int fill))
 
 // Python: RuntimeError.
 class DriverError : public std::runtime_error {
@@ -84,6 +96,7 @@ class Driver {
 
 #define MIXATTN_DECLARE(name, signature) Result(*name) signature = nullptr;
   MIXATTN_DRIVER_FUNCTIONS(MIXATTN_DECLARE)
+  MIXATTN_LATER_DRIVER_FUNCTIONS(MIXATTN_DECLARE)
 #undef MIXATTN_DECLARE
 
  private:

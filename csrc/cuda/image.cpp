@@ -48,6 +48,25 @@ const Launch& Image::prepare(const std::string& kernel, int num_threads, int sha
   return launches_.emplace(kernel, launch).first->second;
 }
 
+void Image::encode_map(const BoxedTensor& tensor, void* map) const {
+  constexpr int kNumDims = BoxedTensor::kNumDims;
+  constexpr uint64_t kElementBytes = 2;
+  uint64_t sizes[kNumDims];
+  uint64_t strides[kNumDims - 1];
+  uint32_t box[kNumDims];
+  const uint32_t steps[kNumDims] = {1, 1, 1, 1};
+  for (int d = 0; d < kNumDims; ++d) {
+    sizes[d] = static_cast<uint64_t>(tensor.sizes[d]);
+    box[d] = static_cast<uint32_t>(tensor.box[d]);
+    if (d > 0) strides[d - 1] = static_cast<uint64_t>(tensor.strides[d - 1]) * kElementBytes;
+  }
+  const ContextScope scope(driver_, context_);
+  driver_.check(
+      driver_.cuTensorMapEncodeTiled(map, kMapUInt16, kNumDims, const_cast<void*>(tensor.data), sizes, strides, box,
+                                     steps, kMapNoInterleave, kMapSwizzle128, kMapL2Promotion128, kMapFillZero),
+      "cuTensorMapEncodeTiled");
+}
+
 void Image::launch(const Launch& launch, StreamHandle stream, void** arguments) const {
   const ContextScope scope(driver_, context_);
   driver_.check(driver_.cuLaunchKernel(launch.function, launch.num_blocks, 1, 1, launch.num_threads, 1, 1,

@@ -38,14 +38,14 @@ std::vector<Instance> make_instances() {
   all.push_back({MIXATTN_NAME(MIXATTN_SM90_NAME(element, kHeadDim, scores)), "sm90_mixed_attention_hd" #kHeadDim, \
                  kSm90, kSm90, dtype_of(mx::element{}), kv_dtype_of(dtype_of(mx::element{})), kHeadDim,           \
                  MIXATTN_SCORES(scores), sm90::kBlockThreads, static_cast<int>(sm90::Layout<kHeadDim>::kBytes),   \
-                 sm90::kWorkersPerSm, true});
+                 sm90::kWorkersPerSm, true, true});
   MIXATTN_SM90_INSTANCES(MIXATTN_ADD)
 #undef MIXATTN_ADD
 #define MIXATTN_ADD(element, kHeadDim, scores)                                                                    \
   all.push_back({MIXATTN_NAME(MIXATTN_SM80_NAME(element, kHeadDim, scores)), "sm80_mixed_attention_hd" #kHeadDim, \
                  kSm80, kAnyCapability, dtype_of(mx::element{}), kv_dtype_of(dtype_of(mx::element{})), kHeadDim,  \
                  MIXATTN_SCORES(scores), kNumThreads, static_cast<int>(sm80::kSharedBytes<kHeadDim>),             \
-                 sm80::kBlocksPerSm, false});
+                 sm80::kBlocksPerSm, false, false});
   MIXATTN_SM80_INSTANCES(MIXATTN_ADD)
 #undef MIXATTN_ADD
 #define MIXATTN_ADD(element, stored, kStored, kHeadDim, scores)                                                     \
@@ -53,7 +53,7 @@ std::vector<Instance> make_instances() {
                  "sm80_quantised_hd" #kHeadDim, kSm80, kAnyCapability, dtype_of(mx::element{}), KvDType::kStored,   \
                  kHeadDim, MIXATTN_SCORES(scores), kNumThreads,                                                     \
                  static_cast<int>(sm80::kQuantisedSharedBytes<kHeadDim, MIXATTN_SCORES(scores), KvDType::kStored>), \
-                 sm80::kBlocksPerSm, false});
+                 sm80::kBlocksPerSm, false, false});
   MIXATTN_SM80_QUANTISED_INSTANCES(MIXATTN_ADD)
 #undef MIXATTN_ADD
   return all;

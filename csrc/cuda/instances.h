@@ -102,6 +102,7 @@ struct Instance {
   int shared_bytes;
   int workers_per_sm;    // that draw items of a plan at the same time
   bool separates_small;  // whether it takes only plans with small items apart (PlanHeader::first_small)
+  bool has_maps;         // whether sm90::KeyMaps are its second parameter
 };
 
 constexpr int kAnyCapability = INT32_MAX;

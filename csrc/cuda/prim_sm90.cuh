@@ -2,11 +2,12 @@
 // Method  A warpgroup is 4 warps, the first a multiple of 4; what is said of one, all 128 threads of it do together.
 //         Matrices of wgmma lie in shared memory as rows of 128 bytes whose 16-byte chunks are permuted: chunk c of row
 //         r lies where chunk c ^ (r mod 8) would; 8 rows, 1,024 bytes, start at a multiple of 1,024.
-// Hazard  wgmma reads shared memory through the async proxy: who wrote there by other instructions, cp.async too, is to
-//         fence_proxy_async() before the barrier that tells the readers.
+// Hazard  wgmma reads and load_box writes shared memory through the async proxy: who wrote there by other instructions,
+//         cp.async and mbarrier_init too, is to fence_proxy_async() before the barrier that tells who goes on.
 // Limits  sm_90a; accumulators in float32 of 64 rows by 8 kColumnTiles columns, 64, 96, 128, 192 or 256
 // Twins   csrc/emu/emu.h (semantics); tests/emu/test_primitives_sm90.py (fragment and descriptor tables)
-// Source  PTX ISA 8.7, sections 9.7.13.15 (mbarrier), 9.7.15 (wgmma, its matrix descriptor), 9.7.19.5 (setmaxnreg)
+// Source  PTX ISA 8.7, sections 9.7.9.27 (cp.async.bulk.tensor), 9.7.13.15 (mbarrier), 9.7.15 (wgmma, its matrix
+//         descriptor), 9.7.19.5 (setmaxnreg); CUDA Driver API, cuTensorMapEncodeTiled
 #pragma once
 
 #include "cuda/prim.cuh"
@@ -28,6 +29,12 @@ MX_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes, u
   return field(address) | field(leading_bytes) << 16 | field(stride_bytes) << 32 | kSwizzle128 << 62;
 }
 
+// A tensor in global memory and the box that one load takes of it: what the driver makes of them, for nobody to look
+// into (cuda/image.h, TensorMap). A kernel has it as a parameter that is a MX_GRID_CONSTANT.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
 #ifdef __CUDACC__
 
 // ---- barriers in shared memory --------------------------------------------------------------------------------------
@@ -40,6 +47,10 @@ MX_DEVICE void mbarrier_init(uint32_t address, int num_arrivals) {
 // What the thread did before is seen by who waits for the phase.
 MX_DEVICE void mbarrier_arrive(uint32_t address) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
+}
+// The same, and before: the phase also waits for so many bytes more of load_box.
+MX_DEVICE void mbarrier_arrive_expect(uint32_t address, uint32_t num_bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(num_bytes) : "memory");
 }
 // Until a phase of this parity has ended; at once if the phase under way is of the other one. So a wait for parity 1
 // ends at once on a barrier that nobody has arrived at.
@@ -55,10 +66,28 @@ MX_DEVICE void mbarrier_wait(uint32_t address, int parity) {
       : "memory");
 }
 
-// What this thread wrote to shared memory, by whatever instruction, is seen by wgmma that other threads issue behind a
-// barrier.
+// What this thread wrote to shared memory, by whatever instruction, comes before wgmma and load_box that other threads
+// issue behind a barrier.
 MX_DEVICE void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ---- boxes of tensors -----------------------------------------------------------------------------------------------
+
+// Starts the copy of the map's box from these coordinates on, in elements, the innermost dimension first, to `to`,
+// which starts 1,024 bytes. Rows of 128 bytes lie there as wgmma wants them; what is outside of the tensor is 0. The
+// bytes of the whole box count towards the phase of `barrier` that is under way: who waits for it sees them. Of the
+// tensor it sees what kernels before this one wrote.
+MX_DEVICE void load_box(uint32_t to, const TensorMap& map, int x0, int x1, int x2, int x3, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(to),
+      "l"(&map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier)
+      : "memory");
+}
+// Has the map fetched ahead of the first load.
+MX_DEVICE void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 // ---- registers ------------------------------------------------------------------------------------------------------
@@ -158,11 +187,20 @@ MX_DEVICE void mbarrier_init(uint32_t address, int num_arrivals MX_SITE) {
 MX_DEVICE void mbarrier_arrive(uint32_t address MX_SITE) {
   emu::mbarrier_arrive(address, site);
 }
+MX_DEVICE void mbarrier_arrive_expect(uint32_t address, uint32_t num_bytes MX_SITE) {
+  emu::mbarrier_arrive_expect(address, num_bytes, site);
+}
 MX_DEVICE void mbarrier_wait(uint32_t address, int parity MX_SITE) {
   emu::mbarrier_wait(address, parity, site);
 }
 MX_DEVICE void fence_proxy_async() {
   emu::fence_proxy_async();
+}
+MX_DEVICE void load_box(uint32_t to, const TensorMap& map, int x0, int x1, int x2, int x3, uint32_t barrier MX_SITE) {
+  emu::load_box(to, &map, {x0, x1, x2, x3}, barrier, site);
+}
+MX_DEVICE void prefetch_map(const TensorMap& map MX_SITE) {
+  emu::check_map(&map, site);
 }
 template <int kCount>
 MX_DEVICE void raise_registers(MX_ONLY_SITE) {

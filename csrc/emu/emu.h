@@ -4,7 +4,8 @@
 //         is left open here too, and chosen against the kernel:
 //         - shared memory starts as NaN (all bits set);
 //         - the destination of cp.async is NaN from its issue on, and the bytes come as late as the wait or earlier, by
-//           a coin; the source is read when they come;
+//           a coin; the source is read when they come. load_box likewise: its bytes come when no thread can go on
+//           without them, or at any switch of threads;
 //         - global stores stay in the block until a fence: see store_global;
 //         - every warp collective checks that all lanes came to the same line.
 // Limits  x86-64 (the switch of fibers is assembly); one launch at a time. Not modelled: rounding and order of sums
@@ -38,7 +39,7 @@ enum class Schedule {
   kPriority,  // warps have priorities that change now and then: one runs ahead as far as it can
 };
 enum class Arrival {
-  kLate,    // copies land at the wait, stores at the fence
+  kLate,    // copies land at the wait, boxes when all threads wait, stores at the fence
   kRandom,  // each at once or late, by a coin
 };
 
@@ -64,6 +65,7 @@ struct Stats {
   uint64_t num_switches = 0;
   uint64_t num_mmas = 0;
   uint64_t num_copies = 0;
+  uint64_t num_boxes = 0;
   uint64_t num_wavefronts = 0;
   std::map<std::string, uint64_t> conflicts;
 };
@@ -72,6 +74,20 @@ struct Stats {
 // the kernel's line, block and thread if a primitive is misused or the launch deadlocks.
 Stats launch(const Config& config, int num_blocks, int num_threads, size_t shared_bytes,
              const std::vector<Region>& regions, const std::function<void()>& body);
+
+// What a tensor map is made of: dimensions, the innermost first, of 16-bit elements; rows of a box of at most 128
+// bytes, which lie in shared memory in the 128-byte swizzle.
+struct BoxedTensor {
+  static constexpr int kMostDims = 5;
+  const char* data;
+  int num_dims;
+  uint64_t sizes[kMostDims];
+  uint64_t strides[kMostDims];  // in bytes
+  uint32_t box[kMostDims];
+};
+
+// Writes the tensor's 128 bytes. Returns nullptr, or what cuTensorMapEncodeTiled would refuse it for.
+const char* encode_map(void* map, const BoxedTensor& tensor);
 
 // Which fault is switched on in a copy of a kernel made for it (tests/cuda/faults.py); 0: none.
 extern int active_fault;
@@ -110,11 +126,19 @@ void fence_gpu();
 
 // sm_90. A barrier's state is kept beside shared memory; its 8 bytes there are only an address. wgmma's sums are NaN
 // from the issue on until the wait, and its matrices are read as late as the wait or at the issue, by a coin. What was
-// written to shared memory by other instructions cannot be read by wgmma until the writer fences.
+// written to shared memory by other instructions, a barrier's initialisation too, cannot be read by wgmma, or written
+// by load_box, until the writer fences. A phase that ends while boxes which report to its barrier are under way is an
+// error.
 void mbarrier_init(uint32_t address, int num_arrivals, Site site);
 void mbarrier_arrive(uint32_t address, Site site);
+void mbarrier_arrive_expect(uint32_t address, uint32_t num_bytes, Site site);
 void mbarrier_wait(uint32_t address, int parity, Site site);
 void fence_proxy_async();
+struct BoxPlace {
+  int x[4];
+};
+void load_box(uint32_t to, const void* map, BoxPlace place, uint32_t barrier, Site site);
+void check_map(const void* map, Site site);
 void set_registers(int count, bool raises, Site site);
 void wgmma_fence();
 void wgmma_commit(Site site);

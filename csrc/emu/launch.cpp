@@ -44,6 +44,20 @@ std::string describe_threads() {
   return text;
 }
 
+// Those whose phase lacks bytes, or has too many.
+std::string describe_barriers() {
+  std::string text;
+  for (const Block& block : machine.blocks) {
+    for (const auto& [offset, barrier] : block.memory_barriers) {
+      if (barrier.missing_bytes == 0) continue;
+      text += "\n  block " + std::to_string(block.idx) + ": the barrier at shared address " +
+              std::to_string(offset + kSharedBase) + " lacks " + std::to_string(barrier.num_missing) +
+              " arrivals and " + std::to_string(barrier.missing_bytes) + " bytes";
+    }
+  }
+  return text;
+}
+
 void check_exit() {
   sanitizer::Quiet quiet;
   bool has_pending_copies = !current->open_copies.empty();
@@ -176,14 +190,21 @@ Stats launch(const Config& config, int num_blocks, int num_threads, size_t share
   machine.turn = 0;
   machine.random_state = (config.seed + 1) * 0x9e3779b97f4a7c15u;
   machine.atomics.clear();
+  machine.boxes.clear();
+  machine.agents.clear();
   start_threads();
   machine.start.release_anew();
   machine.end.release_anew();
   size_t num_running = machine.threads.size();
   machine.stats.num_threads = num_running;
   while (num_running > 0 && machine.error.empty()) {
-    if (machine.ready_warps.empty()) {
-      machine.error = "deadlock:" + describe_threads();
+    const bool is_stuck = machine.ready_warps.empty();
+    if (!machine.boxes.empty() && (is_stuck || comes_at_once())) {
+      land_box();
+      continue;
+    }
+    if (is_stuck) {
+      machine.error = "deadlock:" + describe_threads() + describe_barriers();
       break;
     }
     current = pick();
@@ -194,6 +215,9 @@ Stats launch(const Config& config, int num_blocks, int num_threads, size_t share
   }
   machine.end.acquire();
   if (!machine.error.empty()) throw std::runtime_error(machine.error);
+  if (!machine.boxes.empty()) {
+    throw std::runtime_error("the launch ends before a box has landed, of " + place(machine.boxes.front().site));
+  }
   for (Block& block : machine.blocks) {
     publish_stores(block, nullptr);
   }
@@ -201,8 +225,9 @@ Stats launch(const Config& config, int num_blocks, int num_threads, size_t share
 }
 
 void fail(const std::string& message, Site site) {
-  machine.error = message + " at " + place(site) + ", block " + std::to_string(current->block->idx) + " thread " +
-                  std::to_string(current->idx);
+  machine.error = message + " at " + place(site);
+  if (current == nullptr) throw std::runtime_error(machine.error);
+  machine.error += ", block " + std::to_string(current->block->idx) + " thread " + std::to_string(current->idx);
   while (true) current->fiber.suspend();
 }
 

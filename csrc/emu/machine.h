@@ -19,6 +19,7 @@ constexpr int kWarpSize = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kNumBarriers = 16;
 constexpr uint32_t kGranuleBytes = 16;  // of shared memory, for what proxies see
+constexpr uint16_t kBoxUnderWay = 0xffff;
 constexpr int kRegistersPerSm = 65536;
 constexpr int kMostRegisters = 255;  // of a thread
 constexpr char kWaitsForRegisters[] = "setmaxnreg";
@@ -115,6 +116,23 @@ struct MemoryBarrier {
   int phase;
   std::vector<Thread*> waiting;
   sanitizer::Order order[2];  // of phases, by parity
+  int64_t missing_bytes;      // that were promised; below 0: that came before they were
+  int num_boxes;              // under way
+  bool is_begun;              // somebody has arrived in this phase, or a box has
+};
+
+// A box of a tensor on its way to shared memory.
+struct PendingBox {
+  struct Piece {
+    uint32_t shared_offset;
+    const char* source;  // nullptr: zeros
+  };
+  Block* block;
+  uint32_t barrier;           // its shared offset
+  std::vector<Piece> pieces;  // of 16 bytes
+  Site site;
+  const void* line;
+  std::unique_ptr<sanitizer::Agent> agent;  // who copies
 };
 
 // A word of global memory that atomics change, for ThreadSanitizer: PTX ISA 8.7, sections 8.8 to 8.10. An atomic that
@@ -140,7 +158,8 @@ struct Block {
   Barrier barriers[kNumBarriers];
   std::vector<PendingStore> stores;
   std::map<uint32_t, MemoryBarrier> memory_barriers;  // by shared offset
-  // Of each 16 bytes of shared memory: who wrote them and has not made them visible to the async proxy, 1 + its index.
+  // Of each 16 bytes of shared memory: who wrote them and has not made them visible to the async proxy, 1 + its index;
+  // or kBoxUnderWay.
   std::vector<uint16_t> unfenced_writer;
   int num_free_registers;
 };
@@ -155,9 +174,11 @@ struct Machine {
   std::vector<Block> blocks;
   std::vector<std::unique_ptr<Thread>> threads;
   std::map<const void*, AtomicWord> atomics;
-  sanitizer::Order start, end;     // of the launch
-  std::vector<Warp*> ready_warps;  // those with ready threads
-  size_t turn;                     // of Schedule::kInTurn
+  std::vector<PendingBox> boxes;
+  std::vector<std::unique_ptr<sanitizer::Agent>> agents;  // of boxes that have landed: reports may name them
+  sanitizer::Order start, end;                            // of the launch
+  std::vector<Warp*> ready_warps;                         // those with ready threads
+  size_t turn;                                            // of Schedule::kInTurn
   Stats stats;
   std::string error;  // of the first misuse; the launch ends with it
   uint64_t random_state;
@@ -169,7 +190,7 @@ struct Machine {
 extern Machine machine;
 extern Thread* current;  // nullptr in the scheduler
 
-// Ends the launch with this message. Does not return: the calling fiber is never resumed.
+// Ends the launch with this message. Does not return: the calling fiber is never resumed; the scheduler throws.
 [[noreturn]] void fail(const std::string& message, Site site);
 // Makes a thread one that can run.
 void wake(Thread* thread);
@@ -185,6 +206,15 @@ void check_global(const void* address, size_t num_bytes, size_t alignment, const
 void publish_stores(Block& block, const Thread* thread);
 // Notes that the current thread has written here other than through the async proxy.
 void mark_unfenced(uint32_t shared_offset, uint32_t num_bytes);
+// Lands one of the boxes that are under way, any of them.
+void land_box();
+// Tells that the current thread, or a box's agent, has come to the phase: what it did is before its end.
+void release_phase(MemoryBarrier& barrier);
+// Ends the phase if nothing is missing any more.
+void end_phase_if_complete(MemoryBarrier& barrier, Site site);
+MemoryBarrier& memory_barrier(uint32_t address, const char* primitive, Site site);
+// Fails if somebody has written here without fence_proxy_async, or a box is under way to here.
+void check_fenced(uint32_t shared_offset, const std::string& what, Site site);
 // Whether what is left open by Arrival::kRandom happens now.
 bool comes_at_once();
 // Tells that a thread which waits has seen a barrier's phase end.

@@ -81,6 +81,19 @@ class As {
   Identity back_;
 };
 
+// Hardware that goes on by itself with what a thread has started: behind all that the thread has done until then.
+class Agent {
+ public:
+  Agent() : fiber_(__tsan_create_fiber(0)) {}
+  ~Agent() { __tsan_destroy_fiber(fiber_); }
+  Agent(const Agent&) = delete;
+  Agent& operator=(const Agent&) = delete;
+  Identity identity() const { return fiber_; }
+
+ private:
+  Identity fiber_;
+};
+
 inline void read(const void* address, size_t num_bytes, const void* line) {
   __tsan_read_range_pc(address, num_bytes, line);
 }
@@ -112,6 +125,10 @@ struct Loud {
 };
 struct As {
   explicit As(Identity) {}
+};
+struct Agent {
+  Agent() {}
+  Identity identity() const { return nullptr; }
 };
 inline void read(const void*, size_t, const void*) {}
 inline void write(const void*, size_t, const void*) {}

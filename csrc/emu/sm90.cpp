@@ -14,15 +14,7 @@ constexpr int kRows = 16;   // of a warp, of a product's 64
 constexpr int kDepth = 16;  // of a product
 constexpr uint32_t kRowBytes = 128;
 constexpr uint32_t kBlockRows = 8;
-
-MemoryBarrier& memory_barrier(uint32_t address, const char* primitive, Site site) {
-  shared_bytes_at(address, 8, 8, primitive, site);
-  const auto found = current->block->memory_barriers.find(address - kSharedBase);
-  if (found == current->block->memory_barriers.end()) {
-    fail(std::string(primitive) + ": there is no barrier at this address yet", site);
-  }
-  return found->second;
-}
+constexpr int64_t kMostPhaseBytes = (1 << 20) - 1;  // PTX ISA 8.7, section 9.7.13.15.2
 
 // Who waits or arrives must come behind the barrier's initialisation.
 void tell_use(uint32_t address, const void* line) {
@@ -70,16 +62,6 @@ float shared_element(uint32_t address, Element element, Site site) {
   return element_value(bits, element);
 }
 
-void check_fenced(uint32_t address, Site site) {
-  shared_bytes_at(address, 2, 2, "wgmma", site);
-  const uint16_t writer = current->block->unfenced_writer[(address - kSharedBase) / kGranuleBytes];
-  if (writer != 0) {
-    fail("wgmma reads shared memory that thread " + std::to_string(writer - 1) +
-             " has written without fence_proxy_async",
-         site);
-  }
-}
-
 int first_row_of_warp() {
   return current->idx / kWarpSize % kWarpgroupWarps * kRows;
 }
@@ -109,7 +91,10 @@ void for_each_granule(const Product& product, int num_columns, Site site, const 
 }
 
 void check_operands(const Product& product, int num_columns, Site site) {
-  for_each_granule(product, num_columns, site, [&](uint32_t address) { check_fenced(address, site); });
+  for_each_granule(product, num_columns, site, [&](uint32_t address) {
+    shared_bytes_at(address, 2, 2, "wgmma", site);
+    check_fenced(address - kSharedBase, "wgmma reads", site);
+  });
 }
 
 // As reads of the current lane.
@@ -184,13 +169,68 @@ int find_accumulator(const Accumulator& wanted) {
   return int(all.size()) - 1;
 }
 
+void arrive(uint32_t address, uint32_t num_bytes, const char* primitive, Site site) {
+  MemoryBarrier& barrier = memory_barrier(address, primitive, site);
+  if (barrier.num_missing == 0) fail(std::string(primitive) + ": more threads than the phase has arrivals", site);
+  if (barrier.missing_bytes + num_bytes > kMostPhaseBytes) {
+    fail(std::string(primitive) + ": a phase has at most " + std::to_string(kMostPhaseBytes) + " bytes", site);
+  }
+  release_phase(barrier);
+  --barrier.num_missing;
+  barrier.missing_bytes += num_bytes;
+  end_phase_if_complete(barrier, site);
+}
+
 }  // namespace
+
+MemoryBarrier& memory_barrier(uint32_t address, const char* primitive, Site site) {
+  shared_bytes_at(address, 8, 8, primitive, site);
+  const auto found = current->block->memory_barriers.find(address - kSharedBase);
+  if (found == current->block->memory_barriers.end()) {
+    fail(std::string(primitive) + ": there is no barrier at this address yet", site);
+  }
+  return found->second;
+}
+
+void release_phase(MemoryBarrier& barrier) {
+  sanitizer::Order& order = barrier.order[barrier.phase % 2];
+  if (barrier.is_begun) {
+    order.release();
+  } else {
+    order.release_anew();
+  }
+  barrier.is_begun = true;
+}
+
+void end_phase_if_complete(MemoryBarrier& barrier, Site site) {
+  if (barrier.num_missing > 0 || barrier.missing_bytes != 0) return;
+  if (barrier.num_boxes > 0) {
+    fail("mbarrier: a phase ends, all bytes that were promised are there, and " + std::to_string(barrier.num_boxes) +
+             " boxes are still under way",
+         site);
+  }
+  barrier.num_missing = barrier.num_arrivals;
+  barrier.is_begun = false;
+  ++barrier.phase;
+  for (Thread* thread : barrier.waiting) wake(thread);
+  barrier.waiting.clear();
+}
+
+void check_fenced(uint32_t shared_offset, const std::string& what, Site site) {
+  const uint16_t writer = current->block->unfenced_writer[shared_offset / kGranuleBytes];
+  if (writer == 0) return;
+  fail(what + " shared memory that " +
+           (writer == kBoxUnderWay ? "a box is under way to"
+                                   : "thread " + std::to_string(writer - 1) + " has written without fence_proxy_async"),
+       site);
+}
 
 void mbarrier_init(uint32_t address, int num_arrivals, Site site) {
   sanitizer::Quiet quiet;
   const char* const word = shared_bytes_at(address, 8, 8, "mbarrier.init", site);
   if (num_arrivals < 1) fail("mbarrier.init: at least one thread must arrive", site);
-  current->block->memory_barriers[address - kSharedBase] = {num_arrivals, num_arrivals, 0, {}, {}};
+  current->block->memory_barriers[address - kSharedBase] = {num_arrivals, num_arrivals, 0, {}, {}, 0, 0, false};
+  mark_unfenced(address - kSharedBase, 8);
   {
     sanitizer::Loud loud;
     sanitizer::write(word, 8, EMU_CALLER);
@@ -201,20 +241,18 @@ void mbarrier_init(uint32_t address, int num_arrivals, Site site) {
 void mbarrier_arrive(uint32_t address, Site site) {
   sanitizer::Quiet quiet;
   maybe_yield();
-  MemoryBarrier& barrier = memory_barrier(address, "mbarrier.arrive", site);
+  memory_barrier(address, "mbarrier.arrive", site);
   tell_use(address, EMU_CALLER);
-  sanitizer::Order& order = barrier.order[barrier.phase % 2];
-  if (barrier.num_missing == barrier.num_arrivals) {
-    order.release_anew();
-  } else {
-    order.release();
-  }
-  if (--barrier.num_missing == 0) {
-    barrier.num_missing = barrier.num_arrivals;
-    ++barrier.phase;
-    for (Thread* thread : barrier.waiting) wake(thread);
-    barrier.waiting.clear();
-  }
+  arrive(address, 0, "mbarrier.arrive", site);
+  maybe_yield();
+}
+
+void mbarrier_arrive_expect(uint32_t address, uint32_t num_bytes, Site site) {
+  sanitizer::Quiet quiet;
+  maybe_yield();
+  memory_barrier(address, "mbarrier.arrive.expect_tx", site);
+  tell_use(address, EMU_CALLER);
+  arrive(address, num_bytes, "mbarrier.arrive.expect_tx", site);
   maybe_yield();
 }
 
@@ -304,11 +342,12 @@ void wgmma(float* d, int num_column_tiles, LeftOperand a, uint64_t b, bool adds,
         product.left[row * kDepth + k] = element_value(uint16_t(lane.a.fragment[i / 2] >> (16 * (i % 2))), element);
       }
     }
-    check_operands(product, 8 * num_column_tiles, site);
+    // First: a sanitizer says more of a race than the check does.
     for_each_lane([&](const Thread& lane) {
       sanitizer::As as(lane.fiber.identity());
       tell_operands(product, 8 * num_column_tiles, line, site);
     });
+    check_operands(product, 8 * num_column_tiles, site);
     if (into.num_pending == 0) {
       for_each_register(into, [&](float& value, int at) {
         into.sums[at] = value;

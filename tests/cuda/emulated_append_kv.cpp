@@ -52,9 +52,9 @@ const AppendKvParams& params_of(void** arguments) {
 }
 
 bool add(const char* name, void (*kernel)(AppendKvParams)) {
-  return emulated_driver::add_kernel(
-      name, {[kernel](void** arguments) { kernel(params_of(arguments)); },
-             [](void** arguments) { return regions_of(params_of(arguments)); }, sizeof(AppendKvParams)});
+  return emulated_driver::add_kernel(name, {[kernel](void** arguments) { kernel(params_of(arguments)); },
+                                            [](void** arguments) { return regions_of(params_of(arguments)); },
+                                            {sizeof(AppendKvParams)}});
 }
 
 #define STRING(text) #text

@@ -18,6 +18,7 @@ EMULATED_SM90(MIXATTN_SM90_ENTRY)
 namespace {
 
 using mixattn::cuda::LaunchParams;
+using mixattn::cuda::sm90::KeyMaps;
 
 struct Dim {
   int64_t size;
@@ -58,14 +59,27 @@ std::vector<emu::Region> regions_of(const LaunchParams& launch) {
           {"tickets", p.tickets, span_bytes({{p.num_tickets, 1}}, sizeof(int32_t))}};
 }
 
-const LaunchParams& params_of(void** arguments) {
-  return *static_cast<const LaunchParams*>(arguments[0]);
+// The argument may lie anywhere, a parameter may not.
+template <class Param>
+Param param_at(const void* argument) {
+  Param param;
+  memcpy(static_cast<void*>(&param), argument, sizeof param);
+  return param;
+}
+
+std::vector<emu::Region> regions_at(void** arguments) {
+  return regions_of(param_at<LaunchParams>(arguments[0]));
 }
 
 bool add(const char* name, void (*kernel)(LaunchParams)) {
-  return emulated_driver::add_kernel(
-      name, {[kernel](void** arguments) { kernel(params_of(arguments)); },
-             [](void** arguments) { return regions_of(params_of(arguments)); }, sizeof(LaunchParams)});
+  const auto run = [kernel](void** arguments) { kernel(param_at<LaunchParams>(arguments[0])); };
+  return emulated_driver::add_kernel(name, {run, regions_at, {sizeof(LaunchParams)}});
+}
+bool add(const char* name, void (*kernel)(LaunchParams, KeyMaps)) {
+  const auto run = [kernel](void** arguments) {
+    kernel(param_at<LaunchParams>(arguments[0]), param_at<KeyMaps>(arguments[1]));
+  };
+  return emulated_driver::add_kernel(name, {run, regions_at, {sizeof(LaunchParams), sizeof(KeyMaps)}});
 }
 
 #define STRING(text) #text

@@ -19,6 +19,7 @@ using namespace mixattn::cuda;
 // The signatures are checked against those that the loader calls.
 #define DECLARE(name, signature) EXPORT Result name signature;
 MIXATTN_DRIVER_FUNCTIONS(DECLARE)
+MIXATTN_LATER_DRIVER_FUNCTIONS(DECLARE)
 #undef DECLARE
 
 namespace {
@@ -81,10 +82,19 @@ struct CapturedLaunch {
   int num_blocks;
   int num_threads;
   int shared_bytes;
-  std::vector<char> argument;
+  std::vector<std::string> arguments;
 };
 bool is_capturing = false;
 std::vector<CapturedLaunch> graph;
+
+// What the driver copies of a launch.
+std::vector<std::string> copied(const Function& function, void** arguments) {
+  std::vector<std::string> copies;
+  for (const size_t num_bytes : function.kernel.argument_bytes) {
+    copies.emplace_back(static_cast<const char*>(*arguments++), num_bytes);
+  }
+  return copies;
+}
 
 Result run(const Function& function, int blocks, int num_threads, int shared_bytes, void** arguments) {
   launched = function.name;
@@ -95,8 +105,7 @@ Result run(const Function& function, int blocks, int num_threads, int shared_byt
   recording::Launch recorded;
   if (!path.empty()) {
     recorded = {function.name, blocks, num_threads, uint32_t(shared_bytes), {}, recorded_tensors, {}, {}};
-    const char* const argument = static_cast<const char*>(arguments[0]);
-    recorded.params.assign(argument, argument + function.kernel.argument_bytes);
+    recorded.params = copied(function, arguments);
     recorded.before = recording::contents(recorded_tensors);
   }
   try {
@@ -166,6 +175,7 @@ EXPORT const char* mixattn_emulation_counts() {
          ", \"num_threads\": " + std::to_string(counts.num_threads) +
          ", \"num_blocks\": " + std::to_string(num_blocks) + ", \"num_mmas\": " + std::to_string(counts.num_mmas) +
          ", \"num_copies\": " + std::to_string(counts.num_copies) +
+         ", \"num_boxes\": " + std::to_string(counts.num_boxes) +
          ", \"num_wavefronts\": " + std::to_string(counts.num_wavefronts) + ", \"conflicts\": {";
   for (const auto& [line, count] : counts.conflicts) {
     if (text.back() != '{') text += ", ";
@@ -188,8 +198,9 @@ EXPORT void mixattn_emulation_end_capture() {
 // Runs the graph. Returns why a launch has failed; nullptr if none has.
 EXPORT const char* mixattn_emulation_replay() {
   for (CapturedLaunch& each : graph) {
-    void* arguments[] = {each.argument.data()};
-    if (run(*each.function, each.num_blocks, each.num_threads, each.shared_bytes, arguments) != kSuccess) {
+    std::vector<void*> arguments;
+    for (std::string& argument : each.arguments) arguments.push_back(argument.data());
+    if (run(*each.function, each.num_blocks, each.num_threads, each.shared_bytes, arguments.data()) != kSuccess) {
       return report.c_str();
     }
   }
@@ -286,6 +297,23 @@ Result cuOccupancyMaxActiveBlocksPerMultiprocessor(int* num_blocks, FunctionHand
   *num_blocks = dynamic_shared_bytes <= size_t(function_of(function).max_shared_bytes) ? 1 : 0;
   return kSuccess;
 }
+// Of elements that are not of 16 bits, and other swizzles, there are no maps here.
+Result cuTensorMapEncodeTiled(void* map, int data_type, uint32_t rank, void* data, const uint64_t* sizes,
+                              const uint64_t* outer_strides, const uint32_t* box, const uint32_t* element_strides,
+                              int interleave, int swizzle, int l2_promotion, int fill) {
+  if (num_contexts == 0) return kInvalidContext;
+  if (config.capability < 90 || rank < 1 || rank > emu::BoxedTensor::kMostDims) return kInvalidValue;
+  const bool has_emulated_form = data_type == kMapUInt16 && interleave == kMapNoInterleave && swizzle == kMapSwizzle128;
+  if (!has_emulated_form || l2_promotion < 0 || l2_promotion > 3 || fill != kMapFillZero) return kInvalidValue;
+  emu::BoxedTensor tensor = {static_cast<const char*>(data), int(rank), {}, {}, {}};
+  for (uint32_t d = 0; d < rank; ++d) {
+    if (element_strides[d] != 1) return kInvalidValue;
+    tensor.sizes[d] = sizes[d];
+    tensor.strides[d] = d == 0 ? 0 : outer_strides[d - 1];
+    tensor.box[d] = box[d];
+  }
+  return emu::encode_map(map, tensor) == nullptr ? kSuccess : kInvalidValue;
+}
 Result cuLaunchKernel(FunctionHandle handle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                       unsigned block_y, unsigned block_z, unsigned dynamic_shared_bytes, StreamHandle, void** arguments,
                       void** extra) {
@@ -295,11 +323,6 @@ Result cuLaunchKernel(FunctionHandle handle, unsigned grid_x, unsigned grid_y, u
   if (std::max({grid_y, grid_z, block_y, block_z}) > 1) return kInvalidValue;  // one-dimensional: prim.cuh
   if (dynamic_shared_bytes > unsigned(function.max_shared_bytes)) return kInvalidValue;
   if (!is_capturing) return run(function, int(grid_x), int(block_x), int(dynamic_shared_bytes), arguments);
-  const char* const argument = static_cast<const char*>(arguments[0]);
-  graph.push_back({&function,
-                   int(grid_x),
-                   int(block_x),
-                   int(dynamic_shared_bytes),
-                   {argument, argument + function.kernel.argument_bytes}});
+  graph.push_back({&function, int(grid_x), int(block_x), int(dynamic_shared_bytes), copied(function, arguments)});
   return kSuccess;
 }

@@ -14,8 +14,8 @@ struct Kernel {
   std::function<void(void** arguments)> run;
   // The memory that a launch with these arguments may touch; empty: any.
   std::function<std::vector<emu::Region>(void** arguments)> regions;
-  // Of the one argument, a struct.
-  size_t argument_bytes;
+  // Of each argument, a struct.
+  std::vector<size_t> argument_bytes;
 };
 
 // Returns true, so that it can be called from an initialiser.

@@ -21,9 +21,9 @@ const MergeStatesParams& params_of(void** arguments) {
 }
 
 bool add(const char* name, void (*kernel)(MergeStatesParams)) {
-  return emulated_driver::add_kernel(
-      name, {[kernel](void** arguments) { kernel(params_of(arguments)); },
-             [](void** arguments) { return regions_of(params_of(arguments)); }, sizeof(MergeStatesParams)});
+  return emulated_driver::add_kernel(name, {[kernel](void** arguments) { kernel(params_of(arguments)); },
+                                            [](void** arguments) { return regions_of(params_of(arguments)); },
+                                            {sizeof(MergeStatesParams)}});
 }
 
 #define STRING(text) #text

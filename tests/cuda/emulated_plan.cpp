@@ -8,7 +8,8 @@ namespace {
 
 [[maybe_unused]] const bool kAdded = emulated_driver::add_kernel(
     "mixattn_sm80_plan",
-    {[](void** arguments) { mixattn_sm80_plan(*static_cast<mixattn::cuda::PlanLaunch*>(arguments[0])); }, nullptr,
-     sizeof(mixattn::cuda::PlanLaunch)});
+    {[](void** arguments) { mixattn_sm80_plan(*static_cast<mixattn::cuda::PlanLaunch*>(arguments[0])); },
+     nullptr,
+     {sizeof(mixattn::cuda::PlanLaunch)}});
 
 }  // namespace

@@ -43,6 +43,7 @@ class Fault:
 
 SM80 = "sm80/mixed_attention.cuh"
 SM90 = "sm90/mixed_attention.cuh"
+SM90_TILE = "sm90/tile.cuh"
 QUANTISED = "sm80/quantised.cuh"
 TILE = "sm80/tile.cuh"
 FRAGMENTS = "fragments.cuh"
@@ -56,6 +57,7 @@ LARGE_PREFIX = "prefix-of-40-decodes-page16-gqa4"
 TWO_SPLITS = "two-splits"
 MANY_ITEMS = "all-kinds-head-dim-128"
 LONG_CHUNK = "long-chunk-beside-decode-head-dim-128"
+WINDOW = "chunk-whose-window-begins-inside-a-tile"
 WIDE = "all-kinds-head-dim-256"
 INT8 = KvFormat(torch.int8, "token")
 INT4 = KvFormat(torch.uint8, "token")
@@ -244,8 +246,18 @@ FAULTS = [
     *(
         Fault(f"sm90-{name}", SM90, right, wrong, LONG_CHUNK, caught_by=caught_by, capability=90)
         for name, right, wrong, caught_by in (
-            ("k-not-waited-for", "mx::mbarrier_wait(ring.full(), ring.parity);  // for K", "", "result|fence"),
-            ("v-not-waited-for", "mx::mbarrier_wait(ring.full(), ring.parity);  // for V", "", "result|fence"),
+            (
+                "k-not-waited-for",
+                "mx::mbarrier_wait(ring.full(), ring.parity);  // for K",
+                "",
+                "result|fence|under way",
+            ),
+            (
+                "v-not-waited-for",
+                "mx::mbarrier_wait(ring.full(), ring.parity);  // for V",
+                "",
+                "result|fence|under way",
+            ),
             ("scores-not-waited-for", "mx::wgmma_wait<0>();  // for the scores", "", "result|wgmma_fence"),
             ("sums-not-waited-for", "mx::wgmma_wait<0>();  // for the sums", "", "result|ends before"),
             (
@@ -285,6 +297,74 @@ FAULTS = [
             ("tile-never-released", "release(ring.empty());\n    ring.advance();\n    tile_begin", "", "deadlock"),
         )
     ),
+    *(
+        Fault(f"sm90-boxes-{name}", SM90_TILE, right, wrong, LONG_CHUNK, caught_by=caught_by, capability=90)
+        for name, right, wrong, caught_by in (
+            (
+                "not-promised",
+                "mx::mbarrier_arrive_expect(barrier, num_keys * Shared::kPanels * mx::kSwizzledRowBytes);",
+                "mx::mbarrier_arrive(barrier);",
+                "deadlock|under way",
+            ),
+            (
+                "slot-and-page-swapped",
+                "mx::load_box(panel_to, map, column, kv_head, first_slot, first_page, barrier);",
+                "mx::load_box(panel_to, map, column, kv_head, first_page, first_slot, barrier);",
+                "result",
+            ),
+            ("promised-without-a-panel", "num_keys * Shared::kPanels", "num_keys", "deadlock|under way"),
+            ("page-of-the-box-before", "mx::shfl_idx(place.page, kLeastBoxSlots)", "first_page", "result"),
+            ("of-the-first-panel-twice", "panel * kPanelColumns", "0 * panel", "result"),
+            ("of-one-warp", "tile + first_key * mx::kSwizzledRowBytes", "tile", "result|under way"),
+        )
+    ),
+    Fault(
+        "sm90-boxes-head-and-slot-swapped",
+        SM90_TILE,
+        "mx::load_box(panel_to + kLeastBoxSlots * mx::kSwizzledRowBytes, map, column, kv_head, second_slot,"
+        " second_page,\n                 barrier);",
+        "mx::load_box(panel_to + kLeastBoxSlots * mx::kSwizzledRowBytes, map, column, second_slot, kv_head,"
+        " second_page, barrier);",
+        WINDOW,
+        capability=90,
+    ),
+    *(
+        Fault(f"sm90-boxes-{name}", SM90, right, wrong, case, caught_by=caught_by, capability=90)
+        for name, right, wrong, case, caught_by in (
+            ("past-the-last-key", "tile_begin + Tile::kKeys <= item[kKvEnd]", "true", LONG_CHUNK, "result"),
+            ("before-the-first-key", "tile_begin >= item[kKvBegin]", "true", WINDOW, "result"),
+            (
+                "report-to-the-wrong-barrier",
+                "load_keys<kHeadDim>(map, box_slots, item, place, tile, ring.full());",
+                "load_keys<kHeadDim>(map, box_slots, item, place, tile, ring.empty());",
+                LONG_CHUNK,
+                "deadlock|arrivals",
+            ),
+            (
+                "copies-before-them-not-told-of",
+                "finish_copies(announcement);\n  } else",
+                "",
+                LONG_CHUNK,
+                "deadlock",
+            ),
+            (
+                "barriers-not-fenced",
+                "mx::fence_proxy_async();  // loads report to them",
+                "",
+                LONG_CHUNK,
+                "reports to .* without fence_proxy_async",
+            ),
+        )
+    ),
+    Fault(
+        "sm90-tile-skipped-while-other-lanes-wait-for-it",
+        SM90,
+        "mx::sync_warp();  // all lanes have waited",
+        "",
+        "splits-page7-window",
+        caught_by="deadlock",
+        capability=90,
+    ),
     Fault(
         "sm90-queries-overwritten-while-they-are-read",
         SM90,
@@ -300,7 +380,7 @@ FAULTS = [
         "mx::mbarrier_wait(ring.empty(), ring.parity ^ 1);  // before K",
         "",
         LONG_CHUNK,
-        caught_by="result|fence|deadlock",
+        caught_by="result|fence|deadlock|under way|arrivals",
         capability=90,
         also=(("mx::mbarrier_wait(ring.empty(), ring.parity ^ 1);  // before V", ""),),
     ),
@@ -312,7 +392,7 @@ FAULTS = [
         MANY_ITEMS,
         caught_by="result|tickets|deadlock",
         capability=90,
-        num_blocks=2,  # each has so many items that it uses the words of one again
+        num_blocks=1,  # which has so many items that it uses the words of one again
     ),
     Fault(
         "sm90-small-items-drawn-from-the-start",

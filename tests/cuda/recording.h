@@ -22,7 +22,7 @@ struct Launch {
   int num_blocks;
   int num_threads;
   size_t shared_bytes;
-  std::string params;
+  std::vector<std::string> params;
   std::vector<Span> tensors;
   std::vector<std::string> before, after;  // what each tensor holds
 };
@@ -44,7 +44,8 @@ inline void write(const std::string& path, const Launch& launch) {
   put(launch.num_blocks);
   put(launch.num_threads);
   put(launch.shared_bytes);
-  put_bytes(launch.params);
+  put(launch.params.size());
+  for (const std::string& param : launch.params) put_bytes(param);
   put(launch.tensors.size());
   for (size_t i = 0; i < launch.tensors.size(); ++i) {
     put(launch.tensors[i].begin);
@@ -72,7 +73,7 @@ inline Launch read(const std::string& path) {
   launch.num_blocks = int(number());
   launch.num_threads = int(number());
   launch.shared_bytes = number();
-  launch.params = bytes();
+  for (uint64_t left = number(); left > 0; --left) launch.params.push_back(bytes());
   for (uint64_t left = number(); left > 0; --left) {
     const uint64_t begin = number();
     launch.before.push_back(bytes());

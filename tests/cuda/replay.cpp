@@ -27,29 +27,36 @@ std::map<std::string, emulated_driver::Kernel>& kernels() {
   return all;
 }
 
-// Puts addresses inside recorded tensors right: a word of the parameters that looks like one is one.
+// Puts addresses of recorded tensors right: a word of the parameters that looks like one is one. Not those inside of a
+// tensor: what is left in a struct's padding may look like them.
 void relocate(std::string& params, const std::vector<recording::Span>& tensors, const std::vector<Memory>& memory) {
   for (size_t at = 0; at + sizeof(uint64_t) <= params.size(); at += sizeof(uint64_t)) {
     uint64_t word;
     memcpy(&word, params.data() + at, sizeof word);
     for (size_t i = 0; i < tensors.size(); ++i) {
-      if (word < tensors[i].begin || word >= tensors[i].begin + tensors[i].num_bytes) continue;
-      const uint64_t moved = reinterpret_cast<uint64_t>(memory[i].get()) + (word - tensors[i].begin);
+      if (word != tensors[i].begin) continue;
+      const uint64_t moved = reinterpret_cast<uint64_t>(memory[i].get());
       memcpy(params.data() + at, &moved, sizeof moved);
     }
   }
 }
 
 int run(const std::string& path, uint64_t seed) {
-  recording::Launch launch = recording::read(path);
+  // Static: when a launch ends with an error, fibers are left that have read them.
+  static recording::Launch launch;
+  static std::vector<void*> argument_list;
+  launch = recording::read(path);
   const emulated_driver::Kernel& kernel = kernels().at(launch.name);
   std::vector<Memory> memory;
   for (const std::string& bytes : launch.before) {
     memory.emplace_back(static_cast<char*>(::operator new(bytes.size(), kAlignment)));
     memcpy(memory.back().get(), bytes.data(), bytes.size());
   }
-  relocate(launch.params, launch.tensors, memory);
-  void* arguments[] = {launch.params.data()};
+  for (std::string& param : launch.params) {
+    relocate(param, launch.tensors, memory);
+    argument_list.push_back(param.data());
+  }
+  void** const arguments = argument_list.data();
   std::vector<emu::Region> regions = {{"anything", nullptr, SIZE_MAX}};
   if (kernel.regions) regions = kernel.regions(arguments);
   emu::launch(emu::config_of_seed(seed), launch.num_blocks, launch.num_threads, launch.shared_bytes, regions,

@@ -20,7 +20,7 @@ from tests.cuda.faults import ALL_FAULTS, APPEND_FAULTS, FAULTS, MERGE_FAULTS, P
 from tests.cuda.test_append_kv import append_both, assert_same
 from tests.cuda.test_merge_states import assert_close as assert_states_close
 from tests.cuda.test_merge_states import make_states
-from tests.cuda.test_mixed_attention import ALL_KINDS_CASES, LONG_CHUNK_CASE
+from tests.cuda.test_mixed_attention import ALL_KINDS_CASES, LONG_CHUNK_CASE, WINDOW_CASE
 from tests.cuda.test_plan import BAD_SLICE, NO_ROOM, SHAPES, SPLIT, STATUS_WORD, assert_equal, plan_on_device
 from tests.emu.build import BUILD
 from tests.ops.test_append_kv import clone
@@ -51,7 +51,9 @@ def outcome(
 ) -> str:
     """``right``, ``result``, ``tickets``, or the emulator's report."""
     case = next(
-        case for case in [*CASES, *SCORE_CASES, *PREFIX_CASES, *ALL_KINDS_CASES, LONG_CHUNK_CASE] if case.id == case_id
+        case
+        for case in [*CASES, *SCORE_CASES, *PREFIX_CASES, *ALL_KINDS_CASES, LONG_CHUNK_CASE, WINDOW_CASE]
+        if case.id == case_id
     )
     inputs = make_inputs(case, torch.bfloat16, kv=kv)
     run = prepare(case, torch.bfloat16, inputs=inputs, capability=capability)

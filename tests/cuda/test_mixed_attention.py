@@ -60,6 +60,12 @@ LONG_CHUNK_CASE = AttentionCase(
 )
 """More tiles of keys than the ring of sm_90's kernel has places, by few threads."""
 
+WINDOW_CASE = AttentionCase(
+    "chunk-whose-window-begins-inside-a-tile", (40,), (528,), num_q_heads=4, num_kv_heads=2, page_size=48,
+    window_left=200, num_workers=1,
+)  # fmt: skip
+"""Of its first tile of 128 keys the kernels must not read the first 32, which are NaN; the second it sees whole."""
+
 KERNELS = [
     *(pytest.param(case, dtype, 80, id=f"{case.id}-{dtype}-sm_80") for case in SUPPORTED_CASES for dtype in DTYPES),
     *(pytest.param(case, torch.bfloat16, 90, id=f"{case.id}-sm_90") for case in SM90_CASES),

@@ -26,7 +26,7 @@ from tests.cuda.attention_run import prepare
 from tests.cuda.emulation import FOLDER, Emulation
 from tests.cuda.faults import ALL_FAULTS, FAULTS, PLAN_FAULTS, RACES, Fault, write_sources
 from tests.cuda.test_merge_states import make_states
-from tests.cuda.test_mixed_attention import ALL_KINDS_CASES, LONG_CHUNK_CASE
+from tests.cuda.test_mixed_attention import ALL_KINDS_CASES, LONG_CHUNK_CASE, WINDOW_CASE
 from tests.cuda.test_plan import HARDWARE, SHAPES
 from tests.emu.build import ADDRESS, BUILD, THREAD, Sanitizer, build_sanitized
 from tests.ops.test_append_kv import make_inputs as make_append_inputs
@@ -43,8 +43,12 @@ ENVIRONMENT = {
 NUM_BLOCKS = 2
 # A row whose splits both blocks are at work on at once, so that neither learns of the other by drawing an item.
 TWO_SPLITS_CASE = AttentionCase("two-splits", (1,), (400,), num_q_heads=2, num_kv_heads=1, num_workers=2)
-ALL_CASES = {case.id: case for case in [*CASES, *SCORE_CASES, *ALL_KINDS_CASES, LONG_CHUNK_CASE, TWO_SPLITS_CASE]}
+ALL_CASES = {
+    case.id: case for case in [*CASES, *SCORE_CASES, *ALL_KINDS_CASES, LONG_CHUNK_CASE, WINDOW_CASE, TWO_SPLITS_CASE]
+}
 SMALL = AttentionCase("small", (1, 20), (150, 90), num_q_heads=2, num_kv_heads=1, num_workers=4)
+# Of its three tiles of keys the kernel of sm_90 loads the first two in boxes.
+BOXES = AttentionCase("boxes", (1, 20), (150, 300), num_q_heads=2, num_kv_heads=1, num_workers=1)
 Record = Callable[[Emulation, Path], None]
 
 
@@ -124,7 +128,7 @@ def plan(emulation: Emulation, path: Path, *, missing_merges: int = 0) -> None:
 
 RECORDS: dict[str, Record] = {
     "sm_80": attention(SMALL),
-    "sm_90": attention(SMALL, capability=90),
+    "sm_90": attention(BOXES, capability=90),
     "int8": attention(SMALL, kv=KvFormat(torch.int8, "token")),
     "plan": plan,
     "append-kv": append_kv(),
@@ -224,14 +228,14 @@ RACE_LINES: dict[str, tuple[str, ...]] = {
     "quantised-no-barrier-before-v-is-read": ("mx::ldmatrix_x4_trans(values", "widen_keys<"),
     "quantised-no-barrier-before-q-is-read": ("fit_queries<", "mx::ld_shared("),
     "quantised-rows-scales-overwritten-before-they-are-read": ("store_scales<", "mx::ld_shared("),
-    "sm90-k-not-waited-for": ("mx::wgmma_shared(", "produce<"),
-    "sm90-v-not-waited-for": ("mx::wgmma_registers(", "produce<"),
-    "sm90-scores-not-waited-for": ("mx::wgmma_shared(", "mx::cp_async16("),
-    "sm90-sums-not-waited-for": ("mx::wgmma_registers(", "mx::cp_async16("),
+    "sm90-k-not-waited-for": ("mx::cp_async_wait<0>", "produce<"),
+    "sm90-v-not-waited-for": ("mx::wgmma_registers(", "mx::load_box("),
+    "sm90-scores-not-waited-for": ("mx::wgmma_shared(", "mx::load_box("),
+    "sm90-sums-not-waited-for": ("mx::wgmma_registers(", "mx::load_box("),
     "sm90-copies-told-too-early": ("produce<", "consume<"),
     "sm90-queries-not-waited-for": ("draw_words(", "consume<"),
-    "sm90-queries-overwritten-while-they-are-read": ("mx::wgmma_shared(", "copy_queries<"),
-    "sm90-tiles-overwritten-while-they-are-read": ("mx::wgmma_wait", "mx::cp_async16("),
+    "sm90-queries-overwritten-while-they-are-read": ("mx::wgmma_shared(", "mx::cp_async_wait"),
+    "sm90-tiles-overwritten-while-they-are-read": ("mx::cp_async_wait<0>", "produce<"),
     "sm90-item-released-while-other-lanes-read-it": ("draw_words(", "consume<"),
     "no-barrier-before-sums-are-overwritten": ("set_shared_value(b.warp", "shared_value(b.lane"),
     "no-barrier-before-sums-are-read": ("set_shared_value(b.warp", "shared_value(b.lane"),
@@ -242,7 +246,10 @@ RACE_LINES: dict[str, tuple[str, ...]] = {
     "row-written-while-it-is-read": ("rotate<T>(", "mx::st_global_v4("),
     "page-and-offset-swapped": ("static_cast<uint16_t*>(cache) + to",),
 }
-"""Faults that are data races, and what the lines of the kernels that the report names have in them."""
+"""Faults that are data races, and what the lines of the kernels that the report names have in them.
+
+A box that lands has no stack to name: of a race with it there is the other line only.
+"""
 PAGE_EDGE = AttentionCase("page-edge", (20,), (160,))
 MISUSES: dict[str, tuple[Record, str, str]] = {
     "page-off-by-one": (attention(PAGE_EDGE), "heap-buffer-overflow", "block_table_row["),

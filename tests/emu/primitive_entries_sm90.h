@@ -18,4 +18,15 @@
   X(wgmma_registers_128_bf16, wgmma_from_registers<128, 7, mx::bf16>) \
   X(mbarrier, mbarrier<true>)
 
+// X(name, kernel): those that also take a map, whose tensor begins 64 bytes behind `in`.
+#define PRIMITIVE_ENTRIES_BOXED(X)                \
+  X(box_16, box<16, primitives::BoxFault::kNone>) \
+  X(box_64, box<64, primitives::BoxFault::kNone>)
+
+#define PRIMITIVE_BOXED_ENTRY(name, ...)                                                                         \
+  extern "C" MX_KERNEL primitive_##name(const MX_GRID_CONSTANT mx::TensorMap map, uint32_t* in, uint32_t* out) { \
+    primitives::__VA_ARGS__(map, in, out);                                                                       \
+  }
+
 PRIMITIVE_ENTRIES_SM90(PRIMITIVE_ENTRY)
+PRIMITIVE_ENTRIES_BOXED(PRIMITIVE_BOXED_ENTRY)

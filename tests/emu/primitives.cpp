@@ -5,7 +5,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <map>
+#include <stdexcept>
 #include <string>
 
 #include "primitives_sm90.cuh"
@@ -79,6 +81,59 @@ const std::map<std::string, Kernel>& kernels() {
   return all;
 }
 
+using BoxedKernel = std::function<void(const mx::TensorMap&, uint32_t*, uint32_t*)>;
+
+const std::map<std::string, BoxedKernel>& boxed_kernels() {
+  using namespace primitives;
+  static const std::map<std::string, BoxedKernel> all = {
+      {"box_16", box<16, BoxFault::kNone>},
+      {"box_64", box<64, BoxFault::kNone>},
+      {"box_not_waited_for", box<16, BoxFault::kNotWaitedFor>},
+      {"box_too_few_bytes", box<16, BoxFault::kTooFewBytes>},
+      {"box_too_many_bytes", box<16, BoxFault::kTooManyBytes>},
+      {"box_no_bytes", box<16, BoxFault::kNoBytes>},
+      {"box_misaligned", box<16, BoxFault::kMisaligned>},
+      {"box_barrier_not_fenced", box<16, BoxFault::kBarrierNotFenced>},
+      {"box_place_not_fenced", box<16, BoxFault::kPlaceNotFenced>},
+      {"box_read_by_wgmma", box<64, BoxFault::kReadByWgmma>},
+      {"box_never_waited_for", box<16, BoxFault::kNeverWaitedFor>},
+  };
+  return all;
+}
+
+// Sizes, strides of the outer dimensions in bytes, and the box, the innermost dimension first.
+struct Boxes {
+  std::vector<uint64_t> sizes, strides;
+  std::vector<uint32_t> box;
+};
+
+// Throws std::invalid_argument with what the driver would refuse it for.
+mx::TensorMap encode(const char* data, const Boxes& boxes) {
+  emu::BoxedTensor tensor = {data, int(boxes.sizes.size()), {}, {}, {}};
+  std::copy(boxes.sizes.begin(), boxes.sizes.end(), tensor.sizes);
+  std::copy(boxes.strides.begin(), boxes.strides.end(), tensor.strides + 1);
+  std::copy(boxes.box.begin(), boxes.box.end(), tensor.box);
+  mx::TensorMap map;
+  const char* const refused = emu::encode_map(&map, tensor);
+  if (refused != nullptr) throw std::invalid_argument(refused);
+  return map;
+}
+
+// Those of boxed_kernels(), over a tensor of in. Returns how many boxes were loaded.
+uint64_t run_boxed(const std::string& kernel, Words in, Words out, std::vector<uint64_t> sizes,
+                   std::vector<uint64_t> strides, std::vector<uint32_t> box, int num_threads, uint64_t seed,
+                   size_t shared_bytes) {
+  const BoxedKernel& body = boxed_kernels().at(kernel);
+  const std::vector<emu::Region> regions = {{"in", in.data(), size_t(in.nbytes())},
+                                            {"out", out.data(), size_t(out.nbytes())}};
+  uint32_t* const in_words = in.mutable_data();
+  uint32_t* const out_words = out.mutable_data();
+  const mx::TensorMap map = encode(reinterpret_cast<const char*>(in_words + 16), {sizes, strides, box});
+  return emu::launch(emu::config_of_seed(seed), 1, num_threads, shared_bytes, regions,
+                     [&] { body(map, in_words, out_words); })
+      .num_boxes;
+}
+
 // Runs the kernel on in and out, both written in place; returns (wavefronts, conflicts).
 std::pair<uint64_t, uint64_t> run(const std::string& kernel, Words in, Words out, int num_blocks, int num_threads,
                                   uint64_t seed, size_t shared_bytes) {
@@ -98,4 +153,9 @@ std::pair<uint64_t, uint64_t> run(const std::string& kernel, Words in, Words out
 
 PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("run", &run);
+  m.def("run_boxed", &run_boxed);
+  m.def("encode",
+        [](uint64_t data, std::vector<uint64_t> sizes, std::vector<uint64_t> strides, std::vector<uint32_t> box) {
+          encode(reinterpret_cast<const char*>(data), {sizes, strides, box});
+        });
 }

@@ -89,6 +89,66 @@ MX_KERNEL mbarrier(const uint32_t* in, uint32_t* out) {
   }
 }
 
+// What tests leave out of a load, or do wrong.
+enum class BoxFault {
+  kNone,
+  kNotWaitedFor,  // until what is there has been read
+  kTooFewBytes,
+  kTooManyBytes,
+  kNoBytes,
+  kMisaligned,
+  kBarrierNotFenced,
+  kPlaceNotFenced,
+  kReadByWgmma,  // on its way
+  kNeverWaitedFor,
+};
+
+// Loads the boxes of kRows rows at in[0] to in[3] and at in[4] to in[7], each in a phase of its own. out: their bytes
+// as they lie in shared memory, one behind the other. The map's tensor begins at in[16]; of 128 threads.
+template <int kRows, BoxFault kFault>
+MX_DEVICE void box(const TensorMap& map, const uint32_t* in, uint32_t* out) {
+  constexpr uint32_t kBytes = kRows * kSwizzledRowBytes;
+  const uint32_t full = shared_base();
+  const uint32_t to = full + kSwizzledBlockBytes + (kFault == BoxFault::kMisaligned ? kSwizzledRowBytes : 0);
+  if (thread_idx() == 0) {
+    prefetch_map(map);
+    mbarrier_init(full, 128);
+    if (kFault != BoxFault::kBarrierNotFenced) fence_proxy_async();
+    if (kFault == BoxFault::kPlaceNotFenced) st_shared(to, 0);
+  }
+  sync_threads();
+  for (int phase = 0; phase < 2; ++phase) {
+    if (thread_idx() == 0) {
+      constexpr int kPromised = kFault == BoxFault::kTooFewBytes    ? kBytes / 2
+                                : kFault == BoxFault::kTooManyBytes ? kBytes + 16
+                                                                    : kBytes;
+      if (kFault == BoxFault::kNoBytes) {
+        mbarrier_arrive(full);
+      } else {
+        mbarrier_arrive_expect(full, kPromised);
+      }
+      const int* const x = reinterpret_cast<const int*>(in) + 4 * phase;
+      load_box(to, map, x[0], x[1], x[2], x[3], full);
+    } else {
+      mbarrier_arrive(full);
+    }
+    if (kFault == BoxFault::kReadByWgmma) {
+      sync_threads();
+      float d[8][4] = {};
+      const uint64_t matrix = matrix_descriptor(to, 0, kSwizzledBlockBytes);
+      wgmma_fence();
+      wgmma_shared(d, matrix, matrix, false, f16{});
+      wgmma_commit();
+      wgmma_wait<0>();
+    }
+    if (kFault == BoxFault::kNeverWaitedFor) return;
+    if (kFault != BoxFault::kNotWaitedFor) mbarrier_wait(full, phase);
+    for (uint32_t i = thread_idx(); i < kBytes / 4; i += 128) out[kBytes / 4 * phase + i] = ld_shared(to + 4 * i);
+    if (kFault == BoxFault::kNotWaitedFor) mbarrier_wait(full, phase);
+    sync_threads();  // before the place is used again
+  }
+}
+
 // Four warpgroups: two give registers away, two take them. out: a word per thread.
 MX_KERNEL registers(const uint32_t*, uint32_t* out) {
   if (thread_idx() < 256) {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bench.static.selftest_device import (
     HOPPER,
@@ -22,7 +23,9 @@ from bench.static.selftest_device import (
     difference,
     primitives_of,
     run_emulated,
+    run_on_device,
 )
+from tests.cuda.emulation import Emulation
 from tests.emu.build import BUILD, ROOT, build_library
 from tools.nvcc import find_nvcc
 
@@ -89,7 +92,8 @@ def test_selftest_has_every_primitive_kernel() -> None:
     """A kernel of primitives.cuh is in the selftest, unless it is one that a GPU cannot settle."""
     kernels, entries = set(), {}
     for suffix in ("", "_sm90"):
-        kernels |= set(re.findall(r"MX_KERNEL (\w+)\(", (EMU / f"primitives{suffix}.cuh").read_text()))
+        kernel = r"(?:MX_KERNEL (?=\w+\()|MX_DEVICE void (?=\w+\(const TensorMap&))(\w+)"
+        kernels |= set(re.findall(kernel, (EMU / f"primitives{suffix}.cuh").read_text()))
         text = (EMU / f"primitive_entries{suffix}.h").read_text()
         entries |= dict(re.findall(r"^  X\((\w+), (\w+)[<)]", text, re.MULTILINE))
     assert list(entries) == [primitive.name for primitive in primitives_of(HOPPER)]
@@ -130,3 +134,13 @@ def test_selftest_on_hopper_runs_its_primitives_too() -> None:
         runs = [run_emulated(primitive, inputs, seed) for seed in range(2)]
         assert difference(primitive, *runs) is None
         assert not (runs[0] == 2**32 - 1).all()
+
+
+@pytest.mark.parametrize("name", ["box_16", "box_64"])
+def test_selftest_of_boxes_goes_through_the_driver(name: str) -> None:
+    """Which makes the map; its other primitives take addresses only."""
+    image = Emulation(build_driver()).image(capability=90)
+    primitive = next(primitive for primitive in SM90_PRIMITIVES if primitive.name == name)
+    inputs = aligned(primitive.make_input(np.random.default_rng(0)))
+    found = run_on_device(image, torch.device("cpu"), primitive, inputs)
+    assert difference(primitive, found, run_emulated(primitive, inputs, 1)) is None

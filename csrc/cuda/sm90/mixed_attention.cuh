@@ -7,13 +7,15 @@
 //         does its softmax.
 // Grid    a block per SM, 512 threads; registers as kDecodeRegisters, ... : 65,536 together
 // Shapes  as cuda/mixed_attention.cuh; tiles (128, 128) of (packed query rows, keys), and sm80's small one
-// Memory  an item reads 2 keys head_dim elements of K and V, and reads and writes rows head_dim; shared: tile.cuh
+// Memory  an item reads 2 keys head_dim elements of K and V, and reads and writes rows head_dim; shared: tile.cuh.
+//         K and V by TMA where pages are a multiple of 16 slots (key_maps.h), others and cut tiles by cp.async
 // Static  nvcc 13.0, bf16, head_dim 128: 516 warp instructions per MMA-MFLOP of large tiles, 2,556 of small ones; no
 //         spills, no wgmma serialised, no bank conflicts in the copies and the decodes (wgmma's reads are not counted)
 // Limits  as cuda/mixed_attention.cuh, but head_dim 64, 96, 128, and neither ALiBi nor tree masks; the plan has small
 //         items apart (Hardware.separates_small)
 // Twins   sm80/mixed_attention.cuh, triton_kernels/mixed_attention.py; truth ops/reference.py
-// Source  arXiv:2407.08608, section 3 (roles, turns, products issued ahead); wgmma: PTX ISA 8.7, section 9.7.15
+// Source  arXiv:2407.08608, section 3 (roles, turns, products issued ahead); wgmma: PTX ISA 8.7, section 9.7.15; TMA:
+//         section 9.7.9.27
 #pragma once
 
 #include "cuda/sm90/tile.cuh"
@@ -43,7 +45,8 @@ MX_DEVICE void sync_producer() {
   sync_team(kProducerBarrier);
 }
 
-// Copies are told one behind: while a group flies, the group before has landed. This holds the barrier to tell.
+// What is gathered is told one behind: while a group of copies flies, the group before has landed. This holds the
+// barrier to tell. What is loaded tells of itself.
 struct Announcement {
   uint32_t barrier;  // 0: none
 };
@@ -59,16 +62,41 @@ MX_DEVICE void commit_copies(Announcement& announcement, uint32_t barrier) {
   announcement.barrier = barrier;
 }
 MX_DEVICE void finish_copies(Announcement& announcement) {
+  if (announcement.barrier == 0) return;
   mx::cp_async_wait<0>();
   mx::fence_proxy_async();  // of the last group
   mx::mbarrier_arrive(announcement.barrier);
   announcement.barrier = 0;
 }
 
+// Sends for a tile of K or V, into the ring's next place, which is empty. Between the two ways of writing there, no
+// fence is needed but those that wgmma needs: who gathers fences before it arrives at `full`, and whoever loads there
+// later has waited for `empty`, behind consumers that had waited for `full`. A load writes through the proxy that wgmma
+// reads by; behind `full` it is done, and behind `empty` the reads are, for a gather as for a load.
+template <class T, int kHeadDim>
+MX_DEVICE void send_keys(const sm80::Cache<T>& cache, const mx::TensorMap& map, int32_t box_slots, Item item,
+                         const sm80::KeyPlace& place, RingPlace<Layout<kHeadDim>>& ring, int32_t tile_begin,
+                         Announcement& announcement) {
+  const uint32_t tile = ring.tile();
+  if (box_slots > 0) {
+    load_keys<kHeadDim>(map, box_slots, item, place, tile, ring.full());
+    // No commit will tell of the group before, and consumers that wait for it would empty no place for those to come.
+    finish_copies(announcement);
+  } else {
+    copy_keys<T, kHeadDim>(cache, item, place, tile, tile_begin);
+    commit_copies(announcement, ring.full());
+  }
+  ring.advance();
+}
+
 template <class T, int kHeadDim, Scores kScores>
-MX_DEVICE void produce(const LaunchParams& p) {
+MX_DEVICE void produce(const LaunchParams& p, const KeyMaps& maps) {
   using Shared = Layout<kHeadDim>;
   const uint32_t query_full = mx::shared_base() + Shared::kQueryFull;
+  if (this_thread().idx == 0 && maps.box_slots > 0) {
+    mx::prefetch_map(maps.k);
+    mx::prefetch_map(maps.v);
+  }
   RingPlace<Shared> ring = {0, 0};
   for (int count = 0;; ++count) {
     const Item item = prefill_item<Shared>(count);
@@ -87,14 +115,12 @@ MX_DEVICE void produce(const LaunchParams& p) {
     MX_NO_UNROLL
     for (int32_t tile_begin = first_tile(item); tile_begin < item[kKvEnd]; tile_begin += Tile::kKeys) {
       const sm80::KeyPlace place = sm80::find_key<Tile, kScores>(p, item, tile_begin);
+      const bool is_whole = tile_begin >= item[kKvBegin] && tile_begin + Tile::kKeys <= item[kKvEnd];
+      const int32_t box_slots = is_whole ? maps.box_slots : 0;
       mx::mbarrier_wait(ring.empty(), ring.parity ^ 1);  // before K
-      copy_keys<T, kHeadDim>(sm80::k_cache<T>(p), item, place, ring.tile(), tile_begin);
-      commit_copies(announcement, ring.full());
-      ring.advance();
+      send_keys<T, kHeadDim>(sm80::k_cache<T>(p), maps.k, box_slots, item, place, ring, tile_begin, announcement);
       mx::mbarrier_wait(ring.empty(), ring.parity ^ 1);  // before V
-      copy_keys<T, kHeadDim>(sm80::v_cache<T>(p), item, place, ring.tile(), tile_begin);
-      commit_copies(announcement, ring.full());
-      ring.advance();
+      send_keys<T, kHeadDim>(sm80::v_cache<T>(p), maps.v, box_slots, item, place, ring, tile_begin, announcement);
     }
     finish_copies(announcement);
   }
@@ -141,6 +167,13 @@ using PackedWeights = uint32_t[Tile::kKeys / kMmaDepth][4];
 // A warp is done with what this barrier guards.
 MX_DEVICE void release(uint32_t barrier) {
   if (this_thread().lane == 0) mx::mbarrier_arrive(barrier);
+}
+
+// The same behind a wait, with nothing between that brings the lanes together: one that still waits would miss the
+// phase if the next one ended, too.
+MX_DEVICE void release_behind_wait(uint32_t barrier) {
+  mx::sync_warp();  // all lanes have waited
+  release(barrier);
 }
 
 // Starts scores (64, 128) = Q K^T of this consumer's rows.
@@ -202,7 +235,7 @@ MX_DEVICE void attend_item(const LaunchParams& p, Item item, int consumer, RingP
   const bool has_turns = item[kNumRows] > mx::kWgmmaRows;
   const uint32_t query_empty = mx::shared_base() + Layout<kHeadDim>::kQueryEmpty;
   int32_t tile_begin = first_tile(item);
-  if (tile_begin >= item[kKvEnd]) return release(query_empty);
+  if (tile_begin >= item[kKvEnd]) return release_behind_wait(query_empty);
   if (has_turns) await_turn(consumer);
   MX_NO_UNROLL
   do {
@@ -233,12 +266,12 @@ MX_DEVICE void attend_item(const LaunchParams& p, Item item, int consumer, RingP
 // Lets the tiles of an item pass that has no rows for this consumer.
 template <int kHeadDim>
 MX_DEVICE void skip_item(Item item, RingPlace<Layout<kHeadDim>>& ring) {
-  release(mx::shared_base() + Layout<kHeadDim>::kQueryEmpty);
+  release_behind_wait(mx::shared_base() + Layout<kHeadDim>::kQueryEmpty);
   MX_NO_UNROLL
   for (int32_t tile_begin = first_tile(item); tile_begin < item[kKvEnd]; tile_begin += Tile::kKeys) {
     for (int i = 0; i < 2; ++i) {
       mx::mbarrier_wait(ring.full(), ring.parity);
-      release(ring.empty());
+      release_behind_wait(ring.empty());
       ring.advance();
     }
   }
@@ -291,11 +324,12 @@ MX_DEVICE void init_barriers() {
   mx::mbarrier_init(base + Shared::kQueryFull, kNumThreads);
   mx::mbarrier_init(base + Shared::kQueryEmpty, kConsumerWarps);
   for (int i = 0; i < kNumItems; ++i) mx::mbarrier_init(item_empty<Shared>(i), kConsumerWarps);
+  mx::fence_proxy_async();  // loads report to them
 }
 
 // The body of a kernel; its entry points are in entry.cuh.
 template <class T, int kHeadDim, Scores kScores>
-MX_DEVICE void mixed_attention(const LaunchParams& p) {
+MX_DEVICE void mixed_attention(const LaunchParams& p, const KeyMaps& maps) {
   const int team = mx::thread_idx() / kNumThreads;
   if (mx::thread_idx() == 0) init_barriers<Layout<kHeadDim>>();
   mx::sync_threads();  // the barriers are there
@@ -304,7 +338,7 @@ MX_DEVICE void mixed_attention(const LaunchParams& p) {
     run_queue<T, kHeadDim, AttendSmall<T, kHeadDim, kScores>>(p, Queue::kSmall);
   } else if (team == 1) {
     mx::lower_registers<kProducerRegisters>();
-    produce<T, kHeadDim, kScores>(p);
+    produce<T, kHeadDim, kScores>(p, maps);
   } else {
     mx::raise_registers<kConsumerRegisters>();
     consume<T, kHeadDim, kScores>(p, team - 2);

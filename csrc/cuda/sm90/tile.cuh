@@ -2,6 +2,9 @@
 // Method  A matrix lies as panels of 64 columns: a row of a panel is 128 bytes, its 16-byte chunks permuted as wgmma
 //         wants them (prim_sm90.cuh). K and V take turns in a ring of tiles; Q has one place. Each has a barrier that
 //         says it is there and one that says nobody needs it any more.
+//         Keys come in two ways. Where pages allow (key_maps.h), a tile whose 128 keys are all the item's is loaded in
+//         boxes: slots of one page, one panel, a thread for all of it. Others are gathered, 16 bytes a lane, so that
+//         what lies beside the item's keys, maybe NaN, becomes 0.
 // Shapes  Q (128, head_dim); tiles of 128 keys; kNumSlots of them in the ring: what two blocks of threads leave
 // Memory  decodes: sm80/tile.cuh's small tile; prefill: 256 panels (1 + kNumSlots) bytes x 128 rows, panels of 64
 //         columns: 199,680 bytes of 232,448 in all at head_dim 128
@@ -9,8 +12,8 @@
 // Source  layout: PTX ISA 8.7, section 9.7.15.5.1
 #pragma once
 
-#include "cuda/prim_sm90.cuh"
 #include "cuda/sm80/mixed_attention.cuh"
+#include "cuda/sm90/key_maps.h"
 
 namespace mixattn {
 namespace cuda {
@@ -25,8 +28,6 @@ struct Tile {
   static constexpr int kKeys = 128;
   static constexpr int kCopiedKeys = kKeys / kNumWarps;
 };
-
-constexpr int kPanelColumns = mx::kSwizzledRowBytes / sm80::kElementBytes;
 
 // Named barriers of the block, behind kTeamBarrier of the decodes' team.
 constexpr int kConsumerBarrier = kTeamBarrier + 1;  // and the next
@@ -126,6 +127,38 @@ MX_DEVICE void copy_keys(const sm80::Cache<T>& cache, Item item, const sm80::Key
     if (chunk >= kRowChunks<kHeadDim>) continue;
     mx::cp_async16(sm80::row_below<mx::kSwizzledRowBytes>(to, i * kRowsAtOnce),
                    cache.data + (row_offset + chunk * kVectorElements), key >= kv_begin && key < kv_end);
+  }
+}
+
+// Starts the loads of this warp's part of a tile of K or V that is whole, place being what find_key gave for it, and
+// arrives at the tile's barrier for all that it promises. A box has a power of two of slots, from half a warp's keys to
+// all of the tile's: it is for the warp that has its first key to load.
+template <int kHeadDim>
+MX_DEVICE void load_keys(const mx::TensorMap& map, int32_t box_slots, Item item, const sm80::KeyPlace& place,
+                         uint32_t tile, uint32_t barrier) {
+  using Shared = Layout<kHeadDim>;
+  const Thread thread = this_thread();
+  // What a load is told must be the same in all lanes: from shuffles the compiler knows that it is.
+  const int first_key = mx::shfl_idx(thread.warp, 0) * Tile::kCopiedKeys;
+  const int32_t first_page = mx::shfl_idx(place.page, 0);
+  const int32_t first_slot = mx::shfl_idx(place.slot, 0);
+  const int32_t second_page = mx::shfl_idx(place.page, kLeastBoxSlots);
+  const int32_t second_slot = mx::shfl_idx(place.slot, kLeastBoxSlots);
+  const bool is_first_of_box = (first_key & (box_slots - 1)) == 0;
+  const int num_keys = box_slots > Tile::kCopiedKeys ? box_slots : Tile::kCopiedKeys;
+  if (thread.lane != 0 || !is_first_of_box) return mx::mbarrier_arrive(barrier);
+  // Before the loads: a phase whose bytes were not promised could end without them.
+  mx::mbarrier_arrive_expect(barrier, num_keys * Shared::kPanels * mx::kSwizzledRowBytes);
+  const int32_t kv_head = item[kKvHead];
+  const uint32_t to = tile + first_key * mx::kSwizzledRowBytes;
+  MX_UNROLL
+  for (int panel = 0; panel < Shared::kPanels; ++panel) {
+    const uint32_t panel_to = to + panel * Shared::kPanelBytes;
+    const int column = panel * kPanelColumns;  // past head_dim is 0
+    mx::load_box(panel_to, map, column, kv_head, first_slot, first_page, barrier);
+    if (box_slots > kLeastBoxSlots) continue;
+    mx::load_box(panel_to + kLeastBoxSlots * mx::kSwizzledRowBytes, map, column, kv_head, second_slot, second_page,
+                 barrier);
   }
 }
 
