@@ -49,7 +49,7 @@ even index in the low nibble, value = nibble - 8."""
 KV_DTYPE_BACKENDS = ("cpu", "triton", "reference")
 """The backends that keep K and V in any other dtype than q, k and v come in; cuda, in those of ``QUANTIZED``."""
 
-V_HEAD_DIM_BACKENDS = ("cpu", "reference")
+V_HEAD_DIM_BACKENDS = ("cpu", "cuda", "reference")
 """The backends whose heads of V may have another size than those of K."""
 
 MIN_ROW_SCALE = 2.0**-126
