@@ -227,6 +227,7 @@ RACE_LINES: dict[str, tuple[str, ...]] = {
     "quantised-no-barrier-before-v-is-read": ("mx::ldmatrix_x4_trans(values", "widen_keys<"),
     "quantised-no-barrier-before-q-is-read": ("fit_queries<", "mx::ld_shared("),
     "quantised-rows-scales-overwritten-before-they-are-read": ("store_scales<", "mx::ld_shared("),
+    "quantised-idle-lanes-copy": ("copy_stored<",),
     "sm90-k-not-waited-for": ("mx::wgmma_shared(", "produce<"),
     "sm90-v-not-waited-for": ("mx::wgmma_registers(", "produce<"),
     "sm90-scores-not-waited-for": ("mx::wgmma_shared(", "mx::cp_async16("),

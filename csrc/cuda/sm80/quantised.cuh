@@ -12,7 +12,7 @@
 // Grid    as mixed_attention.cuh
 // Shapes  as mixed_attention.cuh, K [.., head_dim] and V [.., v_head_dim] bytes, of int4 half as many; the same tiles
 // Memory  an item reads keys (head_dim + v_head_dim) bits / 8, and 8 keys of scales per token; shared: tile.cuh
-// Static  nvcc 13.0, bf16, head_dim 128, int8, scales of heads: 254 registers, 1,234 / 1,780 / 3,826 warp instructions
+// Static  nvcc 13.0, bf16, head_dim 128, int8, scales of heads: 254 registers, 1,238 / 1,785 / 3,822 warp instructions
 //         per MMA-MFLOP on sm_80; other formats: docs/cuda.md. No spills in any kernel, no bank conflicts
 // Limits  as cuda/mixed_attention.cuh; rows of K and V start at multiples of 16 bytes
 // Twins   triton_kernels/_quantized.py (the same codes to float16); truth ops/reference.py
