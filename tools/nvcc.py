@@ -52,6 +52,14 @@ def cuda_version(nvcc: Path) -> str:
     return match[1]
 
 
+def packing_flags(version: str) -> list[str]:
+    """Options of nvcc of this version for images of a fifth of the size.
+
+    Drivers that take images of CUDA 13 can unpack these; older nvcc has not the option, older drivers not the format.
+    """
+    return ["--compress-mode=size"] if int(version.split(".")[0]) >= 13 else []
+
+
 def image_sources() -> dict[str, Path]:
     """The .cu file of every image, by the image's name: ``sm80_mixed_attention_hd64``."""
     return {
@@ -70,12 +78,13 @@ def gencode(architectures: list[str]) -> list[str]:
 
 def ninja_lines(nvcc: Path, folder: Path, escape: Callable[[Path], str]) -> list[str]:
     """The rule and the builds that make every image in ``folder``; ptxas' words on each are in NAME.fatbin.log."""
+    version = cuda_version(nvcc)
     lines = [
         f"nvcc = {escape(nvcc)}",
-        f"nvcc_flags = {' '.join(FLAGS)} -I{escape(ROOT / 'csrc')}",
+        f"nvcc_flags = {' '.join([*FLAGS, *packing_flags(version)])} -I{escape(ROOT / 'csrc')}",
         "rule fatbin",
         # The version is in the command, so that another nvcc at the same place compiles everything anew.
-        f"  command = : {cuda_version(nvcc)}; $nvcc $nvcc_flags $gencode -fatbin -MD -MF $out.d -MT $out $in -o $out "
+        f"  command = : {version}; $nvcc $nvcc_flags $gencode -fatbin -MD -MF $out.d -MT $out $in -o $out "
         "> $out.log 2>&1 || { cat $out.log; rm -f $out; exit 1; }",
         "  depfile = $out.d",
         "  deps = gcc",

@@ -150,10 +150,10 @@ void cuda_plan(const PlanSpec& spec, Image& image, uintptr_t cu_seqlens_q, uintp
   launch(image, prepared, stream, arguments);
 }
 
-// One launch over num_rows rows of head_dim, each of some lanes.
+// One launch over num_rows rows of up to head_dim, each of some lanes.
 template <class Params>
-void launch_rows(Params p, const Kernel& kernel, int64_t num_rows, Image& image, uintptr_t stream) {
-  const int64_t rows_per_block = kernel.num_threads / mixattn::cuda::lanes_per_row(p.head_dim);
+void launch_rows(Params p, const Kernel& kernel, int64_t num_rows, int64_t head_dim, Image& image, uintptr_t stream) {
+  const int64_t rows_per_block = kernel.num_threads / mixattn::cuda::lanes_per_row(head_dim);
   const int64_t num_blocks = (num_rows + rows_per_block - 1) / rows_per_block;
   mixattn::check_range("blocks of this call", num_blocks, 1, INT32_MAX);
   Launch prepared = image.prepare(kernel.name, kernel.num_threads, kernel.shared_bytes);
@@ -163,12 +163,12 @@ void launch_rows(Params p, const Kernel& kernel, int64_t num_rows, Image& image,
 }
 
 void cuda_append_kv(const mixattn::AppendKvParams& p, Image& image, uintptr_t stream) {
-  launch_rows(p, mixattn::cuda::append_kv_kernel(p), p.num_tokens * (2 * p.num_kv_heads + p.num_q_heads), image,
-              stream);
+  launch_rows(p, mixattn::cuda::append_kv_kernel(p), p.num_tokens * (2 * p.num_kv_heads + p.num_q_heads),
+              mixattn::cuda::widest_head(p), image, stream);
 }
 
 void cuda_merge_states(const mixattn::MergeStatesParams& p, Image& image, uintptr_t stream) {
-  launch_rows(p, mixattn::cuda::merge_states_kernel(p), p.num_tokens * p.num_heads, image, stream);
+  launch_rows(p, mixattn::cuda::merge_states_kernel(p), p.num_tokens * p.num_heads, p.head_dim, image, stream);
 }
 
 // A tensor of BoxedTensor's dimensions: address, sizes, strides, box.

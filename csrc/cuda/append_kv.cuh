@@ -4,8 +4,8 @@
 // Method  a lane takes 8 neighbouring dimensions of a head's row, 16 bytes, so that a warp reads and writes whole
 //         lines; the partner of a neox pair is read again, from L1. float32, rounded once, no product fused: what is
 //         stored are the bits of the reference. A row's largest magnitude is found by shuffles, as an integer
-// Grid    a row of num_heads = 2 num_kv_heads + num_q_heads per token and head takes head_dim / 8 lanes, rounded up to
-//         a power of two; blocks of kAppendThreads
+// Grid    a row of num_heads = 2 num_kv_heads + num_q_heads per token and head takes max(head_dim, v_head_dim) / 8
+//         lanes, rounded up to a power of two; blocks of kAppendThreads
 // Shapes  as AppendKvParams; k, v, q in f16 or bf16
 // Memory  reads and writes each element once, cos and sin of a token once per head, from L1 and L2; no shared memory
 // Limits  as check_append_kv: addresses and strides in whole vectors of 8 elements; at most 2^31 - 1 blocks
@@ -121,18 +121,23 @@ MX_DEVICE void store_codes(const float (&x)[kLaneElements], float scale, uint8_t
   }
 }
 
+// Of K and V: rows of both take as many lanes.
+MIXATTN_HD inline int64_t widest_head(const AppendKvParams& p) {
+  return p.head_dim > p.v_head_dim ? p.head_dim : p.v_head_dim;
+}
+
 template <class T, KvDType kStored>
 MX_DEVICE void append_kv(const AppendKvParams& p) {
-  const int lanes = lanes_per_row(p.head_dim);
+  const int lanes = lanes_per_row(widest_head(p));
   const int num_kv_heads = static_cast<int>(p.num_kv_heads);
   const int num_heads = 2 * num_kv_heads + static_cast<int>(p.num_q_heads);
   const int64_t row_idx = (int64_t{mx::block_idx()} * kAppendThreads + mx::thread_idx()) / lanes;
   const int64_t token = row_idx / num_heads;
   const int head = static_cast<int>(row_idx % num_heads);
   const int dim = mx::thread_idx() % lanes * kLaneElements;
-  const bool is_there = token < p.num_tokens && dim < p.head_dim;
   const bool is_q = head >= 2 * num_kv_heads;
   const bool is_v = !is_q && head >= num_kv_heads;
+  const bool is_there = token < p.num_tokens && dim < (is_v ? p.v_head_dim : p.head_dim);
   const int64_t own_head = is_q ? head - 2 * num_kv_heads : is_v ? head - num_kv_heads : head;
 
   mx::Words4 words = {};

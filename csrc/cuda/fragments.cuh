@@ -139,7 +139,7 @@ MX_DEVICE RowEnd end_row(const LaunchParams& p, Item item, int32_t row, float ro
 }
 
 // kColumnTiles fragments of one row, from column first_column on, to out, or to the item's rows of the partials.
-template <class T, int kHeadDim, int kColumnTiles>
+template <class T, int kVHeadDim, int kColumnTiles>
 MX_DEVICE void store_row(const LaunchParams& p, Item item, int32_t row, int first_column,
                          const float (&values)[kColumnTiles][4], int h, const RowEnd& end) {
   const int quad_lane = this_thread().lane % 4;
@@ -152,12 +152,12 @@ MX_DEVICE void store_row(const LaunchParams& p, Item item, int32_t row, int firs
     MX_UNROLL
     for (int i = 0; i < kColumnTiles; ++i) {
       mx::st_global(out + i * kMmaColumns,
-                    mx::pack2(values[i][2 * h] * end.inverse_sum, values[i][2 * h + 1] * end.inverse_sum, T{}));
+                    pack_results<T>(p, values[i][2 * h] * end.inverse_sum, values[i][2 * h + 1] * end.inverse_sum));
     }
     if (stores_lse) store_lse(p, place, end.lse_log2);
   } else {
     const int64_t partial_row = int64_t{item[kPartialRow]} + row;
-    float* const partial = p.call.partial_out + partial_row * kHeadDim + column;
+    float* const partial = p.call.partial_out + partial_row * kVHeadDim + column;
     MX_UNROLL
     for (int i = 0; i < kColumnTiles; ++i) {
       mx::st_global_v2(partial + i * kMmaColumns,

@@ -36,24 +36,24 @@ std::vector<Instance> make_instances() {
   std::vector<Instance> all;
 #define MIXATTN_ADD(element, kHeadDim, scores)                                                                    \
   all.push_back({MIXATTN_NAME(MIXATTN_SM90_NAME(element, kHeadDim, scores)), "sm90_mixed_attention_hd" #kHeadDim, \
-                 kSm90, kSm90, dtype_of(mx::element{}), kv_dtype_of(dtype_of(mx::element{})), kHeadDim,           \
+                 kSm90, kSm90, dtype_of(mx::element{}), kv_dtype_of(dtype_of(mx::element{})), kHeadDim, kHeadDim, \
                  MIXATTN_SCORES(scores), sm90::kBlockThreads, static_cast<int>(sm90::Layout<kHeadDim>::kBytes),   \
                  sm90::kWorkersPerSm, true, true});
   MIXATTN_SM90_INSTANCES(MIXATTN_ADD)
 #undef MIXATTN_ADD
-#define MIXATTN_ADD(element, kHeadDim, scores)                                                                    \
-  all.push_back({MIXATTN_NAME(MIXATTN_SM80_NAME(element, kHeadDim, scores)), "sm80_mixed_attention_hd" #kHeadDim, \
-                 kSm80, kAnyCapability, dtype_of(mx::element{}), kv_dtype_of(dtype_of(mx::element{})), kHeadDim,  \
-                 MIXATTN_SCORES(scores), kNumThreads, static_cast<int>(sm80::kSharedBytes<kHeadDim>),             \
+#define MIXATTN_ADD(element, heads, scores)                                                                           \
+  all.push_back({MIXATTN_NAME(MIXATTN_SM80_NAME(element, heads, scores)), "sm80_mixed_attention_hd" #heads, kSm80,    \
+                 kAnyCapability, dtype_of(mx::element{}), kv_dtype_of(dtype_of(mx::element{})), MIXATTN_HEADS(heads), \
+                 MIXATTN_SCORES(scores), kNumThreads, static_cast<int>(sm80::kSharedBytes<MIXATTN_HEADS(heads)>),     \
                  sm80::kBlocksPerSm, false, false});
   MIXATTN_SM80_INSTANCES(MIXATTN_ADD)
 #undef MIXATTN_ADD
-#define MIXATTN_ADD(element, stored, kStored, kHeadDim, scores)                                                     \
-  all.push_back({MIXATTN_NAME(MIXATTN_SM80_QUANTISED_NAME(element, stored, kHeadDim, scores)),                      \
-                 "sm80_quantised_hd" #kHeadDim, kSm80, kAnyCapability, dtype_of(mx::element{}), KvDType::kStored,   \
-                 kHeadDim, MIXATTN_SCORES(scores), kNumThreads,                                                     \
-                 static_cast<int>(sm80::kQuantisedSharedBytes<kHeadDim, MIXATTN_SCORES(scores), KvDType::kStored>), \
-                 sm80::kBlocksPerSm, false, false});
+#define MIXATTN_ADD(stored, kStored, heads, scores)                                                                   \
+  all.push_back(                                                                                                      \
+      {MIXATTN_NAME(MIXATTN_SM80_QUANTISED_NAME(stored, heads, scores)), "sm80_quantised_hd" #heads, kSm80,           \
+       kAnyCapability, std::nullopt, KvDType::kStored, MIXATTN_HEADS(heads), MIXATTN_SCORES(scores), kNumThreads,     \
+       static_cast<int>(sm80::kQuantisedSharedBytes<MIXATTN_HEADS(heads), MIXATTN_SCORES(scores), KvDType::kStored>), \
+       sm80::kBlocksPerSm, false, false});
   MIXATTN_SM80_QUANTISED_INSTANCES(MIXATTN_ADD)
 #undef MIXATTN_ADD
   return all;
@@ -80,8 +80,8 @@ const Instance& instance_for(const AttentionParams& p, int capability, bool has_
     // Where small items have threads of their own, these sum up in another order than the others: no invariance.
     if (instance.separates_small && (!has_small_apart || p.invariant)) continue;
     if (capability >= instance.least_capability && capability <= instance.most_capability &&
-        p.dtype == instance.dtype && p.kv_dtype == instance.kv_dtype && p.head_dim == instance.head_dim &&
-        takes(instance.scores, p)) {
+        p.dtype == instance.dtype.value_or(p.dtype) && p.kv_dtype == instance.kv_dtype &&
+        p.head_dim == instance.head_dim && p.v_head_dim == instance.v_head_dim && takes(instance.scores, p)) {
       return instance;
     }
   }

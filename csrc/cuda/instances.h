@@ -5,40 +5,49 @@
 //         attention are one each for all architectures; the emulation includes their .cu files.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "cuda/launch_params.h"
 
-// X(element, head_dim, scores): element as in prim.cuh; scores plain, capped or any: Scores::kPlain, ...
-#define MIXATTN_SM80_INSTANCES_OF(X, kHeadDim) \
-  X(bf16, kHeadDim, plain)                     \
-  X(bf16, kHeadDim, capped)                    \
-  X(bf16, kHeadDim, any)                       \
-  X(f16, kHeadDim, plain)                      \
-  X(f16, kHeadDim, capped)                     \
-  X(f16, kHeadDim, any)
-#define MIXATTN_SM80_INSTANCES(X)   \
-  MIXATTN_SM80_INSTANCES_OF(X, 64)  \
-  MIXATTN_SM80_INSTANCES_OF(X, 96)  \
-  MIXATTN_SM80_INSTANCES_OF(X, 128) \
-  MIXATTN_SM80_INSTANCES_OF(X, 192) \
-  MIXATTN_SM80_INSTANCES_OF(X, 256)
+// The sizes of heads, as names of kernels have them, and the head_dim and v_head_dim that they stand for.
+#define MIXATTN_SM80_HEADS(X, INSTANCES_OF) \
+  INSTANCES_OF(X, 64)                       \
+  INSTANCES_OF(X, 96)                       \
+  INSTANCES_OF(X, 128)                      \
+  INSTANCES_OF(X, 192_v128)                 \
+  INSTANCES_OF(X, 192)                      \
+  INSTANCES_OF(X, 256)
+#define MIXATTN_HEADS(heads) MIXATTN_HEADS_##heads
+#define MIXATTN_HEADS_64 64, 64
+#define MIXATTN_HEADS_96 96, 96
+#define MIXATTN_HEADS_128 128, 128
+#define MIXATTN_HEADS_192_v128 192, 128
+#define MIXATTN_HEADS_192 192, 192
+#define MIXATTN_HEADS_256 256, 256
 
-// X(element, stored, kStored, head_dim, scores): stored and kStored as for append_kv, below. `any` serves soft caps.
-#define MIXATTN_SM80_QUANTISED_INSTANCES_BY(X, element, kHeadDim, scores) \
-  X(element, int8, kInt8, kHeadDim, scores)                               \
-  X(element, e4m3, kFloat8E4M3, kHeadDim, scores)                         \
-  X(element, e5m2, kFloat8E5M2, kHeadDim, scores)                         \
-  X(element, int4, kInt4, kHeadDim, scores)
-#define MIXATTN_SM80_QUANTISED_INSTANCES_OF(X, kHeadDim)        \
-  MIXATTN_SM80_QUANTISED_INSTANCES_BY(X, bf16, kHeadDim, plain) \
-  MIXATTN_SM80_QUANTISED_INSTANCES_BY(X, bf16, kHeadDim, any)   \
-  MIXATTN_SM80_QUANTISED_INSTANCES_BY(X, f16, kHeadDim, plain)  \
-  MIXATTN_SM80_QUANTISED_INSTANCES_BY(X, f16, kHeadDim, any)
-#define MIXATTN_SM80_QUANTISED_INSTANCES(X)  \
-  MIXATTN_SM80_QUANTISED_INSTANCES_OF(X, 64) \
-  MIXATTN_SM80_QUANTISED_INSTANCES_OF(X, 128)
+// X(element, heads, scores): element as in prim.cuh; scores plain, capped or any: Scores::kPlain, ...
+#define MIXATTN_SM80_INSTANCES_OF(X, heads) \
+  X(bf16, heads, plain)                     \
+  X(bf16, heads, capped)                    \
+  X(bf16, heads, any)                       \
+  X(f16, heads, plain)                      \
+  X(f16, heads, capped)                     \
+  X(f16, heads, any)
+#define MIXATTN_SM80_INSTANCES(X) MIXATTN_SM80_HEADS(X, MIXATTN_SM80_INSTANCES_OF)
+
+// X(stored, kStored, heads, scores): stored and kStored as for append_kv, below. `any` serves soft caps. A call tells
+// the element.
+#define MIXATTN_SM80_QUANTISED_INSTANCES_BY(X, heads, scores) \
+  X(int8, kInt8, heads, scores)                               \
+  X(e4m3, kFloat8E4M3, heads, scores)                         \
+  X(e5m2, kFloat8E5M2, heads, scores)                         \
+  X(int4, kInt4, heads, scores)
+#define MIXATTN_SM80_QUANTISED_INSTANCES_OF(X, heads)  \
+  MIXATTN_SM80_QUANTISED_INSTANCES_BY(X, heads, plain) \
+  MIXATTN_SM80_QUANTISED_INSTANCES_BY(X, heads, any)
+#define MIXATTN_SM80_QUANTISED_INSTANCES(X) MIXATTN_SM80_HEADS(X, MIXATTN_SM80_QUANTISED_INSTANCES_OF)
 
 // Without capped at head_dim 128: its consumers would need 176 registers a thread.
 #define MIXATTN_SM90_INSTANCES_64(X) \
@@ -60,9 +69,8 @@
   MIXATTN_SM90_INSTANCES_128(X)
 
 // The name of an instance's entry point, in its image and everywhere, and its Scores.
-#define MIXATTN_SM80_NAME(element, kHeadDim, scores) mixattn_sm80_##element##_hd##kHeadDim##_##scores
-#define MIXATTN_SM80_QUANTISED_NAME(element, stored, kHeadDim, scores) \
-  mixattn_sm80_##element##_##stored##_hd##kHeadDim##_##scores
+#define MIXATTN_SM80_NAME(element, heads, scores) mixattn_sm80_##element##_hd##heads##_##scores
+#define MIXATTN_SM80_QUANTISED_NAME(stored, heads, scores) mixattn_sm80_##stored##_hd##heads##_##scores
 #define MIXATTN_SM90_NAME(element, kHeadDim, scores) mixattn_sm90_##element##_hd##kHeadDim##_##scores
 #define MIXATTN_SCORES(scores) mixattn::cuda::Scores::MIXATTN_SCORES_##scores
 #define MIXATTN_SCORES_plain kPlain
@@ -93,10 +101,11 @@ struct Instance {
   std::string name;   // of the entry point
   std::string image;  // the fatbin that it is in, less .fatbin
   int least_capability;
-  int most_capability;  // 10 major + minor, both ends included
-  DType dtype;
+  int most_capability;         // 10 major + minor, both ends included
+  std::optional<DType> dtype;  // none: either of 16 bits
   KvDType kv_dtype;
   int head_dim;
+  int v_head_dim;
   Scores scores;
   int num_threads;
   int shared_bytes;

@@ -37,8 +37,8 @@ MIXATTN_HD constexpr bool is_quantised(KvDType stored) {
   return static_cast<int32_t>(stored) >= static_cast<int32_t>(KvDType::kInt8);
 }
 
-constexpr int64_t kHeadDims[] = {64, 96, 128, 192, 256};
-constexpr int64_t kQuantisedHeadDims[] = {64, 128};
+// head_dim and v_head_dim, in ascending order.
+constexpr int64_t kHeadDims[][2] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {192, 192}, {256, 256}};
 constexpr float kE4M3Scale = 256.0f;    // of float8_e4m3fn as it is widened: sm80/quantised.cuh
 constexpr int64_t kVectorBytes = 16;    // that one asynchronous copy moves
 constexpr int64_t kVectorElements = 8;  // of q's dtype in them
@@ -53,13 +53,16 @@ inline void check_call(const AttentionParams& p) {
   if (!is_widened && static_cast<int32_t>(p.kv_dtype) != static_cast<int32_t>(p.dtype)) {
     throw std::domain_error("k_cache in another float dtype than q has no CUDA kernel; the nearest that has is q's");
   }
-  const int64_t* const head_dims = is_widened ? std::begin(kQuantisedHeadDims) : std::begin(kHeadDims);
-  const int64_t* const widest = (is_widened ? std::end(kQuantisedHeadDims) : std::end(kHeadDims)) - 1;
-  const int64_t nearest = *std::lower_bound(head_dims, widest, p.head_dim);
-  if (nearest != p.head_dim) {
-    throw std::domain_error("head_dim " + std::to_string(p.head_dim) + " has no CUDA kernel" +
-                            (is_widened ? " with quantised K and V" : "") + "; the nearest that has is " +
-                            std::to_string(nearest));
+  // The nearest is the first in which both fit.
+  const auto is_enough = [&](const int64_t (&dims)[2]) { return dims[0] >= p.head_dim && dims[1] >= p.v_head_dim; };
+  const auto nearest = std::find_if(std::begin(kHeadDims), std::end(kHeadDims) - 1, is_enough);
+  if ((*nearest)[0] != p.head_dim || (*nearest)[1] != p.v_head_dim) {
+    const auto name = [&](int64_t head_dim, int64_t v_head_dim) {
+      return std::to_string(head_dim) +
+             (p.v_head_dim == p.head_dim ? "" : " with v_head_dim " + std::to_string(v_head_dim));
+    };
+    throw std::domain_error("head_dim " + name(p.head_dim, p.v_head_dim) +
+                            " has no CUDA kernel; the nearest that has is " + name((*nearest)[0], (*nearest)[1]));
   }
   // Strides of int4 count bytes, as those of int8 and float8 do.
   const int64_t stored_vector = is_widened ? kVectorBytes : kVectorElements;

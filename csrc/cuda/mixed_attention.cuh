@@ -7,12 +7,14 @@
 //         ends: a captured graph can be replayed with any plan.
 // Grid    as many blocks as are resident at once, kNumThreads threads each: a warp per quarter of an SM
 // Shapes  AttentionParams (common/params.h), q, k_cache, v_cache, out in f16 or bf16; partial_lse in log2
-// Memory  merging a row of n splits reads 4 n (head_dim + 1) bytes and writes 2 head_dim
-// Limits  sm_80+; head_dim 64, 96, 128, 192, 256; any page_size and group_size; strides as launch_params.h checks;
-//         keys and packed rows of a slice up to 2^31 - 129
+// Memory  merging a row of n splits reads 4 n (v_head_dim + 1) bytes and writes 2 v_head_dim
+// Limits  sm_80+; head_dim 64, 96, 128, 192, 256 and v_head_dim the same, or 192 and 128; any page_size and group_size;
+//         strides as launch_params.h checks; keys and packed rows of a slice up to 2^31 - 129
 // Twins   triton_kernels/mixed_attention.py, csrc/cpu/mixed_attention-inl.h; truth ops/reference.py
 // Source  split keys: arXiv:2311.01282, section 3; merge of online-softmax states: arXiv:1805.02867
 #pragma once
+
+#include <type_traits>
 
 #include "common/work_item.h"
 #include "cuda/launch_params.h"
@@ -106,6 +108,21 @@ MX_DEVICE RowPlace place_row(const LaunchParams& p, int32_t first_token, int32_t
 template <class T>
 MX_DEVICE T* out_row(const LaunchParams& p, const RowPlace& place) {
   return static_cast<T*>(p.call.out) + place.token * p.call.out_token_stride + place.head * p.call.out_head_stride;
+}
+
+// q's element in a kernel that serves both: what it multiplies is float16 anyhow.
+struct ElementOfCall {
+  uint16_t bits;
+};
+
+// Two results as out has them.
+template <class T>
+MX_DEVICE uint32_t pack_results(const LaunchParams& p, float x, float y) {
+  if constexpr (std::is_same_v<T, ElementOfCall>) {
+    return p.call.dtype == DType::kBFloat16 ? mx::pack2(x, y, mx::bf16{}) : mx::pack2(x, y, mx::f16{});
+  } else {
+    return mx::pack2(x, y, T{});
+  }
 }
 
 // The sink of a row's head; -inf for none.
@@ -218,11 +235,11 @@ MX_DEVICE bool is_last_team(const LaunchParams& p, Item item, Team team, int32_t
 
 // The partials of all splits of some rows, in split order, to out and lse. A warp merges a row, a lane the dimensions
 // 2 lane + 64 d and the one behind.
-template <class T, int kHeadDim>
+template <class T, int kVHeadDim>
 MX_DEVICE void merge_item(const LaunchParams& p, const Merge& merge) {
   constexpr int kStride = 2 * mx::kWarpSize;
   constexpr int kPairs =
-      (kHeadDim + kStride - 1) / kStride;  // of a lane; the last is no dimension for some lanes of 96
+      (kVHeadDim + kStride - 1) / kStride;  // of a lane; the last is no dimension for some lanes of 96
   const Thread thread = this_thread();
   const int dim = 2 * thread.lane;
   MX_NO_UNROLL
@@ -235,12 +252,12 @@ MX_DEVICE void merge_item(const LaunchParams& p, const Merge& merge) {
     MX_NO_UNROLL
     for (int32_t split = 0; split < merge.num_splits; ++split) {
       const int64_t partial_row = int64_t{merge.partial_row} + split * merge.num_rows + row;
-      const float* const partial = p.call.partial_out + partial_row * kHeadDim + dim;
+      const float* const partial = p.call.partial_out + partial_row * kVHeadDim + dim;
       const StateFactors factors = absorb_state(mx::ld_global_cg(p.call.partial_lse + partial_row), row_max);
       row_sum = row_sum * factors.rescale + factors.weight;
       MX_UNROLL
       for (int d = 0; d < kPairs; ++d) {
-        if (dim + kStride * d >= kHeadDim) continue;
+        if (dim + kStride * d >= kVHeadDim) continue;
         const mx::float2 value = mx::ld_global_cg_v2(partial + kStride * d);
         sum[d] = {sum[d].x * factors.rescale + value.x * factors.weight,
                   sum[d].y * factors.rescale + value.y * factors.weight};
@@ -251,8 +268,8 @@ MX_DEVICE void merge_item(const LaunchParams& p, const Merge& merge) {
     T* const out = out_row<T>(p, place) + dim;
     MX_UNROLL
     for (int d = 0; d < kPairs; ++d) {
-      if (dim + kStride * d >= kHeadDim) continue;
-      mx::st_global(out + kStride * d, mx::pack2(sum[d].x * end.inverse_sum, sum[d].y * end.inverse_sum, T{}));
+      if (dim + kStride * d >= kVHeadDim) continue;
+      mx::st_global(out + kStride * d, pack_results<T>(p, sum[d].x * end.inverse_sum, sum[d].y * end.inverse_sum));
     }
     if (thread.lane == 0) store_lse(p, place, end.lse_log2);
   }
@@ -260,25 +277,25 @@ MX_DEVICE void merge_item(const LaunchParams& p, const Merge& merge) {
 
 // Behind the last store of an item's partials: whoever comes last merges. Every item has item_tickets; this team draws
 // them all, or its share if it has only some of the rows.
-template <class T, int kHeadDim>
+template <class T, int kVHeadDim>
 MX_DEVICE void merge_if_last(const LaunchParams& p, Item item, Team team, int32_t tickets, int32_t item_tickets) {
   const int32_t merge_idx = item[kMergeIdx];
   if (merge_idx < 0) return;
   const Merge& merge = plan_merges(p, item)[merge_idx];
   if (!is_last_team(p, item, team, merge_idx, tickets, merge.num_items * item_tickets)) return;
-  merge_item<T, kHeadDim>(p, merge);
+  merge_item<T, kVHeadDim>(p, merge);
   // For the next launch: in this one nobody draws it again.
   if (this_thread().idx == 0) mx::st_global(merge_ticket(p, merge_idx), 0u);
 }
 
 // Draws items of the plan until none is left. Attend::item(p, item) computes the one that was drawn, which has
 // Attend::kItemTickets.
-template <class T, int kHeadDim, class Attend>
+template <class T, int kVHeadDim, class Attend>
 MX_DEVICE void run_queue(const LaunchParams& p, Queue queue) {
   const Item item = {mx::shared_base()};
   while (draw_item(p, item, queue)) {
     Attend::item(p, item);
-    merge_if_last<T, kHeadDim>(p, item, kOnlyTeam, Attend::kItemTickets, Attend::kItemTickets);
+    merge_if_last<T, kVHeadDim>(p, item, kOnlyTeam, Attend::kItemTickets, Attend::kItemTickets);
   }
   if (this_thread().idx == 0) close_queue(p, item, queue);
 }

@@ -47,7 +47,7 @@ struct Thread {
   Site site;
   std::vector<PendingCopy> open_copies;
   std::deque<std::vector<PendingCopy>> copy_groups;
-  std::vector<std::pair<Site, uint32_t>> num_accesses;  // to shared memory, by line
+  std::vector<std::pair<Site, uint32_t>> num_accesses;  // to shared memory, by line, since lanes came together
   std::vector<uint32_t> unfenced_granules;
   bool has_wgmma_fence;
   std::shared_ptr<sanitizer::Order> fence;                  // what the latest fence_gpu has released
@@ -60,6 +60,7 @@ struct Thread {
 struct SharedAccess {
   Site site;
   uint32_t number;  // of the line's accesses in each lane
+  uint32_t num_bytes;
   uint32_t address[kWarpSize];
   uint32_t arrived;
 };
@@ -227,6 +228,8 @@ void acquire_lanes();
 // Of the current thread's warp.
 void for_each_lane(const std::function<void(Thread&)>& act);
 float element_value(uint16_t bits, Element element);
-void count_wavefronts(const uint32_t* address, uint32_t num_bytes, Site site);
+void count_wavefronts(const uint32_t* address, uint32_t num_lanes, uint32_t num_bytes, Site site);
+// Counts the accesses that only some lanes of the current thread's warp have made; the others did not come to them.
+void close_accesses();
 
 }  // namespace emu

@@ -57,10 +57,23 @@ void tell_atomic(const int32_t* address, const void* line) {
   if (word.has_plain_store) sanitizer::read(address, sizeof *address, line);
 }
 
-// A line's n-th access is counted once all lanes have made it; where only some lanes come to a line, nothing is.
-// Returns whether another lane has made the same: of such stores one is made, whichever (CUDA C++ Programming Guide,
-// "SIMT Architecture").
-bool count_access(uint32_t address, uint32_t num_bytes, Site site) {
+// 128 bytes are one wavefront at best: 32, 16 or 8 lanes at a time.
+void count_access(const SharedAccess& access) {
+  const uint32_t lanes_at_once = kNumBanks * kBankBytes / access.num_bytes;
+  for (uint32_t first = 0; first < kWarpSize; first += lanes_at_once) {
+    uint32_t addresses[kWarpSize];
+    uint32_t num_lanes = 0;
+    for (uint32_t l = first; l < first + lanes_at_once; ++l) {
+      if ((access.arrived >> l & 1) != 0) addresses[num_lanes++] = access.address[l];
+    }
+    if (num_lanes > 0) count_wavefronts(addresses, num_lanes, access.num_bytes, access.site);
+  }
+}
+
+// A line's n-th access since lanes last came together is counted once all have made it, or else when they come together
+// again. Returns whether another lane has made the same: of such stores one is made, whichever (CUDA C++ Programming
+// Guide, "SIMT Architecture").
+bool note_access(uint32_t address, uint32_t num_bytes, Site site) {
   auto& counts = current->num_accesses;
   auto count = std::find_if(counts.begin(), counts.end(), [&](const auto& each) { return is_same(each.first, site); });
   if (count == counts.end()) count = counts.insert(count, {site, 0});
@@ -69,17 +82,13 @@ bool count_access(uint32_t address, uint32_t num_bytes, Site site) {
   auto access = std::find_if(accesses.begin(), accesses.end(), [&](const SharedAccess& each) {
     return each.number == number && is_same(each.site, site);
   });
-  if (access == accesses.end()) access = accesses.insert(access, {site, number, {}, 0});
+  if (access == accesses.end()) access = accesses.insert(access, {site, number, num_bytes, {}, 0});
   bool is_made = false;
   for (int l = 0; l < kWarpSize; ++l) is_made |= (access->arrived >> l & 1) != 0 && access->address[l] == address;
   access->address[current->lane()] = address;
   access->arrived |= 1u << current->lane();
   if (access->arrived != kAllLanes) return is_made;
-  // 128 bytes are one wavefront at best: 32, 16 or 8 lanes at a time.
-  const uint32_t lanes_at_once = kNumBanks * kBankBytes / num_bytes;
-  for (uint32_t first = 0; first < kWarpSize; first += lanes_at_once) {
-    count_wavefronts(access->address + first, num_bytes, site);
-  }
+  count_access(*access);
   accesses.erase(access);
   return is_made;
 }
@@ -90,9 +99,14 @@ bool comes_at_once() {
   return machine.config.arrival == Arrival::kRandom && machine.random(2) == 0;
 }
 
-// Lanes that together want 128 bytes. A bank gives one word at a time, to all that want that word.
-void count_wavefronts(const uint32_t* address, uint32_t num_bytes, Site site) {
-  const uint32_t num_lanes = kNumBanks * kBankBytes / num_bytes;
+void close_accesses() {
+  for (const SharedAccess& access : current->warp->accesses) count_access(access);
+  current->warp->accesses.clear();
+  for_each_lane([](Thread& lane) { lane.num_accesses.clear(); });
+}
+
+// Lanes that together want up to 128 bytes. A bank gives one word at a time, to all that want that word.
+void count_wavefronts(const uint32_t* address, uint32_t num_lanes, uint32_t num_bytes, Site site) {
   uint32_t words[kNumBanks][kNumBanks];
   uint32_t num_words[kNumBanks] = {};
   for (uint32_t l = 0; l < num_lanes; ++l) {
@@ -137,7 +151,7 @@ void cp_async16(uint32_t shared_address, const void* source, bool is_valid, Site
   sanitizer::Quiet quiet;
   char* const to = shared_bytes_at(shared_address, 16, 16, "cp.async", site);
   if (is_valid) check_global(source, 16, 16, "cp.async", site);
-  count_access(shared_address, 16, site);
+  note_access(shared_address, 16, site);
   PendingCopy copy = {shared_address - kSharedBase, is_valid ? static_cast<const char*>(source) : nullptr, false};
   ++machine.stats.num_copies;
   {
@@ -180,7 +194,7 @@ void load_shared(uint32_t address, void* value, uint32_t num_bytes, Site site) {
   sanitizer::Quiet quiet;
   const char* const from = shared_bytes_at(address, num_bytes, num_bytes, "ld.shared", site);
   memcpy(value, from, num_bytes);
-  count_access(address, num_bytes, site);
+  note_access(address, num_bytes, site);
   sanitizer::Loud loud;
   sanitizer::read(from, num_bytes, EMU_CALLER);
 }
@@ -191,7 +205,7 @@ void store_shared(uint32_t address, const void* value, uint32_t num_bytes, Site 
   const bool holds_value = memcmp(to, value, num_bytes) == 0;
   memcpy(to, value, num_bytes);
   mark_unfenced(address - kSharedBase, num_bytes);
-  if (count_access(address, num_bytes, site) && holds_value) return;
+  if (note_access(address, num_bytes, site) && holds_value) return;
   sanitizer::Loud loud;
   sanitizer::write(to, num_bytes, EMU_CALLER);
 }

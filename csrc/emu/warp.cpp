@@ -28,6 +28,7 @@ void collective(const char* name, void* argument, Site site, const std::function
     return;
   }
   warp.arrived = 0;
+  close_accesses();
   act(warp.argument);
   for_each_lane([](Thread& lane) {
     if (&lane != current) wake(&lane);
@@ -113,7 +114,7 @@ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row_address, bool is_transposed, Sit
         memcpy(matrix[i], lane.row, sizeof matrix[i]);
         addresses[i] = lane.address;
       }
-      count_wavefronts(addresses, 16, site);
+      count_wavefronts(addresses, 8, 16, site);
       for (int l = 0; l < kWarpSize; ++l) {
         const int row = l / 4;
         const int column = 2 * (l % 4);

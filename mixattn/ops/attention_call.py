@@ -30,7 +30,6 @@ from mixattn.ops.kv_dtypes import (
     check_caches,
     check_kv_dtype_backend,
     check_scales,
-    check_v_head_dim_backend,
     kv_dtype_name,
     scale_sizes,
     v_head_dim,
@@ -319,7 +318,6 @@ def address(tensor: Tensor | None) -> int:
 def check_features(call: AttentionCall, backend: str) -> None:
     """Raises NotImplementedError if the call has an argument that this backend does not have yet."""
     check_kv_dtype_backend(call.k_cache.dtype, "q", call.q.dtype, backend)
-    check_v_head_dim_backend(call.q.shape[2], v_head_dim(call.v_cache), backend)
     for name, having in BACKENDS_WITH.items():
         value = getattr(call, name)
         if value is not None and value is not False and backend not in having:

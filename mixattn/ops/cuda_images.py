@@ -220,7 +220,7 @@ def kernel_lines() -> list[str]:
     num_bytes = sum(image.num_bytes for image in made.images.values())
     lines = [
         f"{made.needs}; {num_bytes / 1e6:.1f} MB in {len(made.images)} images",
-        f"{'kernel':32} {'for':7} {'registers':>9} {'threads':>7} {'shared bytes':>12} {'blocks/SM':>9} {'spilled':>7}",
+        f"{'kernel':35} {'for':7} {'registers':>9} {'threads':>7} {'shared bytes':>12} {'blocks/SM':>9} {'spilled':>7}",
     ]
     for kernel in _C.cuda_instances():
         by_architecture = made.images[kernel["image"]].kernels[kernel["name"]]
@@ -228,7 +228,7 @@ def kernel_lines() -> list[str]:
             num_threads, shared_bytes = kernel["num_threads"], kernel["shared_bytes"]
             num_blocks = blocks_per_sm(architecture, usage.registers, num_threads, shared_bytes)
             lines.append(
-                f"{kernel['name']:32} {architecture:7} {usage.registers:9} {num_threads:7} {shared_bytes:12} "
+                f"{kernel['name']:35} {architecture:7} {usage.registers:9} {num_threads:7} {shared_bytes:12} "
                 f"{num_blocks:9} {usage.spilled_bytes:7}"
             )
     return lines

@@ -35,7 +35,6 @@ from mixattn.ops.kv_dtypes import (
     ScaleLayout,
     check_caches,
     check_scales,
-    check_v_head_dim_backend,
     kv_dtype_name,
     kv_format,
     scale_sizes,
@@ -326,12 +325,11 @@ def _why_not(backend: str, call: _Call, sizes: Mapping[str, Any]) -> str | None:
     """The reason why this backend does not take the call; None if it does."""
     if backend not in BACKENDS:
         return f"append_kv has no {backend!r} kernel; backends that have it: {', '.join(BACKENDS)}"
-    try:
-        check_v_head_dim_backend(sizes["head_dim"], sizes["v_head_dim"], backend)
-        if backend == "cuda":
+    if backend == "cuda":
+        try:
             kv_cache_cuda.kernel_for(_tensors(call), sizes, call.interleaved)
-    except NotImplementedError as error:
-        return str(error)
+        except NotImplementedError as error:
+            return str(error)
     return None
 
 

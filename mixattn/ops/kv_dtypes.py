@@ -49,9 +49,6 @@ even index in the low nibble, value = nibble - 8."""
 KV_DTYPE_BACKENDS = ("cpu", "triton", "reference")
 """The backends that keep K and V in any other dtype than q, k and v come in; cuda, in those of ``QUANTIZED``."""
 
-V_HEAD_DIM_BACKENDS = ("cpu", "triton", "reference")
-"""The backends whose heads of V may have another size than those of K."""
-
 MIN_ROW_SCALE = 2.0**-126
 """The least scale of a row, the smallest normal float32: a row of zeros must have one to divide by."""
 
@@ -155,15 +152,6 @@ def check_kv_dtype_backend(kv_dtype: torch.dtype, of: str, dtype: torch.dtype, b
         f"k_cache is {kv_dtype} and {of} is {dtype}: backend {backend!r} supports caches in the dtype of {of} and "
         f"quantised ones; backends that have the others: {', '.join(KV_DTYPE_BACKENDS)}"
     )
-
-
-def check_v_head_dim_backend(head_dim: int, v_head_dim: int, backend: str) -> None:
-    """Raises NotImplementedError unless the backend takes heads of V of this size beside those of K."""
-    if v_head_dim != head_dim and backend not in V_HEAD_DIM_BACKENDS:
-        raise NotImplementedError(
-            f"v_head_dim {v_head_dim} beside head_dim {head_dim} is not supported by backend {backend!r}; backends "
-            f"that have it: {', '.join(V_HEAD_DIM_BACKENDS)}"
-        )
 
 
 def check_scales(

@@ -14,7 +14,7 @@ from mixattn.ops.attention_call import AttentionCall, attention_layout, native_s
 from mixattn.ops.attention_cuda import INVARIANT_TILE_KEYS
 from mixattn.ops.kv_dtypes import split_scale
 from mixattn.ops.plan import Hardware, WorkPlan, plan
-from tests.cases import AttentionCase, AttentionInputs, make_inputs, plan_arguments
+from tests.cases import AttentionCase, AttentionInputs, make_inputs, plan_arguments, poisoned_out
 from tests.cuda.emulation import NUM_SMS, Emulation
 
 BLOCK_ROWS = (128, 64, 16)
@@ -165,9 +165,9 @@ def prepare(
         inputs=inputs,
         work_plan=work_plan,
         plan_words=words,
-        out=torch.empty_like(inputs.q),
+        out=poisoned_out(inputs),
         lse=torch.empty(inputs.q.shape[:2], dtype=torch.float32),
-        partial_out=torch.empty(work_plan.num_partial_rows, case.head_dim),
+        partial_out=torch.empty(work_plan.num_partial_rows, case.value_dim),
         partial_lse=torch.empty(work_plan.num_partial_rows),
         tickets=torch.zeros(2 + work_plan.num_merges, dtype=torch.int32),
         invariant=invariant,

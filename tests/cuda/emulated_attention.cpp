@@ -38,23 +38,23 @@ size_t span_bytes(std::initializer_list<Dim> dims, size_t element_bytes) {
 std::vector<emu::Region> regions_of(const LaunchParams& launch) {
   const mixattn::AttentionParams& p = launch.call;
   const size_t element_bytes = 2;
-  const Dim row = {p.head_dim, 1};
   const bool is_stored_in_bytes = mixattn::cuda::is_quantised(p.kv_dtype);
-  const Dim stored_row = {p.kv_dtype == mixattn::KvDType::kInt4 ? p.head_dim / 2 : p.head_dim, 1};
-  const auto rows = [&](int64_t token_stride, int64_t head_stride) {
-    return span_bytes({{p.total_q, token_stride}, {p.num_q_heads, head_stride}, row}, element_bytes);
+  const auto rows = [&](int64_t token_stride, int64_t head_stride, int64_t width) {
+    return span_bytes({{p.total_q, token_stride}, {p.num_q_heads, head_stride}, {width, 1}}, element_bytes);
   };
-  const auto pages = [&](int64_t page_stride, int64_t token_stride, int64_t head_stride) {
+  const auto pages = [&](int64_t page_stride, int64_t token_stride, int64_t head_stride, int64_t width) {
+    const Dim stored_row = {p.kv_dtype == mixattn::KvDType::kInt4 ? width / 2 : width, 1};
     return span_bytes(
         {{p.num_pages, page_stride}, {p.page_size, token_stride}, {p.num_kv_heads, head_stride}, stored_row},
         is_stored_in_bytes ? 1 : element_bytes);
   };
-  return {{"q", p.q, rows(p.q_token_stride, p.q_head_stride)},
-          {"k_cache", p.k_cache, pages(p.k_page_stride, p.k_token_stride, p.k_head_stride)},
-          {"v_cache", p.v_cache, pages(p.v_page_stride, p.v_token_stride, p.v_head_stride)},
-          {"out", p.out, rows(p.out_token_stride, p.out_head_stride)},
+  return {{"q", p.q, rows(p.q_token_stride, p.q_head_stride, p.head_dim)},
+          {"k_cache", p.k_cache, pages(p.k_page_stride, p.k_token_stride, p.k_head_stride, p.head_dim)},
+          {"v_cache", p.v_cache, pages(p.v_page_stride, p.v_token_stride, p.v_head_stride, p.v_head_dim)},
+          {"out", p.out, rows(p.out_token_stride, p.out_head_stride, p.v_head_dim)},
           {"lse", p.lse, span_bytes({{p.total_q, p.lse_token_stride}, {p.num_q_heads, 1}}, sizeof(float))},
-          {"partial_out", p.partial_out, span_bytes({{p.num_partial_rows, p.head_dim}, row}, sizeof(float))},
+          {"partial_out", p.partial_out,
+           span_bytes({{p.num_partial_rows, p.v_head_dim}, {p.v_head_dim, 1}}, sizeof(float))},
           {"partial_lse", p.partial_lse, span_bytes({{p.num_partial_rows, 1}}, sizeof(float))},
           {"tickets", p.tickets, span_bytes({{p.num_tickets, 1}}, sizeof(int32_t))}};
 }
@@ -84,11 +84,10 @@ bool add(const char* name, void (*kernel)(LaunchParams, KeyMaps)) {
 
 #define STRING(text) #text
 #define NAME(name) STRING(name)
-#define ADD_SM80(element, kHeadDim, scores) \
-  add(NAME(MIXATTN_SM80_NAME(element, kHeadDim, scores)), MIXATTN_SM80_NAME(element, kHeadDim, scores)),
-#define ADD_SM80_QUANTISED(element, stored, kStored, kHeadDim, scores)      \
-  add(NAME(MIXATTN_SM80_QUANTISED_NAME(element, stored, kHeadDim, scores)), \
-      MIXATTN_SM80_QUANTISED_NAME(element, stored, kHeadDim, scores)),
+#define ADD_SM80(element, heads, scores) \
+  add(NAME(MIXATTN_SM80_NAME(element, heads, scores)), MIXATTN_SM80_NAME(element, heads, scores)),
+#define ADD_SM80_QUANTISED(stored, kStored, heads, scores) \
+  add(NAME(MIXATTN_SM80_QUANTISED_NAME(stored, heads, scores)), MIXATTN_SM80_QUANTISED_NAME(stored, heads, scores)),
 #define ADD_SM90(element, kHeadDim, scores) \
   add(NAME(MIXATTN_SM90_NAME(element, kHeadDim, scores)), MIXATTN_SM90_NAME(element, kHeadDim, scores)),
 [[maybe_unused]] const bool kAdded[] = {EMULATED_SM80(ADD_SM80) EMULATED_SM80_QUANTISED(ADD_SM80_QUANTISED)

@@ -59,6 +59,8 @@ MANY_ITEMS = "all-kinds-head-dim-128"
 LONG_CHUNK = "long-chunk-beside-decode-head-dim-128"
 WINDOW = "chunk-whose-window-begins-inside-a-tile"
 WIDE = "all-kinds-head-dim-256"
+OTHER_V = "all-kinds-head-dim-192-v128"
+OTHER_V_SPLITS = "v128-of-192-splits"
 INT8 = KvFormat(torch.int8, "token")
 INT4 = KvFormat(torch.uint8, "token")
 """Of test_mixed_attention.py and test_sanitizers.py; the others are of tests/cases.py."""
@@ -115,8 +117,8 @@ FAULTS = [
     Fault(
         "small-item-draws-one-ticket-where-others-draw-two",
         PLAN,
-        "merge_if_last<T, kHeadDim>(p, item, kOnlyTeam, Attend::kItemTickets, Attend::kItemTickets);",
-        "merge_if_last<T, kHeadDim>(p, item, kOnlyTeam, 1, Attend::kItemTickets);",
+        "merge_if_last<T, kVHeadDim>(p, item, kOnlyTeam, Attend::kItemTickets, Attend::kItemTickets);",
+        "merge_if_last<T, kVHeadDim>(p, item, kOnlyTeam, 1, Attend::kItemTickets);",
         LARGE_PREFIX,
         caught_by="result|tickets",
         capability=90,
@@ -157,6 +159,30 @@ FAULTS = [
         "item.set(kPartialRow, item[kPartialRow] + num_rows);",
         "",
         WIDE,
+    ),
+    Fault(
+        "partials-as-wide-as-k",
+        FRAGMENTS,
+        "partial_row * kVHeadDim + column",
+        "partial_row * p.call.head_dim + column",
+        OTHER_V_SPLITS,
+        caught_by="st.global: outside of the tensors",
+    ),
+    Fault(
+        "partials-read-as-wide-as-k",
+        PLAN,
+        "partial_row * kVHeadDim + dim",
+        "partial_row * p.call.head_dim + dim",
+        OTHER_V_SPLITS,
+        caught_by="result|ld.global: outside of the tensors",
+    ),
+    Fault(
+        "results-in-the-other-element",
+        PLAN,
+        "p.call.dtype == DType::kBFloat16",
+        "p.call.dtype != DType::kBFloat16",
+        CHUNK,
+        kv=INT8,
     ),
     Fault(
         "alibi-added",
@@ -233,7 +259,29 @@ FAULTS = [
                 CHUNK,
                 KvFormat(torch.int8, "head"),
             ),
-            ("key-in-the-wrong-place", "key % kNeighbours * kUnits", "key % kNeighbours", CHUNK, INT8),
+            (
+                "key-in-the-wrong-place",
+                "key % kNeighbours * Row::kUnitLanes",
+                "key % kNeighbours",
+                CHUNK,
+                INT8,
+            ),
+            ("idle-lanes-widen", "unit >= Row::kUnits", "false", OTHER_V, INT8),
+            (
+                "second-half-swizzled-as-the-first",
+                "row_below<kRowBytes>(to_second, i * kKeysAtOnce)",
+                "first + kRight",
+                OTHER_V,
+                INT8,
+            ),
+            ("queries-past-their-end-fitted", "chunk < Row::kChunks", "true", OTHER_V, INT8),
+            (
+                "columns-of-v-ordered-as-those-of-k-lie",
+                "ordered[chunk_at<kVHeadDim, TileShape>(i)]",
+                "ordered[i]",
+                OTHER_V,
+                INT8,
+            ),
             (
                 "queries-not-scaled-back",
                 "(exponent - kLargestExponent) * kExponentOne",
@@ -476,6 +524,15 @@ APPEND_FAULTS = [
         "is_q ? head - 2 * num_kv_heads : head",
         "neox",
     ),
+    Fault(
+        "v-as-wide-as-k",
+        APPEND,
+        "dim < (is_v ? p.v_head_dim : p.head_dim)",
+        "dim < p.head_dim",
+        "other-v",
+        caught_by="ld.global: outside of the tensors",
+    ),
+    Fault("lanes-for-k-alone", APPEND, "lanes_per_row(widest_head(p))", "lanes_per_row(p.head_dim)", "wider-v"),
     Fault("largest-of-half-a-row", APPEND, "mask /= 2", "mask /= 4", "token"),
     Fault("nan-is-no-code", APPEND, "magnitude > 0x7f800000u", "false", "token"),
     Fault("ties-rounded-up", APPEND, "(1u << (kDropped - 1)) - 1", "(1u << (kDropped - 1))", "unit"),
@@ -493,8 +550,10 @@ MERGE_FAULTS = [
 RACES = [
     Fault("no-fence-before-the-ticket", PLAN, "mx::fence_gpu();  // before the ticket", "", TWO_SPLITS),
     Fault("no-fence-behind-the-ticket", PLAN, "mx::fence_gpu();  // behind the ticket", "", TWO_SPLITS),
+    Fault("quantised-idle-lanes-copy", QUANTISED, "vector >= Row::kVectors", "false", OTHER_V, kv=INT8),
 ]
-"""Of attention; seldom a schedule shows them, or none: nothing is read stale here. For test_sanitizers.py."""
+"""Of attention; seldom a schedule shows them, or none: nothing is read stale here, and few wrong bytes of one key are
+within the bound. For test_sanitizers.py."""
 ALL_FAULTS = [*FAULTS, *PLAN_FAULTS, *APPEND_FAULTS, *MERGE_FAULTS, *RACES]
 
 

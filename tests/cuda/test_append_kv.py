@@ -55,6 +55,8 @@ def append_both(inputs: dict[str, Any], **options: Any) -> tuple[dict[str, Any],
         {"head_dim": 128},
         {"head_dim": 192, "rotary_dim": 64},
         {"head_dim": 256},
+        {"head_dim": 192, "v_head_dim": 128, "rotary_dim": 64},
+        {"head_dim": 24, "v_head_dim": 136, "page_size": 7},
     ],
     ids=str,
 )
@@ -87,6 +89,25 @@ def test_append_kv_quantises_to_the_bits_of_the_reference(
         "slot_mapping": torch.randperm(NUM_PAGES * PAGE_SIZE, generator=torch.Generator().manual_seed(7))[: len(k)],
         **{name: rotation[name] for name in ("positions", "rope_cos_sin")},
         **{name: make_scale(kind, 2) for name in ("k_scale", "v_scale")},
+    }  # fmt: skip
+    assert_same(*append_both(inputs))
+
+
+@pytest.mark.parametrize(("head_dim", "v_head_dim"), [(192, 128), (40, 96)])
+@pytest.mark.parametrize("cache_dtype", CACHES, ids=name_of)
+def test_append_kv_quantises_heads_of_v_of_another_size_to_the_bits_of_the_reference(
+    cache_dtype: torch.dtype, head_dim: int, v_head_dim: int, driver: Emulation
+) -> None:
+    widths = {"k": head_dim, "v": v_head_dim}
+    rows = {name: make_rows(torch.bfloat16, width) for name, width in widths.items()}
+    num_rows = len(rows["k"])
+    packed = 2 if cache_dtype == torch.uint8 else 1
+    inputs = {
+        **rows,
+        **{f"{name}_cache": torch.full((NUM_PAGES, PAGE_SIZE, 2, width // packed), 0x33, dtype=torch.uint8)
+           .view(cache_dtype) for name, width in widths.items()},
+        "slot_mapping": torch.randperm(NUM_PAGES * PAGE_SIZE, generator=torch.Generator().manual_seed(7))[:num_rows],
+        **{f"{name}_scale": make_scale("token", 2) for name in widths},
     }  # fmt: skip
     assert_same(*append_both(inputs))
 

@@ -21,17 +21,18 @@ QUANTISED_SOURCES = sorted((ROOT / "csrc" / "cuda" / "sm80").glob("quantised_*.c
 OTHER_SOURCES = sorted({*(ROOT / "csrc" / "cuda" / "sm80").glob("*.cu")} - {*SOURCES, *QUANTISED_SOURCES})
 ONE_KERNEL = """
 #include "cuda/sm80/entry.cuh"
-MIXATTN_SM80_ENTRY(bf16, 128, plain)
+MIXATTN_SM80_ENTRY(bf16, {heads}, plain)
 """
-MMAS_OF_LOOPS = [256, 128, 64]
-"""Of a warp, per tile of keys, at head_dim 128: 2 products x rows / 16 x keys / 8 x head_dim / 16, over the warps."""
-MOST_INSTRUCTIONS_PER_MFLOP = [1000, 1400, 2700]
-"""A little above what nvcc 13.0 gives, 962, 1,331 and 2,590 on sm_80; more is a change that someone should look at."""
+MMAS_OF_LOOPS = {"128": [256, 128, 64], "192_v128": [160, 80, 40]}
+"""Of a warp, per tile of keys: rows / 16 x keys / 8 x (head_dim + v_head_dim) / 16, over the warps."""
+MOST_INSTRUCTIONS_PER_MFLOP = {"128": [1000, 1400, 2700], "192_v128": [1130, 1640, 3500]}
+"""A little above what nvcc 13.0 gives, at 128 on sm_80 962, 1,331 and 2,590; more is a change that someone should look
+at."""
 
 
 ONE_QUANTISED_KERNEL = """
 #include "cuda/sm80/entry.cuh"
-MIXATTN_SM80_QUANTISED_ENTRY(bf16, {stored}, 128, plain)
+MIXATTN_SM80_QUANTISED_ENTRY({stored}, 128, plain)
 """
 MOST_QUANTISED_INSTRUCTIONS_PER_MFLOP = {
     "int8, kInt8": [1300, 1900, 4100],
@@ -56,14 +57,15 @@ def assert_no_local_memory(kernel: Compiled) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-def test_mixed_attention_head_dim_128_compiles_within_its_budgets(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("heads", MMAS_OF_LOOPS)
+def test_mixed_attention_compiles_within_its_budgets(heads: str, architecture: str, tmp_path: Path) -> None:
     source = tmp_path / "one_kernel.cu"
-    source.write_text(ONE_KERNEL)
+    source.write_text(ONE_KERNEL.format(heads=heads))
     (kernel,) = compile_kernels(source, architecture, tmp_path).values()
     assert_no_local_memory(kernel)
     assert kernel.registers <= 255, "two blocks of 128 threads per SM"
-    assert [loop.num_mmas for loop in kernel.loops] == MMAS_OF_LOOPS
-    for loop, most in zip(kernel.loops, MOST_INSTRUCTIONS_PER_MFLOP, strict=True):
+    assert [loop.num_mmas for loop in kernel.loops] == MMAS_OF_LOOPS[heads]
+    for loop, most in zip(kernel.loops, MOST_INSTRUCTIONS_PER_MFLOP[heads], strict=True):
         assert loop.instructions_per_mflop <= most
 
 
@@ -83,7 +85,7 @@ def test_quantised_attention_head_dim_128_compiles_within_its_budgets(
     (kernel,) = compile_kernels(source, architecture, tmp_path).values()
     assert_no_local_memory(kernel)
     assert kernel.registers <= 255, "two blocks of 128 threads per SM"
-    assert [loop.num_mmas for loop in kernel.loops] == MMAS_OF_LOOPS
+    assert [loop.num_mmas for loop in kernel.loops] == MMAS_OF_LOOPS["128"]
     for loop, most in zip(kernel.loops, MOST_QUANTISED_INSTRUCTIONS_PER_MFLOP[stored], strict=True):
         assert loop.instructions_per_mflop <= most
 
@@ -91,7 +93,7 @@ def test_quantised_attention_head_dim_128_compiles_within_its_budgets(
 def test_quantised_attention_leaves_room_for_two_blocks_on_an_a100() -> None:
     """164 KiB of shared memory per SM, of which each block takes one more than it asks for."""
     quantised = [kernel for kernel in _C.cuda_instances() if kernel["image"].startswith("sm80_quantised")]
-    assert len(quantised) == 32
+    assert len(quantised) == 48
     assert all(2 * (kernel["shared_bytes"] + 1024) <= 164 * 1024 for kernel in quantised)
 
 
@@ -121,7 +123,7 @@ def test_mixed_attention_every_sm90_kernel_compiles_without_spills(source: Path,
 @pytest.mark.parametrize("source", [*SOURCES, *QUANTISED_SOURCES], ids=lambda source: source.stem)
 def test_mixed_attention_every_kernel_compiles_without_spills(source: Path, architecture: str, tmp_path: Path) -> None:
     kernels = compile_kernels(source, architecture, tmp_path)
-    assert len(kernels) == (16 if source in QUANTISED_SOURCES else 6)
+    assert len(kernels) == (8 if source in QUANTISED_SOURCES else 6)
     for kernel in kernels.values():
         assert_no_local_memory(kernel)
         assert kernel.opcodes["HMMA"] > 0

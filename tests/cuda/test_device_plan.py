@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mixattn
 from mixattn.ops import cuda_images
-from tests.cases import QUANTIZED_FORMATS, AttentionCase, assert_attention_close, make_inputs
+from tests.cases import QUANTIZED_FORMATS, AttentionCase, KvFormat, assert_attention_close, make_inputs
 from tests.cuda.attention_run import hardware
 from tests.cuda.conftest import forget
 from tests.cuda.emulation import NUM_SMS, Emulation
@@ -113,6 +113,23 @@ def test_attention_by_a_device_plan_over_quantised_pages_is_within_twice_eager(d
     assert_attention_close(case, inputs, out, lse)
 
 
+@pytest.mark.parametrize("kv", [None, QUANTIZED_FORMATS[0]], ids=["bfloat16", "int8"])
+def test_attention_by_a_device_plan_for_heads_of_v_of_another_size_is_within_twice_eager(
+    kv: KvFormat | None, driver: Emulation
+) -> None:
+    case = dataclasses.replace(BATCHES[0], head_dim=192, v_head_dim=128)
+    plan = device_plan(hardware(8, 64), head_dim=192, v_head_dim=128, kv_element_bytes=2 if kv is None else 1)
+    inputs = make_inputs(case, torch.bfloat16, kv=kv)
+    plan.update(inputs.cu_seqlens_q, inputs.seq_lens)
+    assert plan.read().num_merges > 0
+    out, lse = mixattn.attention(
+        inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **inputs.scales, plan=plan, return_lse=True,
+        backend="cuda",
+    )  # fmt: skip
+    assert plan.workspace.partial_out.shape[1] == 128
+    assert_attention_close(case, inputs, out, lse)
+
+
 @pytest.mark.parametrize("on_device", [False, True], ids=["WorkPlan", "DevicePlan"])
 @pytest.mark.parametrize("separates_small", [False, True], ids=["mixed", "apart"])
 def test_attention_on_hopper_loads_the_image_that_the_kernel_for_its_plan_is_in(
@@ -144,6 +161,7 @@ def test_attention_on_hopper_loads_the_image_that_the_kernel_for_its_plan_is_in(
         ({"num_q_heads": 8}, {}, "plan was made for num_q_heads 8, this call has 6"),
         ({"num_kv_heads": 1}, {}, "plan was made for num_kv_heads 1, this call has 2"),
         ({"head_dim": 128}, {}, "plan was made for head_dim 128, this call has 64"),
+        ({"v_head_dim": 128}, {}, "plan was made for v_head_dim 128, this call has 64"),
         ({"dtype": "float32"}, {}, "plan was made for kv_element_bytes 4, this call has 2"),
         ({"causal": False}, {}, "plan was made for causal False, this call has True"),
         ({"window_left": 7}, {}, "plan was made for window_left 7, this call has None"),

@@ -23,6 +23,7 @@ from tests.cases import (
     KvFormat,
     assert_attention_close,
     make_inputs,
+    poisoned_out,
 )
 from tests.cuda.attention_run import hardware, prepare
 from tests.cuda.conftest import forget
@@ -179,6 +180,10 @@ def test_backends_names_the_emulation_and_leaves_cpu_tensors_to_the_cpu(driver: 
     ("changes", "message"),
     [
         ({"head_dim": 80}, "head_dim 80 has no CUDA kernel; the nearest that has is 96"),
+        (
+            {"head_dim": 64, "v_head_dim": 128},
+            "head_dim 64 with v_head_dim 128 has no .* nearest that has is 128 with v_head_dim 128$",
+        ),
     ],
 )
 def test_attention_that_no_kernel_takes_is_refused_before_anything_is_written(
@@ -186,7 +191,7 @@ def test_attention_that_no_kernel_takes_is_refused_before_anything_is_written(
 ) -> None:
     case = AttentionCase("refused", (1, 5), (20, 30), **changes)
     inputs = make_inputs(case, torch.bfloat16)
-    out = torch.full_like(inputs.q, 7.0)
+    out = poisoned_out(inputs).fill_(7.0)
     with pytest.raises(NotImplementedError, match=message):
         run(case, inputs, out=out)
     assert (out == 7.0).all()
@@ -210,6 +215,17 @@ def test_attention_over_quantised_pages_without_a_plan_is_within_twice_eager(
     driver.configure(capability=capability)
     forget()
     run(CASE, make_inputs(CASE, torch.bfloat16, kv=kv))
+    assert driver.counts()["num_threads"] == 128 * NUM_SMS
+
+
+@pytest.mark.parametrize("kv", [None, QUANTIZED_FORMATS[0]], ids=["bfloat16", "int8"])
+def test_attention_of_heads_of_v_of_another_size_runs_the_kernel_of_one_queue_on_hopper(
+    kv: KvFormat | None, driver: Emulation
+) -> None:
+    driver.configure(capability=90)
+    forget()
+    case = dataclasses.replace(CASE, head_dim=192, v_head_dim=128, num_workers=None)
+    assert run(case, make_inputs(case, torch.bfloat16, kv=kv)).shape[2] == 128
     assert driver.counts()["num_threads"] == 128 * NUM_SMS
 
 

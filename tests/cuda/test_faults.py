@@ -12,7 +12,15 @@ import torch
 
 import mixattn
 from mixattn.ops.plan import H100, cpu_hardware
-from tests.cases import CASES, PREFIX_CASES, SCORE_CASES, KvFormat, assert_attention_close, make_inputs
+from tests.cases import (
+    CASES,
+    PREFIX_CASES,
+    SCORE_CASES,
+    V_HEAD_DIM_CASES,
+    KvFormat,
+    assert_attention_close,
+    make_inputs,
+)
 from tests.cuda.attention_run import prepare
 from tests.cuda.conftest import forget
 from tests.cuda.emulation import NUM_SMS, Emulation, build_emulation
@@ -50,11 +58,8 @@ def outcome(
     num_blocks: int = NUM_SMS,
 ) -> str:
     """``right``, ``result``, ``tickets``, or the emulator's report."""
-    case = next(
-        case
-        for case in [*CASES, *SCORE_CASES, *PREFIX_CASES, *ALL_KINDS_CASES, LONG_CHUNK_CASE, WINDOW_CASE]
-        if case.id == case_id
-    )
+    named = [*CASES, *SCORE_CASES, *PREFIX_CASES, *V_HEAD_DIM_CASES, *ALL_KINDS_CASES, LONG_CHUNK_CASE, WINDOW_CASE]
+    case = next(case for case in named if case.id == case_id)
     inputs = make_inputs(case, torch.bfloat16, kv=kv)
     run = prepare(case, torch.bfloat16, inputs=inputs, capability=capability)
     try:
@@ -164,7 +169,8 @@ def faulty_driver(faulty: Emulation, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 def is_appended_right(case: str) -> bool:
     """Whether append_kv leaves the bits of the reference."""
-    inputs = make_append_inputs(torch.bfloat16, head_dim=128)
+    v_head_dim = {"other-v": 64, "wider-v": 256}.get(case)
+    inputs = make_append_inputs(torch.bfloat16, head_dim=128, v_head_dim=v_head_dim)
     if case == "in-place":
         expected = mixattn.append_kv(**clone(inputs), backend="cpu")
         names = ("k", "v", "k_cache", "v_cache", "slot_mapping", "q", "positions", "rope_cos_sin")

@@ -18,7 +18,7 @@ from tests.cases import CASES, SCORE_CASES, AttentionCase, assert_attention_clos
 from tests.cuda.attention_run import hardware
 from tests.cuda.conftest import forget
 from tests.cuda.emulation import Emulation
-from tests.cuda.test_mixed_attention import HEAD_DIMS
+from tests.cuda.test_mixed_attention import HEADS
 
 NUM_Q_HEADS, NUM_KV_HEADS = 6, 2
 NUM_TOKENS = 150
@@ -58,11 +58,25 @@ class Sequence:
 
     @classmethod
     def random(
-        cls, num_tokens: int, head_dim: int, dtype: torch.dtype, seed: int, stored: torch.dtype | None = None
+        cls,
+        num_tokens: int,
+        heads: int | tuple[int, int],
+        dtype: torch.dtype,
+        seed: int,
+        stored: torch.dtype | None = None,
     ) -> Sequence:
-        """``stored``: what K and V are quantised to, magnitudes and scales differing from token to token."""
+        """K and V of random values.
+
+        Args:
+            heads: head_dim and v_head_dim, or one for both.
+            stored: what K and V are quantised to, magnitudes and scales differing from token to token.
+        """
         generator = torch.Generator().manual_seed(seed)
-        shapes = [(num_tokens, heads, head_dim) for heads in (NUM_Q_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)]
+        head_dim, v_head_dim = (heads, heads) if isinstance(heads, int) else heads
+        shapes = [
+            (num_tokens, num_heads, width)
+            for num_heads, width in ((NUM_Q_HEADS, head_dim), (NUM_KV_HEADS, head_dim), (NUM_KV_HEADS, v_head_dim))
+        ]
         q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
         if stored is None:
             return cls(q.to(dtype), k.to(dtype), v.to(dtype), None, None)
@@ -100,6 +114,7 @@ def attend(
             pool[slot] = getattr(sequence, name)[:end]
     plan = mixattn.plan(
         starts, lens, num_q_heads=NUM_Q_HEADS, num_kv_heads=NUM_KV_HEADS, head_dim=of_first.q.shape[2],
+        v_head_dim=of_first.v.shape[2] * (2 if of_first.v.dtype == torch.uint8 else 1),
         kv_element_bytes=pools["k"].element_size(), window_left=options.get("window_left"), invariant=invariant,
         hardware=dataclasses.replace(hardware(num_workers, SPLIT_TOKENS), invariant_split_tokens=SPLIT_TOKENS),
     )  # fmt: skip
@@ -171,29 +186,29 @@ def test_invariant_rows_of_every_chunking_company_and_page_size_have_the_bits_of
         assert_same_bits(in_chunks(sequence, chunks, mates, page_size=page_size, num_workers=3), expected)
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("heads", sorted(HEADS), ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_invariant_rows_with_score_options_have_the_bits_of_the_whole(
-    options: dict[str, Any], head_dim: int, gpu: Emulation
+    options: dict[str, Any], heads: tuple[int, int], gpu: Emulation
 ) -> None:
     dtype = torch.bfloat16
-    sequence = Sequence.random(NUM_TOKENS, head_dim, dtype, seed=1)
+    sequence = Sequence.random(NUM_TOKENS, heads, dtype, seed=1)
     expected = in_chunks(sequence, (NUM_TOKENS,), [], **options)
     for chunks, company, page_size in zip(CHUNKINGS[:3], COMPANIES, PAGE_SIZES, strict=True):
-        mates = make_mates(company, lambda num_tokens, seed: Sequence.random(num_tokens, head_dim, dtype, seed))
+        mates = make_mates(company, lambda num_tokens, seed: Sequence.random(num_tokens, heads, dtype, seed))
         assert_same_bits(in_chunks(sequence, chunks, mates, page_size=page_size, **options), expected)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", [64, 128, (192, 128)], ids=str)
 def test_invariant_rows_over_quantised_keys_with_score_options_have_the_bits_of_the_whole(
-    head_dim: int, options: dict[str, Any], gpu: Emulation
+    heads: int | tuple[int, int], options: dict[str, Any], gpu: Emulation
 ) -> None:
     dtype, stored = torch.bfloat16, torch.uint8
-    sequence = Sequence.random(NUM_TOKENS, head_dim, dtype, 1, stored)
+    sequence = Sequence.random(NUM_TOKENS, heads, dtype, 1, stored)
     expected = in_chunks(sequence, (NUM_TOKENS,), [], **options)
     for chunks, company, page_size in zip(CHUNKINGS[:3], COMPANIES, PAGE_SIZES, strict=True):
-        mates = make_mates(company, lambda num_tokens, seed: Sequence.random(num_tokens, head_dim, dtype, seed, stored))
+        mates = make_mates(company, lambda num_tokens, seed: Sequence.random(num_tokens, heads, dtype, seed, stored))
         assert_same_bits(in_chunks(sequence, chunks, mates, page_size=page_size, **options), expected)
 
 

@@ -15,6 +15,7 @@ from tests.cases import (
     CASES,
     PREFIX_CASES,
     SCORE_CASES,
+    V_HEAD_DIM_CASES,
     AttentionCase,
     AttentionInputs,
     assert_attention_close,
@@ -25,12 +26,16 @@ from tests.cuda.emulation import Emulation
 
 DTYPES = [torch.bfloat16, torch.float16]
 HEAD_DIMS = (64, 96, 128, 192, 256)
-SUPPORTED_CASES = [case for case in CASES + SCORE_CASES + PREFIX_CASES if case.head_dim in HEAD_DIMS]
+HEADS = {(head_dim, head_dim) for head_dim in HEAD_DIMS} | {(192, 128)}
+"""head_dim and v_head_dim."""
+SUPPORTED_CASES = [
+    case for case in CASES + SCORE_CASES + PREFIX_CASES + V_HEAD_DIM_CASES if (case.head_dim, case.value_dim) in HEADS
+]
 SM90_HEAD_DIMS = (64, 96, 128)
 SM90_CASES = [
     case
     for case in SUPPORTED_CASES
-    if case.head_dim in SM90_HEAD_DIMS and case.alibi is None and case.tree_mask is None
+    if case.head_dim == case.value_dim in SM90_HEAD_DIMS and case.alibi is None and case.tree_mask is None
 ]
 """Those that the kernel for sm_90 takes; on the others the kernel for sm_80 runs there too."""
 SEEDS = range(3)
@@ -38,14 +43,15 @@ SEEDS = range(3)
 SPLIT_CASE = AttentionCase("splits-chunk-and-decode", (1, 40, 9), (300, 90, 200), num_q_heads=6, num_workers=8)
 ALL_KINDS_CASES = [
     AttentionCase(
-        f"all-kinds-head-dim-{head_dim}",
+        f"all-kinds-head-dim-{head_dim}" + (f"-v{v_head_dim}" if v_head_dim != head_dim else ""),
         (70, 1, 20),
         (200, 333, 150),
         head_dim=head_dim,
+        v_head_dim=v_head_dim,
         window_left=180,
         num_workers=6,
     )
-    for head_dim in HEAD_DIMS
+    for head_dim, v_head_dim in sorted(HEADS)
 ]
 """140 packed rows, of which 128 are one large item: more than one tile of a wide head has."""
 
@@ -241,6 +247,16 @@ def test_mixed_attention_block_table_is_not_read_past_the_last_page(capability: 
     [
         (dataclasses.replace(SPLIT_CASE, head_dim=40), torch.bfloat16, "head_dim 40 .* nearest .* is 64"),
         (dataclasses.replace(SPLIT_CASE, head_dim=248), torch.bfloat16, "head_dim 248 .* nearest .* is 256"),
+        (
+            dataclasses.replace(SPLIT_CASE, head_dim=136, v_head_dim=40),
+            torch.bfloat16,
+            "head_dim 136 with v_head_dim 40 has no .* nearest .* is 192 with v_head_dim 128$",
+        ),
+        (
+            dataclasses.replace(SPLIT_CASE, v_head_dim=256),
+            torch.bfloat16,
+            "head_dim 64 with v_head_dim 256 has no .* nearest .* is 256 with v_head_dim 256$",
+        ),
         (SPLIT_CASE, torch.float32, "float32 has no CUDA kernel"),
     ],
 )

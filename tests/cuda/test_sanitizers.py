@@ -72,12 +72,12 @@ def attention(
     return record
 
 
-def append_kv(*, is_quantised: bool = False, interleaved: bool = False) -> Record:
+def append_kv(*, is_quantised: bool = False, interleaved: bool = False, v_head_dim: int | None = None) -> Record:
     """append_kv in place; caches in float8 with a scale per token and head where ``is_quantised``."""
 
     def record(emulation: Emulation, path: Path) -> None:
         head_dim = 128
-        inputs = make_append_inputs(torch.bfloat16, head_dim=head_dim)
+        inputs = make_append_inputs(torch.bfloat16, head_dim=head_dim, v_head_dim=v_head_dim)
         scales: list[Any] = [None, None]
         if is_quantised:
             inputs["k"] = make_rows(torch.bfloat16, head_dim)
@@ -136,6 +136,7 @@ RECORDS: dict[str, Record] = {
     "sm_80-splits": attention("splits-chunk-beside-decodes"),
     "sm_80-all-kinds": attention("all-kinds-head-dim-64"),
     "sm_80-head-dim-256": attention("all-kinds-head-dim-256"),
+    "sm_80-v128-of-192": attention("all-kinds-head-dim-192-v128"),
     "sm_80-capped": attention("sinks-soft-cap-window-splits"),
     "sm_80-tree": attention("tree-of-64-rows"),
     "sm_80-scores": attention("alibi-soft-cap-window-splits"),
@@ -143,11 +144,13 @@ RECORDS: dict[str, Record] = {
     "sm_90-all-kinds-head-dim-128": attention("all-kinds-head-dim-128", capability=90),
     "sm_90-long-chunk": attention(LONG_CHUNK_CASE, capability=90),
     "int8-all-kinds": attention("all-kinds-head-dim-64", kv=KvFormat(torch.int8, "head")),
+    "int8-v128-of-192": attention("all-kinds-head-dim-192-v128", kv=KvFormat(torch.int8, "token")),
     "int4-splits": attention("splits-chunk-beside-decodes", kv=KvFormat(torch.uint8, "token")),
     "e4m3-scores": attention("alibi-soft-cap-window-splits", kv=KvFormat(torch.float8_e4m3fn, "token")),
     "invariant": attention("splits-chunk-beside-decodes", invariant=True),
     "invariant-int8": attention("splits-chunk-beside-decodes", kv=KvFormat(torch.int8, "token"), invariant=True),
     "append-kv-quantised": append_kv(is_quantised=True, interleaved=True),
+    "append-kv-of-narrower-v": append_kv(v_head_dim=64),
 }
 QUICK = ("sm_80", "sm_90", "int8", "plan", "append-kv", "merge-states")
 """One small launch of each kernel; the others are behind ``slow``."""
@@ -228,6 +231,7 @@ RACE_LINES: dict[str, tuple[str, ...]] = {
     "quantised-no-barrier-before-v-is-read": ("mx::ldmatrix_x4_trans(values", "widen_keys<"),
     "quantised-no-barrier-before-q-is-read": ("fit_queries<", "mx::ld_shared("),
     "quantised-rows-scales-overwritten-before-they-are-read": ("store_scales<", "mx::ld_shared("),
+    "quantised-idle-lanes-copy": ("copy_stored<",),
     "sm90-k-not-waited-for": ("mx::cp_async_wait<0>", "produce<"),
     "sm90-v-not-waited-for": ("mx::wgmma_registers(", "mx::load_box("),
     "sm90-scores-not-waited-for": ("mx::wgmma_shared(", "mx::load_box("),

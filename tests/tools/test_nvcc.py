@@ -65,6 +65,11 @@ def test_find_nvcc_takes_cuda_home_then_path_then_the_package(tmp_path: Path, mo
     assert nvcc.cuda_version(at_home) == "13.2"
 
 
+def test_images_are_packed_where_nvcc_and_the_drivers_that_take_its_images_can() -> None:
+    assert nvcc.packing_flags("13.0") == ["--compress-mode=size"]
+    assert nvcc.packing_flags("12.9") == []
+
+
 def test_install_images_writes_a_manifest_and_removes_what_is_no_image_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,8 +6,9 @@
 //         item (decodes) the warps split the keys of each tile, do not wait for each other, and add up at the end.
 // Grid    kBlocksPerSm blocks of 128 threads per SM: 255 registers a thread are what fits two; tiles: tile.cuh
 // Shapes  as cuda/mixed_attention.cuh; tiles (128, 64), (64, 64), (16, 128) of (packed query rows, keys) by item kind;
-//         above head_dim 128 (64, 32) for large, twice, and medium, (16, 64) for small
-// Memory  an item reads 2 keys head_dim elements of K and V, and reads and writes rows head_dim; shared: tile.cuh
+//         above head_dim 128 (128, 32), (64, 32), (16, 64), without the first above v_head_dim 128
+// Memory  an item reads keys (head_dim + v_head_dim) elements of K and V and rows head_dim of q, and writes rows
+//         v_head_dim; shared: tile.cuh
 // Static  nvcc 13.0, bf16, head_dim 128, registers and warp instructions per MMA-MFLOP of large / medium / small tiles:
 //         sm_80: 254; 962 / 1,331 / 2,590. sm_90a: 255; 949 / 1,305 / 2,552. No spills in any kernel, no bank conflicts
 // Limits  as cuda/mixed_attention.cuh
@@ -34,19 +35,19 @@ MX_DEVICE int warp_key() {
 }
 
 // What a warp keeps of its rows, kRowTiles times 16: a lane has rows lane / 4 and lane / 4 + 8 of each.
-template <int kHeadDim, int kRowTiles>
+template <int kVHeadDim, int kRowTiles>
 struct RowState {
-  float accumulator[kRowTiles][kHeadDim / kMmaColumns][4];  // (16, kHeadDim) fragments
+  float accumulator[kRowTiles][kVHeadDim / kMmaColumns][4];  // (16, kVHeadDim) fragments
   float row_max[kRowTiles][2];
   float row_sum[kRowTiles][2];  // of this lane's columns
 };
 
-template <int kHeadDim, int kRowTiles>
-MX_DEVICE void clear(RowState<kHeadDim, kRowTiles>& state) {
+template <int kVHeadDim, int kRowTiles>
+MX_DEVICE void clear(RowState<kVHeadDim, kRowTiles>& state) {
   MX_UNROLL
   for (int r = 0; r < kRowTiles; ++r) {
     MX_UNROLL
-    for (int i = 0; i < kHeadDim / kMmaColumns; ++i) {
+    for (int i = 0; i < kVHeadDim / kMmaColumns; ++i) {
       MX_UNROLL
       for (int j = 0; j < 4; ++j) state.accumulator[r][i][j] = 0.0f;
     }
@@ -106,18 +107,18 @@ MX_DEVICE void multiply_queries(float (&scores)[TileShape::kRowTiles][TileShape:
   }
 }
 
-// accumulator (16 kRowTiles, kHeadDim) += weights V, weights (16 kRowTiles, kWarpKeys) as A operands.
-template <class T, int kHeadDim, class TileShape>
+// accumulator (16 kRowTiles, kVHeadDim) += weights V, weights (16 kRowTiles, kWarpKeys) as A operands.
+template <class T, int kHeadDim, class TileShape, int kVHeadDim>
 MX_DEVICE void multiply_values(const uint32_t (&weights)[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaDepth][4],
-                               float (&accumulator)[TileShape::kRowTiles][kHeadDim / kMmaColumns][4]) {
-  using Shared = Layout<kHeadDim, TileShape>;
+                               float (&accumulator)[TileShape::kRowTiles][kVHeadDim / kMmaColumns][4]) {
+  using Shared = Layout<kHeadDim, TileShape, kVHeadDim>;
   const uint32_t v_address =
-      ldmatrix_address<Shared::kRowBytes, true>(mx::shared_base() + Shared::kV, warp_key<TileShape>());
+      ldmatrix_address<Shared::kVRowBytes, true>(mx::shared_base() + Shared::kV, warp_key<TileShape>());
   MX_UNROLL
   for (int k = 0; k < TileShape::kWarpKeys / kMmaDepth; ++k) {
     MX_UNROLL
-    for (int d = 0; d < kHeadDim / 16; ++d) {
-      const uint32_t from = step_right<Shared::kRowBytes>(v_address, d) + k * kMmaDepth * Shared::kRowBytes;
+    for (int d = 0; d < kVHeadDim / 16; ++d) {
+      const uint32_t from = step_right<Shared::kVRowBytes>(v_address, d) + k * kMmaDepth * Shared::kVRowBytes;
       uint32_t values[4];  // (16 keys, 16 dimensions): two fragments of B
       mx::ldmatrix_x4_trans(values, from);
       MX_UNROLL
@@ -130,10 +131,10 @@ MX_DEVICE void multiply_values(const uint32_t (&weights)[TileShape::kRowTiles][T
 }
 
 // One tile's scores to weights; state's maxima and sums take them in, and its accumulator is rescaled.
-template <class T, int kHeadDim, class TileShape, Scores kScores>
+template <class T, class TileShape, Scores kScores, int kVHeadDim>
 MX_DEVICE void apply_softmax(const LaunchParams& p, Item item, int32_t tile_begin, bool is_edge,
                              float (&scores)[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaColumns][4],
-                             RowState<kHeadDim, TileShape::kRowTiles>& state,
+                             RowState<kVHeadDim, TileShape::kRowTiles>& state,
                              uint32_t (&weights)[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaDepth][4]) {
   const Thread thread = this_thread();
   const int32_t first_key = tile_begin + warp_key<TileShape>() + 2 * (thread.lane % 4);
@@ -156,8 +157,8 @@ MX_DEVICE RowEnd end_average(const LaunchParams& p, Item item, int32_t row, floa
 }
 
 // Rows that one warp has to itself, to be multiplied with value_scale.
-template <class T, int kHeadDim, class TileShape>
-MX_DEVICE void store_rows(const LaunchParams& p, Item item, RowState<kHeadDim, TileShape::kRowTiles>& state,
+template <class T, class TileShape, int kVHeadDim>
+MX_DEVICE void store_rows(const LaunchParams& p, Item item, RowState<kVHeadDim, TileShape::kRowTiles>& state,
                           float value_scale = 1.0f) {
   const Thread thread = this_thread();
   MX_UNROLL
@@ -171,19 +172,19 @@ MX_DEVICE void store_rows(const LaunchParams& p, Item item, RowState<kHeadDim, T
         sums[2 * h] *= end.inverse_sum * value_scale;
         sums[2 * h + 1] *= end.inverse_sum * value_scale;
       }
-      store_row<T, kHeadDim>(p, item, row, 0, state.accumulator[r], h, end_average(p, item, row, end.lse_log2));
+      store_row<T, kVHeadDim>(p, item, row, 0, state.accumulator[r], h, end_average(p, item, row, end.lse_log2));
     }
   }
 }
 
 // Rows whose keys the warps have split: each warp leaves its sums in shared memory, where K and V were, and adds up a
 // quarter of the columns over all warps, in their order. To be multiplied with value_scale.
-template <class T, int kHeadDim, class TileShape>
-MX_DEVICE void merge_warps(const LaunchParams& p, Item item, const RowState<kHeadDim, 1>& state,
+template <class T, int kHeadDim, class TileShape, int kVHeadDim>
+MX_DEVICE void merge_warps(const LaunchParams& p, Item item, const RowState<kVHeadDim, 1>& state,
                            float value_scale = 1.0f) {
   const Thread thread = this_thread();
-  using Shared = Layout<kHeadDim, TileShape>;
-  constexpr int kColumnTiles = kHeadDim / kMmaColumns / kNumWarps;
+  using Shared = Layout<kHeadDim, TileShape, kVHeadDim>;
+  constexpr int kColumnTiles = kVHeadDim / kMmaColumns / kNumWarps;
   constexpr uint32_t kRowBytes = Shared::kSumRowBytes;
   constexpr uint32_t kWarpBytes = kMmaRows * kRowBytes;
   const uint32_t sums = mx::shared_base() + Shared::kK;
@@ -196,7 +197,7 @@ MX_DEVICE void merge_warps(const LaunchParams& p, Item item, const RowState<kHea
     const float row_sum = quad_sum(state.row_sum[0][h]);
     const uint32_t to = sums + thread.warp * kWarpBytes + row * kRowBytes + (thread.lane % 4) * sizeof(mx::float2);
     MX_UNROLL
-    for (int i = 0; i < kHeadDim / kMmaColumns; ++i) {
+    for (int i = 0; i < kVHeadDim / kMmaColumns; ++i) {
       mx::st_shared_v2(to + i * kMmaColumns * sizeof(float),
                        {state.accumulator[0][i][2 * h], state.accumulator[0][i][2 * h + 1]});
     }
@@ -204,7 +205,7 @@ MX_DEVICE void merge_warps(const LaunchParams& p, Item item, const RowState<kHea
     mx::st_shared_v2(states + (thread.warp * kMmaRows + row) * sizeof(mx::float2), {state.row_max[0][h], row_sum});
   }
   sync_team();
-  float total[kColumnTiles][4];  // (16, kHeadDim / kNumWarps) fragments
+  float total[kColumnTiles][4];  // (16, kVHeadDim / kNumWarps) fragments
   MX_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int row = h * 8 + thread.lane / 4;
@@ -228,20 +229,20 @@ MX_DEVICE void merge_warps(const LaunchParams& p, Item item, const RowState<kHea
     }
     RowEnd end = end_row(p, item, row, row_max, row_sum);
     end.inverse_sum *= value_scale;
-    store_row<T, kHeadDim>(p, item, row, first_column, total, h, end);
+    store_row<T, kVHeadDim>(p, item, row, first_column, total, h, end);
   }
 }
 
 // Attention of the drawn item's rows over its keys, to out and lse, or to its rows of the partials.
-template <class T, int kHeadDim, class TileShape, Scores kScores>
+template <class T, int kHeadDim, class TileShape, Scores kScores, int kVHeadDim = kHeadDim>
 MX_DEVICE void attend_item(const LaunchParams& p, Item item) {
-  using Shared = Layout<kHeadDim, TileShape>;
+  using Shared = Layout<kHeadDim, TileShape, kVHeadDim>;
   const auto copy_k = [&](const KeyPlace& place, int32_t tile_begin) {
     copy_keys<T, kHeadDim, TileShape, kScores>(k_cache<T>(p), item, place, mx::shared_base() + Shared::kK, tile_begin);
     mx::cp_async_commit();
   };
   const auto copy_v = [&](const KeyPlace& place, int32_t tile_begin) {
-    copy_keys<T, kHeadDim, TileShape, kScores>(v_cache<T>(p), item, place, mx::shared_base() + Shared::kV, tile_begin);
+    copy_keys<T, kVHeadDim, TileShape, kScores>(v_cache<T>(p), item, place, mx::shared_base() + Shared::kV, tile_begin);
     mx::cp_async_commit();
   };
 
@@ -255,7 +256,7 @@ MX_DEVICE void attend_item(const LaunchParams& p, Item item) {
     mx::cp_async_wait<0>();
     sync_team();  // Q, which every warp reads, was copied by all
   }
-  RowState<kHeadDim, TileShape::kRowTiles> state;
+  RowState<kVHeadDim, TileShape::kRowTiles> state;
   clear(state);
   if (item[kKvBegin] == item[kKvEnd]) tile_begin = item[kKvEnd];  // no keys, no tiles
   MX_NO_UNROLL
@@ -273,14 +274,14 @@ MX_DEVICE void attend_item(const LaunchParams& p, Item item) {
     if (next_begin < item[kKvEnd]) copy_k(place, next_begin);
     const bool is_edge = tile_begin < item[kFullBegin] || next_begin > item[kFullEnd];
     uint32_t weights[TileShape::kRowTiles][TileShape::kWarpKeys / kMmaDepth][4];
-    apply_softmax<T, kHeadDim, TileShape, kScores>(p, item, tile_begin, is_edge, scores, state, weights);
-    multiply_values<T, kHeadDim, TileShape>(weights, state.accumulator);
+    apply_softmax<T, TileShape, kScores>(p, item, tile_begin, is_edge, scores, state, weights);
+    multiply_values<T, kHeadDim, TileShape, kVHeadDim>(weights, state.accumulator);
     tile_begin = next_begin;
   }
   mx::cp_async_wait<0>();  // of an item without keys: what was copied must land before others use its place
 
   if constexpr (TileShape::kKeyWarps == 1) {
-    store_rows<T, kHeadDim, TileShape>(p, item, state);
+    store_rows<T, TileShape>(p, item, state);
   } else {
     merge_warps<T, kHeadDim, TileShape>(p, item, state);
   }
@@ -318,18 +319,19 @@ struct AttendByKind {
   }
 };
 
-template <class T, int kHeadDim, Scores kScores>
+template <class T, int kHeadDim, int kVHeadDim, Scores kScores>
 struct Walk {
   template <class TileShape>
   static MX_DEVICE void attend(const LaunchParams& p, Item item) {
-    attend_item<T, kHeadDim, TileShape, kScores>(p, item);
+    attend_item<T, kHeadDim, TileShape, kScores, kVHeadDim>(p, item);
   }
 };
 
 // The body of a kernel; its entry points are in entry.cuh.
-template <class T, int kHeadDim, Scores kScores>
+template <class T, int kHeadDim, int kVHeadDim, Scores kScores>
 MX_DEVICE void mixed_attention(const LaunchParams& p) {
-  run_queue<T, kHeadDim, AttendByKind<Tiles<kHeadDim, kScores>, Walk<T, kHeadDim, kScores>>>(p, Queue::kAll);
+  using Shapes = Tiles<kHeadDim, kScores, kVHeadDim>;
+  run_queue<T, kVHeadDim, AttendByKind<Shapes, Walk<T, kHeadDim, kVHeadDim, kScores>>>(p, Queue::kAll);
 }
 
 }  // namespace sm80

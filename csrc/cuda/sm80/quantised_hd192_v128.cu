@@ -1,0 +1,6 @@
+// quantised_hd192_v128.cu: the image of the sm_80 kernel for K and V in int8, float8 and int4, for head_dim 192 and
+// v_head_dim 128.
+
+#include "cuda/sm80/entry.cuh"
+
+MIXATTN_SM80_QUANTISED_INSTANCES_OF(MIXATTN_SM80_QUANTISED_ENTRY, 192_v128)
