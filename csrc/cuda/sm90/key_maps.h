@@ -28,7 +28,7 @@ inline int32_t box_slots(const AttentionParams& p) {
   constexpr int64_t kStrideLimit = (int64_t{1} << 40) / 2;  // in elements
   const int64_t slots = std::min<int64_t>(p.page_size & -p.page_size, kMostBoxSlots);
   const auto is_mapped = [](int64_t size, int64_t stride) {
-    return size >= 1 && size <= kMostSize && (size == 1 || stride > 0) && stride >= 0 && stride < kStrideLimit;
+    return size >= 1 && size <= kMostSize && stride > 0 && stride < kStrideLimit;
   };
   const bool are_mapped = is_mapped(p.num_kv_heads, p.k_head_stride) && is_mapped(p.num_kv_heads, p.v_head_stride) &&
                           is_mapped(p.page_size, p.k_token_stride) && is_mapped(p.page_size, p.v_token_stride) &&
