@@ -142,40 +142,31 @@ def padded_table(indptr: Tensor, indices: Tensor) -> Tensor:
     return indices[places.clamp(max=len(indices) - 1).to(indices.device)].to(torch.int32)
 
 
+_CACHE_DIMS = ("num_pages", "2", "page_size", "num_kv_heads", "head_dim")
+
+
 def split_cache(paged_kv_cache: PagedKVCache, kv_layout: str) -> tuple[Tensor, Tensor]:
     """k_cache and v_cache [num_pages, page_size, num_kv_heads, head_dim], views of a cache of either form and layout.
 
     Args:
         kv_layout: ``NHD``, or ``HND`` where heads come before a page's tokens.
     """
-    if isinstance(paged_kv_cache, Tensor):
-        if paged_kv_cache.dim() != 5 or paged_kv_cache.shape[1] != 2:
-            raise ValueError(
-                "paged_kv_cache must be a pair or [num_pages, 2, page_size, num_kv_heads, head_dim], got shape "
-                f"{list(paged_kv_cache.shape)}"
-            )
-        k_cache, v_cache = paged_kv_cache.unbind(1)
-    else:
-        k_cache, v_cache = paged_kv_cache
-    if kv_layout == "HND":
-        return k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    return k_cache, v_cache
+    return _split("paged_kv_cache", paged_kv_cache, _CACHE_DIMS, kv_layout)
 
 
 def split_scales(kv_cache_sf: PagedKVCache, kv_layout: str) -> tuple[Tensor, Tensor]:
     """The scales [num_pages, page_size, num_kv_heads] of K and V, views of ``split_cache``'s argument less head_dim."""
-    if isinstance(kv_cache_sf, Tensor):
-        if kv_cache_sf.dim() != 4 or kv_cache_sf.shape[1] != 2:
-            raise ValueError(
-                "kv_cache_sf must be a pair or [num_pages, 2, page_size, num_kv_heads], got shape "
-                f"{list(kv_cache_sf.shape)}"
-            )
-        k_scale, v_scale = kv_cache_sf.unbind(1)
+    return _split("kv_cache_sf", kv_cache_sf, _CACHE_DIMS[:-1], kv_layout)
+
+
+def _split(argument: str, pages: PagedKVCache, dims: tuple[str, ...], kv_layout: str) -> tuple[Tensor, Tensor]:
+    if isinstance(pages, Tensor):
+        if pages.dim() != len(dims) or pages.shape[1] != 2:
+            raise ValueError(f"{argument} must be a pair or [{', '.join(dims)}], got shape {list(pages.shape)}")
+        keys, values = pages.unbind(1)
     else:
-        k_scale, v_scale = kv_cache_sf
-    if kv_layout == "HND":
-        return k_scale.transpose(1, 2), v_scale.transpose(1, 2)
-    return k_scale, v_scale
+        keys, values = pages
+    return (keys.transpose(1, 2), values.transpose(1, 2)) if kv_layout == "HND" else (keys, values)
 
 
 def tree_words(mask: Tensor, q_lens: Sequence[int], kv_lens: Sequence[int]) -> Tensor:
