@@ -63,7 +63,7 @@ void def_attention(pybind11::module_& m, const char* name, Run run, const Option
             int64_t num_tickets, Strides2 q_strides, Strides2 out_strides, Strides3 k_strides, Strides3 v_strides,
             const ScaleSizes& k_scale_sizes, const ScaleSizes& v_scale_sizes, int64_t lse_stride,
             int64_t block_table_stride, int64_t alibi_seq_stride, double softmax_scale, bool causal,
-            int64_t window_left, double soft_cap, bool invariant, Others... others) {
+            int64_t window_left, double soft_cap, bool invariant, bool rounds_q, Others... others) {
         AttentionParams p;
         p.dtype = dtype_named(dtype);
         p.kv_dtype = kv_dtype_named(kv_dtype);
@@ -114,6 +114,7 @@ void def_attention(pybind11::module_& m, const char* name, Run run, const Option
         p.window_left = window_left;
         p.causal = causal;
         p.invariant = invariant;
+        p.rounds_q = rounds_q;
         return run(p, others...);
       };
   m.def(name, call, pybind11::kw_only(), arg("dtype"), arg("kv_dtype"), arg("q"), arg("k_cache"), arg("v_cache"),
@@ -124,7 +125,7 @@ void def_attention(pybind11::module_& m, const char* name, Run run, const Option
         arg("num_partial_rows"), arg("num_tickets"), arg("q_strides"), arg("out_strides"), arg("k_strides"),
         arg("v_strides"), arg("k_scale_sizes"), arg("v_scale_sizes"), arg("lse_stride"), arg("block_table_stride"),
         arg("alibi_seq_stride"), arg("softmax_scale"), arg("causal"), arg("window_left"), arg("soft_cap"),
-        arg("invariant"), options...);
+        arg("invariant"), arg("rounds_q"), options...);
 }
 
 }  // namespace mixattn

@@ -69,6 +69,7 @@ struct AttentionParams {
   int64_t window_left;  // -1: no window
   bool causal;
   bool invariant;  // a row's bits depend on its own q and keys alone; the plan is an invariant one
+  bool rounds_q;   // q and weights may be rounded to what is multiplied fastest with K and V as they are stored
 
   int64_t group_size() const { return num_q_heads / num_kv_heads; }
 };

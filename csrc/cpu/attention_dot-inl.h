@@ -1,12 +1,13 @@
 // attention_dot-inl.h: the products q . k of a few rows, in the arithmetic that the keys' type and the CPU offer.
 // Math    FloatDot      float32, any type of key
-//         BFloat16Dot   products of bfloat16 pairs, exact, summed in float32: q as given, the scale goes to the scores.
-//                       The instruction takes subnormal elements (below 2^-126) for 0. P V goes the same way, by pairs
-//                       of keys (DirectValues, PackedValues): weights are rounded to bfloat16 for it, not for their sum
-//         Int8Dot       products of int16 pairs, exact, summed in int32: each row of a 16-bit q becomes
-//                       round(q 32767 / max |q|), which is off by at most 2^-16 of the row's largest element. P V
-//                       likewise with AVX-512, by pairs of keys (DirectValues): a row's weights, times their keys'
-//                       scales, become integers tile by tile
+//         BFloat16Dot   products of bfloat16 pairs, exact, summed in float32: q as given, the scale goes to the scores;
+//                       q of another type is rounded, if the call allows it (rounds_q). The instruction takes subnormal
+//                       elements (below 2^-126) for 0. P V goes the same way, by pairs of keys (DirectValues,
+//                       PackedValues): weights are rounded to bfloat16 for it, not for their sum
+//         Int8Dot       products of int16 pairs, exact, summed in int32: each row of a 16-bit q, or of any with
+//                       rounds_q, becomes round(q 32767 / max |q|), which is off by at most 2^-16 of the row's largest
+//                       element. P V likewise with AVX-512, by pairs of keys (DirectValues): a row's weights, times
+//                       their keys' scales, become integers tile by tile
 // Method  A dot has kDepth elements per step, load_key and load_query for them, and add_product. start() rewrites a row
 //         of q, which holds scaled float32, in place to what load_query reads, and returns the factor that scores of
 //         the row are still to be multiplied with.
@@ -80,7 +81,7 @@ struct Int8Dot : PairDot {
   typedef IntVec Sum;
 
   // A float32 row would see the rounding. 256 products of 128 and 32767 stay below 2^31.
-  static bool takes(const AttentionParams& p) { return p.dtype != DType::kFloat32 && has_pairs(p); }
+  static bool takes(const AttentionParams& p) { return (p.dtype != DType::kFloat32 || p.rounds_q) && has_pairs(p); }
   static float start(const AttentionParams& p, const WorkItem&, int64_t, float* q) {
     float largest = 0.0f, sum = 0.0f;
     for (int64_t d = 0; d < p.head_dim; ++d) {
@@ -109,12 +110,24 @@ struct BFloat16Dot : PairDot {
   typedef BFloat16 Key;
   typedef Vec Sum;
 
-  static bool takes(const AttentionParams& p) { return p.dtype == DType::kBFloat16 && has_pairs(p); }
+  static bool takes(const AttentionParams& p) { return (p.dtype == DType::kBFloat16 || p.rounds_q) && has_pairs(p); }
   static float start(const AttentionParams& p, const WorkItem& item, int64_t r, float* q) {
     const TokenHead at = token_head(p, item.seq_idx, item.kv_head, item.row_begin + r);
-    memcpy(q, static_cast<const BFloat16*>(p.q) + at.token * p.q_token_stride + at.head * p.q_head_stride,
-           static_cast<size_t>(row_bytes<BFloat16>(p.head_dim)));
+    const int64_t offset = at.token * p.q_token_stride + at.head * p.q_head_stride;
+    if (p.dtype == DType::kFloat32) {
+      round_row(static_cast<const float*>(p.q) + offset, p.head_dim, q);
+    } else if (p.dtype == DType::kFloat16) {
+      round_row(static_cast<const Float16*>(p.q) + offset, p.head_dim, q);
+    } else {
+      memcpy(q, static_cast<const BFloat16*>(p.q) + offset, static_cast<size_t>(row_bytes<BFloat16>(p.head_dim)));
+    }
     return query_scale(p, shared_scale(p.k_scale, item.kv_head));
+  }
+  template <typename T>
+  MIXATTN_INLINE void round_row(const T* source, int64_t head_dim, float* q) {
+    for (int64_t d = 0; d < head_dim; d += kDepth) {
+      store_words(q + d / 2, bfloat16_pairs<1>(load(source + d), load(source + d + kLanes)));
+    }
   }
   MIXATTN_INLINE Sum start_sum() { return zero(); }
   MIXATTN_INLINE Operand load_key(const BFloat16* key) { return load_int16(reinterpret_cast<const int16_t*>(key)); }

@@ -7,7 +7,7 @@
 // Grid    rows x panels; cpu/linear.cpp deals pieces of both to its threads
 // Shapes  as LinearParams
 // Memory  reads every panel once per kRowBlock rows, x once per panel. Scratch 4 kTileCols (kDepthPiece + kRowBlock)
-//         bytes on the stack: 22 KiB (AVX2), 44 KiB (AVX-512)
+//         bytes on the stack: 22 KiB (AVX2), 36 KiB (AVX-512)
 // Limits  any number of rows and columns; depth a multiple of 32 in the quantised forms
 // Twins   truth: float64 products of the dequantised matrix (tests/ops/test_linear.py)
 // Source  GGUF blocks, https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h; register tiles, doi
@@ -23,7 +23,7 @@ namespace mixattn {
 namespace cpu {
 namespace {
 
-constexpr int64_t kDepthPiece = kLanes > 8 ? 128 : 256;  // of a widened panel: 16 KiB of L1, beside a tile of x
+constexpr int64_t kDepthPiece = kLanes > 8 ? 192 : 256;  // of a widened panel: 24 or 16 KiB of L1, beside a tile of x
 constexpr int kPanelAheadBytes = 4096;                   // of weights between a prefetch and its use
 constexpr int64_t kRowBlock = 96;  // rows that share a widening, which then costs 3 %; x stays in L2 at depth 576
 
@@ -212,24 +212,36 @@ MIXATTN_INLINE void prefetch_share(const char* source, int64_t num_bytes, int64_
   }
 }
 
-// c (num_rows, kTileCols) = x (num_rows, depth) times the panel, a piece of its depth at a time. The next piece comes
-// from memory while register tiles are computed.
+// Sends for the lines that finish_panel is to write and to read. All at once, when it runs, they would be waited for.
+MIXATTN_INLINE void prefetch_finish(const LinearParams& p, int64_t row, int64_t num_rows, int64_t panel) {
+  for (int64_t r = row; r < row + num_rows; ++r) {
+    for (int64_t col = panel * kTileCols; col < (panel + 1) * kTileCols; col += 16) {
+      prefetch_far(p.y + r * p.y_stride + col);
+      if (p.residual != nullptr) prefetch_far(p.residual + r * p.residual_stride + col);
+    }
+  }
+}
+
+// c (num_rows, kTileCols) = x (rows from `row` on) times the panel, a piece of its depth at a time. The next piece
+// comes from memory while register tiles are computed.
 template <class Form>
-void multiply_many_rows(int64_t num_rows, const char* panel, const float* x, int64_t x_stride, int64_t depth,
-                        float* c) {
+void multiply_many_rows(const LinearParams& p, int64_t panel, int64_t row, int64_t num_rows, float* c) {
   alignas(64) float widened[kDepthPiece * kTileCols];
-  for (int64_t begin = 0; begin < depth; begin += kDepthPiece, panel += kDepthPiece / Form::kDepth * Form::kBytes) {
-    const int64_t piece = clamp(depth - begin, 0, kDepthPiece);
+  const char* data = static_cast<const char*>(p.panels) + panel * p.panel_bytes;
+  const float* const x = p.x + row * p.x_stride;
+  for (int64_t begin = 0; begin < p.depth; begin += kDepthPiece, data += kDepthPiece / Form::kDepth * Form::kBytes) {
+    const int64_t piece = clamp(p.depth - begin, 0, kDepthPiece);
     const int64_t piece_bytes = piece / Form::kDepth * Form::kBytes;
-    for_each_depth<Form, 0>(panel, piece, [&](int64_t k, int, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
+    for_each_depth<Form, 0>(data, piece, [&](int64_t k, int, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
       store(widened + k * kTileCols, w[0]);
       store(widened + k * kTileCols + kLanes, w[1]);
     });
     for (int64_t r = 0; r < num_rows;) {
       const int n = tile_rows(num_rows - r);
-      prefetch_share(panel + piece_bytes, piece_bytes, r, r + n, num_rows);
+      prefetch_share(data + piece_bytes, piece_bytes, r, r + n, num_rows);
+      if (begin == 0) prefetch_finish(p, row + r, n, panel);
       const TileFunction multiply = begin == 0 ? tile_function<kTileVecs, false>(n) : tile_function<kTileVecs, true>(n);
-      multiply(x + r * x_stride + begin, x_stride, widened, piece, c + r * kTileCols, kTileCols);
+      multiply(x + r * p.x_stride + begin, p.x_stride, widened, piece, c + r * kTileCols, kTileCols);
       r += n;
     }
   }
@@ -265,13 +277,12 @@ void linear_typed(const LinearParams& p, int64_t row_begin, int64_t row_end, int
   alignas(64) float c[kRowBlock * kTileCols];
   for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
     const int64_t num_rows = clamp(row_end - row, 0, kRowBlock);
-    const float* x = p.x + row * p.x_stride;
     for (int64_t n = panel_begin; n < panel_end; ++n) {
-      const char* panel = static_cast<const char*>(p.panels) + n * p.panel_bytes;
       if (num_rows <= kTileRows) {
-        multiply_few_rows<Form>(num_rows, panel, x, p.x_stride, p.depth, c);
+        const char* panel = static_cast<const char*>(p.panels) + n * p.panel_bytes;
+        multiply_few_rows<Form>(num_rows, panel, p.x + row * p.x_stride, p.x_stride, p.depth, c);
       } else {
-        multiply_many_rows<Form>(num_rows, panel, x, p.x_stride, p.depth, c);
+        multiply_many_rows<Form>(p, n, row, num_rows, c);
       }
       finish_panel(p, c, row, num_rows, n);
     }

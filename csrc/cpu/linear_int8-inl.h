@@ -3,10 +3,10 @@
 //         d (u - z) or d u + m with u in [0, 255]: of a block, y gains s d (sum_k u q - z sum_k q), or s d sum_k u q +
 //         s m sum_k q. Sums of products are exact, in int32; blocks are added up in float32
 // Method  Register tiles of kInt8Rows rows and one panel; u lies in words of 4 neighbouring depths, which one
-//         instruction multiplies with 4 elements of x where there is VNNI. A few rows unpack nibbles in registers;
-//         more rows have a piece of the panel unpacked once, into L1.
+//         instruction multiplies with 4 elements of x where there is VNNI. Nibbles are unpacked in registers, by units
+//         that the products leave free, once per register tile
 // Shapes  as LinearParams; depth a multiple of 32
-// Memory  as linear-inl.h, x taking 1.4 bytes per element. Scratch 4 kTileCols kInt8Piece / 4 bytes on the stack
+// Memory  as linear-inl.h, x taking 1.4 bytes per element
 // Twins   truth: float64 products of the dequantised matrix with the rounded x (tests/ops/test_linear.py)
 // Source  dynamic rounding per block as llama.cpp's Q8_0 activations, https://github.com/ggml-org/ggml
 #pragma once
@@ -20,7 +20,7 @@ namespace {
 
 // What registers hold: kInt8Rows x 2 sums in int32, as many in float32, two words of weights, one of x.
 constexpr int kInt8Rows = kLanes > 8 ? 6 : 2;
-constexpr int64_t kInt8Piece = 512;  // depth of an unpacked piece: 16 KiB (AVX-512) of L1
+constexpr int64_t kInt8Piece = 640;  // most depths of a panel that register tiles pass over: up to 21 KiB of L1
 
 // One row of x, rounded: q, and of each block s, sum q, and s sum q. All that is not finite makes s NaN.
 void quantise_row(const float* x, int64_t depth, int8_t* q, float* scales, int32_t* sums, float* scaled_sums) {
@@ -90,20 +90,19 @@ struct Int8Form<Q4Form<true>> {
   static constexpr bool kHasMin = true;
 };
 
-// Blocks [0, num_blocks) of a panel's piece: where their d and m are, and their u.
+// Neighbouring blocks of a panel.
 struct Blocks {
-  const char* scales;
-  const char* quants;
-  int64_t quants_stride;
+  const char* data;
   int64_t first;  // of the row's blocks
   int64_t count;
   bool is_streamed;  // they come from memory: not for all but the first rows that pass over them
 };
 
 // c (kRows, kTileCols) = or, after the first block, += x (rows from `row` on) times the blocks.
-template <class Form, class Quants, int kRows>
+template <class Form, int kRows>
 void multiply_blocks(const Blocks& blocks, const Int8Rows& x, int64_t depth, int64_t row, float* c) {
   typedef Int8Form<Form> Int8;
+  typedef typename Int8::Quants Quants;
   const int64_t row_blocks = depth / kBlockDepth;
   Vec acc[kRows][kTileVecs];
 #pragma GCC unroll 8
@@ -112,8 +111,8 @@ void multiply_blocks(const Blocks& blocks, const Int8Rows& x, int64_t depth, int
     for (int j = 0; j < kTileVecs; ++j) acc[r][j] = blocks.first > 0 ? load(c + r * kTileCols + j * kLanes) : zero();
   }
   for (int64_t b = 0; b < blocks.count; ++b) {
-    const char* const scales = blocks.scales + b * Form::kBytes;
-    const char* const quants = blocks.quants + b * blocks.quants_stride;
+    const char* const scales = blocks.data + b * Form::kBytes;
+    const char* const quants = scales + Form::kHeaderBytes;
     const int64_t block = row * row_blocks + blocks.first + b;  // of row r, r row_blocks further
     const int8_t* const values = x.values + block * kBlockDepth;
     IntVec dots[kRows][kTileVecs];
@@ -165,36 +164,24 @@ void multiply_blocks(const Blocks& blocks, const Int8Rows& x, int64_t depth, int
   }
 }
 
-template <class Form, class Quants>
-void multiply_rows(const Blocks& blocks, const Int8Rows& x, int64_t depth, int64_t row, int64_t num_rows, float* c) {
-  static_assert(kInt8Rows <= 6, "one case per number of rows");
-  switch (num_rows) {
-    case 1:
-      return multiply_blocks<Form, Quants, 1>(blocks, x, depth, row, c);
-    case 2:
-      return multiply_blocks<Form, Quants, 2>(blocks, x, depth, row, c);
-    case 3:
-      return multiply_blocks < Form, Quants, kInt8Rows<3 ? 1 : 3>(blocks, x, depth, row, c);
-    case 4:
-      return multiply_blocks < Form, Quants, kInt8Rows<4 ? 1 : 4>(blocks, x, depth, row, c);
-    case 5:
-      return multiply_blocks < Form, Quants, kInt8Rows<5 ? 1 : 5>(blocks, x, depth, row, c);
-    default:
-      return multiply_blocks < Form, Quants, kInt8Rows<6 ? 1 : 6>(blocks, x, depth, row, c);
-  }
+typedef void (*Int8TileFunction)(const Blocks&, const Int8Rows&, int64_t, int64_t, float*);
+
+constexpr int at_most_int8_rows(int num_rows) {
+  return num_rows < kInt8Rows ? num_rows : kInt8Rows;
 }
 
-void unpack_nibbles(const Blocks& blocks, char* bytes) {
-  for (int64_t b = 0; b < blocks.count; ++b, bytes += ByteQuants::kBytes) {
-#pragma GCC unroll 8
-    for (int group = 0; group < kBlockDepth / 4; ++group) {
-#pragma GCC unroll 2
-      for (int j = 0; j < kTileVecs; ++j) {
-        store_words(bytes + (group * kTileCols + j * kLanes) * 4,
-                    NibbleQuants::words(blocks.quants + b * blocks.quants_stride, group, j));
-      }
-    }
-  }
+template <class Form>
+Int8TileFunction int8_tile_function(int64_t num_rows) {
+  static_assert(kInt8Rows <= 6, "one entry per number of rows");
+  static constexpr Int8TileFunction kFunctions[] = {
+      multiply_blocks<Form, 1>,
+      multiply_blocks<Form, 2>,
+      multiply_blocks<Form, at_most_int8_rows(3)>,
+      multiply_blocks<Form, at_most_int8_rows(4)>,
+      multiply_blocks<Form, at_most_int8_rows(5)>,
+      multiply_blocks<Form, at_most_int8_rows(6)>,
+  };
+  return kFunctions[num_rows - 1];
 }
 
 // Rows of the next register tile: kInt8Rows, but the last two share what is left.
@@ -204,28 +191,16 @@ MIXATTN_INLINE int64_t int8_tile_rows(int64_t rows_left) {
 
 // c (num_rows, kTileCols) = x (rows from `row` on) times the panel, a piece of its depth at a time.
 template <class Form>
-void multiply_panel_int8(const LinearParams& p, const char* panel, int64_t row, int64_t num_rows, float* c) {
-  typedef typename Int8Form<Form>::Quants Quants;
-  constexpr int64_t kPieceBlocks = kInt8Piece / kBlockDepth;
-  constexpr bool kHasNibbles = Form::kBytes - Form::kHeaderBytes < ByteQuants::kBytes;
-  alignas(64) char bytes[kHasNibbles ? kPieceBlocks * ByteQuants::kBytes : 1];
-  const bool is_unpacked = kHasNibbles && num_rows > kInt8Rows;
+void multiply_panel_int8(const LinearParams& p, int64_t panel, int64_t row, int64_t num_rows, float* c) {
+  const char* const data = static_cast<const char*>(p.panels) + panel * p.panel_bytes;
   const int64_t num_blocks = p.depth / kBlockDepth;
-  for (int64_t first = 0; first < num_blocks; first += kPieceBlocks, panel += kPieceBlocks * Form::kBytes) {
-    Blocks blocks{panel, panel + Form::kHeaderBytes, Form::kBytes, first, clamp(num_blocks - first, 0, kPieceBlocks),
-                  true};
-    if (is_unpacked) {
-      unpack_nibbles(blocks, bytes);
-      blocks.quants = bytes;
-      blocks.quants_stride = ByteQuants::kBytes;
-    }
+  for (int64_t first = 0; first < num_blocks; first += kInt8Piece / kBlockDepth) {
+    const int64_t count = clamp(num_blocks - first, 0, kInt8Piece / kBlockDepth);
+    Blocks blocks{data + first * Form::kBytes, first, count, true};
     for (int64_t r = 0; r < num_rows;) {
       const int64_t n = int8_tile_rows(num_rows - r);
-      if (is_unpacked) {
-        multiply_rows<Form, ByteQuants>(blocks, p.x_int8, p.depth, row + r, n, c + r * kTileCols);
-      } else {
-        multiply_rows<Form, Quants>(blocks, p.x_int8, p.depth, row + r, n, c + r * kTileCols);
-      }
+      if (first == 0) prefetch_finish(p, row + r, n, panel);
+      int8_tile_function<Form>(n)(blocks, p.x_int8, p.depth, row + r, c + r * kTileCols);
       r += n;
       blocks.is_streamed = false;
     }
@@ -239,7 +214,7 @@ void linear_int8_typed(const LinearParams& p, int64_t row_begin, int64_t row_end
   for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
     const int64_t num_rows = clamp(row_end - row, 0, kRowBlock);
     for (int64_t n = panel_begin; n < panel_end; ++n) {
-      multiply_panel_int8<Form>(p, static_cast<const char*>(p.panels) + n * p.panel_bytes, row, num_rows, c);
+      multiply_panel_int8<Form>(p, n, row, num_rows, c);
       finish_panel(p, c, row, num_rows, n);
     }
   }

@@ -182,7 +182,7 @@ class _Step:
             "q": q, "k_cache": kv.k_cache, "v_cache": kv.v_cache, "k_scale": kv.k_scale, "v_scale": kv.v_scale,
             "cu_seqlens_q": self._int32(_NUM_SEQS + 1), "seq_lens": self._int32(_NUM_SEQS),
             "block_table": self._int32(_NUM_SEQS, self._max_pages),
-            "causal": True, "window_left": window_left, "invariant": False, "sm_margin": 0,
+            "causal": True, "window_left": window_left, "invariant": False, "rounds_q": False, "sm_margin": 0,
         }  # fmt: skip
         return AttentionCall(**{**missing, **given}), torch.empty_like(q)
 

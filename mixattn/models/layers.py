@@ -82,6 +82,11 @@ class Linear(nn.Module):
         self.form = form
 
     @property
+    def rounds_x(self) -> bool:
+        """Whether it multiplies inputs that are rounded to int8."""
+        return self.packed is not None and self.packed.rounds_x
+
+    @property
     def num_bytes(self) -> int:
         """What W takes."""
         held = self.weight if self.packed is None else self.packed.panels

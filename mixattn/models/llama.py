@@ -82,6 +82,7 @@ class LlamaAttention(nn.Module):
             seq_lens=meta.seq_lens,
             block_table=meta.block_table,
             window_left=self.window_left,
+            rounds_q=self.qkv_proj.rounds_x,
             k_scale=kv.k_scale,
             v_scale=kv.v_scale,
             plan=meta.plan(self.window_left),

@@ -64,6 +64,7 @@ def attention(
     k_scale: Scale = None,
     v_scale: Scale = None,
     invariant: bool = False,
+    rounds_q: bool = False,
     sm_margin: int = 0,
     plan: WorkPlan | DevicePlan | Tensor | None = None,
     out: Tensor | None = None,
@@ -91,6 +92,7 @@ def attention(
     k_scale: Scale = None,
     v_scale: Scale = None,
     invariant: bool = False,
+    rounds_q: bool = False,
     sm_margin: int = 0,
     plan: WorkPlan | DevicePlan | Tensor | None = None,
     out: Tensor | None = None,
@@ -117,6 +119,7 @@ def attention(
     k_scale: Scale = None,
     v_scale: Scale = None,
     invariant: bool = False,
+    rounds_q: bool = False,
     sm_margin: int = 0,
     plan: WorkPlan | DevicePlan | Tensor | None = None,
     out: Tensor | None = None,
@@ -157,6 +160,10 @@ def attention(
         invariant: whether a row's bits are to depend on its own q and keys alone: not on the rest of the batch, the
             chunks its prompt came in, the page size, the block table, or the number of threads. Slower
             (docs/decisions/0005-invariant-attention.md).
+        rounds_q: whether a kernel may round q, and the weights that V is multiplied with, to what its products with K
+            and V as they are stored are fastest in: on CPUs that have such products, bfloat16 beside bfloat16 and
+            16-bit integers beside int8, whatever q's dtype is. Sums are in float32 as always. Other backends make no
+            use of it.
         sm_margin: SMs of a GPU that the launch leaves free, for kernels that run beside it (communication); at least
             one must be left. Means nothing where there are no SMs: on a CPU it is accepted and changes nothing.
         plan: from ``mixattn.plan`` for these very lengths and options, made once per step and shared by its layers
@@ -204,7 +211,7 @@ def attention(
         k_scales, v_scales,
     )  # fmt: skip
     scores = (k_scale_value, v_scale_value, softmax_scale, causal, window_left, soft_cap)
-    inputs = (*tensors, *scores, invariant, sm_margin, backend)
+    inputs = (*tensors, *scores, invariant, rounds_q, sm_margin, backend)
     if out is None and return_lse and device_plan is None:
         new_out, new_lse = torch.ops.mixattn.attention(*inputs)
         return new_out, new_lse
@@ -473,7 +480,8 @@ _INPUTS = (
     "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seq_lens, Tensor block_table, Tensor? plan, "
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask, Tensor? k_scale, Tensor? v_scale, "
     "float? k_scale_value, float? v_scale_value, "
-    "float? softmax_scale, bool causal, int? window_left, float? soft_cap, bool invariant, int sm_margin, str? backend"
+    "float? softmax_scale, bool causal, int? window_left, float? soft_cap, "
+    "bool invariant, bool rounds_q, int sm_margin, str? backend"
 )
 register_op(f"attention({_INPUTS}) -> (Tensor out, Tensor lse)", _attention, _attention_fake)
 _WORKSPACE = "Tensor(c!)? partial_out, Tensor(d!)? partial_lse, Tensor(e!)? tickets, int[]? device_plan"

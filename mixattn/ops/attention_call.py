@@ -103,6 +103,7 @@ class AttentionCall(NamedTuple):
     window_left: int | None
     soft_cap: float | None
     invariant: bool
+    rounds_q: bool
     sm_margin: int
     backend: str | None
     workspace: Workspace | None = None
@@ -140,6 +141,7 @@ class AttentionLayout(NamedTuple):
     window_left: int | None
     soft_cap: float | None
     invariant: bool
+    rounds_q: bool
     sm_margin: int
     device_plan: DevicePlanTerms | None
 
@@ -187,6 +189,7 @@ def attention_layout(call: AttentionCall, out: Tensor | None, lse: Tensor | None
         call.window_left,
         call.soft_cap,
         call.invariant,
+        call.rounds_q,
         call.sm_margin,
         call.device_plan,
     )
@@ -368,6 +371,7 @@ def native_sizes(layout: AttentionLayout) -> Mapping[str, Any]:
             "window_left": -1 if layout.window_left is None else layout.window_left,
             "soft_cap": 0.0 if layout.soft_cap is None else layout.soft_cap,
             "invariant": layout.invariant,
+            "rounds_q": layout.rounds_q,
         }
     )
 

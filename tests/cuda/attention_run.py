@@ -122,6 +122,7 @@ class AttentionRun:
             "v_scale_value": v_scale_value,
             **self.case.options,
             "invariant": self.invariant,
+            "rounds_q": False,
             "sm_margin": 0,
         }
         return AttentionCall(**{**missing, **given})

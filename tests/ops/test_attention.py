@@ -63,12 +63,14 @@ def make_plan(case: AttentionCase, inputs: AttentionInputs) -> WorkPlan | None:
     return plan
 
 
-def run(case: AttentionCase, inputs: AttentionInputs, backend: str = "cpu") -> tuple[Tensor, Tensor]:
+def run(
+    case: AttentionCase, inputs: AttentionInputs, backend: str = "cpu", *, rounds_q: bool = False
+) -> tuple[Tensor, Tensor]:
     """out and lse of the case; what was in ``out`` before is NaN."""
     out = poisoned_out(inputs)
     result, lse = mixattn.attention(
         inputs.q, inputs.k_cache, inputs.v_cache, **inputs.index_tensors, **inputs.score_tensors, **inputs.scales,
-        **case.options, plan=make_plan(case, inputs), out=out, return_lse=True, backend=backend,
+        **case.options, rounds_q=rounds_q, plan=make_plan(case, inputs), out=out, return_lse=True, backend=backend,
     )  # fmt: skip
     assert result is out
     return out, lse
@@ -130,6 +132,35 @@ def test_attention_of_float_kv_beside_q_of_any_dtype_is_within_twice_eager(
     out, lse = run(case, inputs)
     assert out.dtype == dtype
     assert_attention_close(case, inputs, out, lse)
+
+
+ROUNDING_CASES = [c for c in CASES if c.num_workers is not None or c.id == "chunk-beside-decodes"]
+
+
+@pytest.mark.parametrize("kv", [KvFormat(torch.bfloat16), *(f for f in QUANTIZED_FORMATS if f.dtype == torch.int8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ROUNDING_CASES, ids=lambda case: case.id)
+def test_attention_that_rounds_a_q_of_bfloat16s_gives_what_it_gives_for_q_in_bfloat16(
+    case: AttentionCase, dtype: torch.dtype, kv: KvFormat, isa: str
+) -> None:
+    inputs = make_inputs(case, torch.bfloat16, kv=kv)
+    expected, expected_lse = run(case, inputs)
+    wide = dataclasses.replace(inputs, q=inputs.q.to(dtype))
+    assert torch.equal(wide.q.to(torch.bfloat16), inputs.q)
+    out, lse = run(case, wide, rounds_q=True)
+    assert out.dtype == dtype and torch.equal(lse, expected_lse)
+    if dtype == torch.float32:  # float16 has not the range to be rounded once more
+        assert torch.equal(out.to(torch.bfloat16), expected)
+
+
+def test_attention_rounds_q_only_on_request_and_only_where_pairs_are_faster(isa: str) -> None:
+    case = next(c for c in CASES if c.id == "chunk-beside-decodes")
+    for kv, rounding_isas in ((torch.bfloat16, {"avx512_bf16"}), (torch.float16, set())):
+        inputs = make_inputs(case, torch.float32, kv=KvFormat(kv))
+        exact, _ = run(case, inputs)
+        rounded, _ = run(case, inputs, rounds_q=True)
+        assert torch.equal(exact, rounded) == (isa not in rounding_isas)
+        assert not torch.equal(exact, exact.to(torch.bfloat16).float())
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.kv_lens][::5], ids=lambda case: case.id)

@@ -13,8 +13,9 @@ from torch import Tensor
 from mixattn import _C, env
 from mixattn.ops.linear import QUANTISED_FORMS, WEIGHT_FORMS, PackedWeight, linear, pack_weight, weight_rows
 
-# Depths of a quantised matrix are multiples of 32; 288 is more than one piece of a widened panel (256).
-SHAPES = [(1, 32), (7, 64), (16, 288), (33, 96), (100, 576)]
+# Depths of a quantised matrix are multiples of 32; 288 is more than one piece of a widened panel (192 or 256), and 1120
+# more than one that int8 inputs pass over (640).
+SHAPES = [(1, 32), (7, 64), (16, 288), (33, 96), (100, 576), (40, 1120)]
 ODD_SHAPES = [(1, 1), (5, 3), (17, 31), (31, 259)]
 NUM_ROWS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 97]
 

@@ -21,7 +21,7 @@ from mixattn.ops.rope import rope_cos_sin
 from tests.cases import AttentionCase, AttentionInputs, assert_attention_close, make_inputs
 
 CASE = AttentionCase("compile", (1, 5, 1), (20, 7, 33), num_q_heads=4, num_kv_heads=2, head_dim=64, page_size=16)
-OPTIONS = (0.2, True, 12, 30.0, False, 0)  # softmax_scale, causal, window_left, soft_cap, invariant, sm_margin
+OPTIONS = (0.2, True, 12, 30.0, False, False, 0)  # softmax_scale to sm_margin
 NO_SCALES = (None, None, None, None)  # k_scale, v_scale, k_scale_value, v_scale_value
 NO_SCORE_TENSORS = (None, None, None, *NO_SCALES)  # alibi_slopes, sinks, tree_mask
 NO_DEVICE_PLAN = (None, None, None, None)  # partial_out, partial_lse, tickets, device_plan
