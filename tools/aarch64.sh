@@ -42,13 +42,13 @@ run() {
 }
 version=$(run -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-# torch 2.8's wheel for aarch64 is for CPUs alone; that of the version in constraints.txt carries CUDA.
+# torch 2.10's wheel for aarch64 is for CPUs alone; that of the version in constraints.txt carries CUDA.
 if [ ! -e "$dir/site.ready" ]; then
   grep -v '^torch==' constraints.txt > "$dir/constraints.txt"
   "$host_python" -m pip --disable-pip-version-check install -q -c "$dir/constraints.txt" \
     --target "$site" --no-deps --only-binary=:all: --implementation cp --python-version "$version" \
     --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64 \
-    --platform manylinux2014_aarch64 torch==2.8.0 numpy sympy mpmath networkx jinja2 markupsafe filelock fsspec \
+    --platform manylinux2014_aarch64 torch==2.10.0 numpy sympy mpmath networkx jinja2 markupsafe filelock fsspec \
     typing_extensions setuptools pybind11 pytest pytest-timeout pluggy iniconfig packaging pygments hypothesis \
     sortedcontainers gguf pyyaml tqdm msgspec safetensors
   touch "$dir/site.ready"
