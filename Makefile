@@ -11,11 +11,11 @@ CXX_FILES := '*.h' '*.cpp' '*.cuh' '*.cu'
 PYTEST ?= OMP_NUM_THREADS=1 MIXATTN_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow sanitize lint format bench bench-gpu tune bench-peers static build env clean
+.PHONY: help run test test-slow test-aarch64 sanitize lint format bench bench-gpu tune bench-peers static build env clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
-	@echo 'make lint | format | bench | static | build | test-slow | sanitize | clean'
+	@echo 'make lint | format | bench | static | build | test-slow | test-aarch64 | sanitize | clean'
 	@echo 'make bench-gpu     attention on a GPU beside other libraries (BENCH_GPU: more arguments, such as --full)'
 	@echo 'make tune          the tiles of Triton attention, measured on this GPU (TUNE: more arguments, such as --full)'
 	@echo 'make bench-peers   the same work on mixattn, vLLM, OpenVINO and llama.cpp, one table (PEERS: where they are put)'
@@ -45,6 +45,12 @@ test-slow: build
 # The emulated CUDA kernels under the compiler's sanitizers.
 sanitize: build
 	$(PYTEST) --dist load tests/cuda/test_sanitizers.py
+
+# The kernels for aarch64 on an emulated one, on Debian: see tools/aarch64.sh.
+AARCH64_TESTS ?= -q -k 'not scalar and not avx and not reference' $(addprefix tests/ops/test_,elementwise.py linear.py append_kv.py merge_states.py \
+  quantized_kv.py tree_mask.py attention.py attention_invariant.py attention_prefix.py)
+test-aarch64: env
+	PYTHON=$(PY) sh tools/aarch64.sh build/aarch64 $(AARCH64_TESTS)
 
 lint: build
 	$(VENV)/bin/ruff check .

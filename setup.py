@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import nvcc  # noqa: E402
 
-IS_X86 = platform.machine() in ("x86_64", "AMD64")
+MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 
 # -ffp-contract=off keeps the planner bit-equal with its Python twin and leaves fused multiply-adds to vec.h, where they
 # are written out. No -march here: the ISA of a file is its own (below), the rest runs on any CPU of the architecture.
@@ -51,12 +51,19 @@ AVX512_FLAGS = [
     "-mf16c",
     "-mprefer-vector-width=512",
 ]
+# Of each architecture, its files alone.
 ISA_FLAGS = {
-    "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "csrc/cpu/kernels_avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"],
-    "csrc/cpu/kernels_avx512.cpp": ["-DMIXATTN_SIMDE", "-Wno-psabi", "-O0"] if BUILD_SIMDE else AVX512_FLAGS,
+    "x86_64": {
+        "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+        "csrc/cpu/kernels_avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"],
+        "csrc/cpu/kernels_avx512.cpp": ["-DMIXATTN_SIMDE", "-Wno-psabi", "-O0"] if BUILD_SIMDE else AVX512_FLAGS,
+    },
+    "aarch64": {
+        "csrc/cpu/kernels_neon.cpp": ["-march=armv8.2-a+dotprod"],
+        "csrc/cpu/kernels_neon_bf16.cpp": ["-march=armv8.2-a+dotprod+bf16+i8mm"],
+    },
 }
-X86_ONLY = set(ISA_FLAGS)
+OTHER_MACHINES = {f for machine, files in ISA_FLAGS.items() if machine != MACHINE for f in files}
 
 
 def sources() -> list[str]:
@@ -66,7 +73,7 @@ def sources() -> list[str]:
         for folder in ("csrc/cpu", "csrc/cuda", "csrc/bindings")
         for p in (ROOT / folder).glob("*.cpp")
     )
-    return [f for f in found if IS_X86 or f not in X86_ONLY]
+    return [f for f in found if f not in OTHER_MACHINES]
 
 
 def chosen_nvcc() -> Path | None:
@@ -108,11 +115,12 @@ def ninja_file(build_dir: Path, output: Path, cuda_compiler: Path | None) -> str
         "  description = link $out",
     ]
     objects = []
+    isa_flags = ISA_FLAGS.get(MACHINE, {})
     for source in sources():
         obj = escape(build_dir / (source.replace("/", "_") + ".o"))
         objects.append(obj)
         lines.append(f"build {obj}: compile {escape(ROOT / source)}")
-        lines.append(f"  isa_flags = {' '.join(ISA_FLAGS.get(source, []))}")
+        lines.append(f"  isa_flags = {' '.join(isa_flags.get(source, []))}")
     lines.append(f"build {escape(output)}: link {' '.join(objects)}")
     if cuda_compiler is not None:
         lines += nvcc.ninja_lines(cuda_compiler, build_dir, escape)

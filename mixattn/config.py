@@ -177,8 +177,8 @@ class EngineConfig:
     vocabulary. Arithmetic is in float32 with all of them, unless ``activation_dtype`` says otherwise."""
     activation_dtype: str = "float32"
     """``int8``: what is multiplied with a quantised matrix is rounded to int8, each 32 elements with a scale of their
-    own, and products are summed in integers (CPU, float32; matrices in float32, bfloat16 and float16 stay exact). Beside K and V
-    in bfloat16 or int8 attention rounds, too (``ops.attention``'s ``rounds_q``)."""
+    own, and products are summed in integers (CPU, float32; matrices in float32, bfloat16 and float16 stay exact).
+    Beside K and V in bfloat16 or int8 attention rounds, too (``ops.attention``'s ``rounds_q``)."""
 
     def __post_init__(self) -> None:
         _require(

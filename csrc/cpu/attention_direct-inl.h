@@ -18,6 +18,10 @@ constexpr int kPaddedKeys = kLanes > kBlockKeys ? kLanes : kBlockKeys;
 // Keys whose values are added up before the sums go back to o: twice as many where their rows are half as long.
 template <typename T>
 constexpr int kValueKeys = sizeof(T) == 1 ? kPaddedKeys : kBlockKeys;
+// Vectors of V that are added up at a time: 8 sums whatever kRows, measured with vectors of 8 and 16 lanes (README.md).
+// Of 4 lanes and many registers 16, with which a weight is loaded half as often.
+template <int kRows>
+constexpr int kValueVecs = kLanes == 4 && kNumRegisters > 16 && kRows > 1 ? 16 / kRows : 8 / kRows;
 
 // Scores of a block of kRows rows lie key by key, scores[key * kRows + row], so that softmax needs no sums across a
 // vector: lane i belongs to row i % kRows.
@@ -53,7 +57,7 @@ MIXATTN_INLINE void prefetch_piece(const Ahead<T>& ahead, int i, int64_t d, int6
 
 // Keys that score_block works on at a time: kRows times as many accumulators, 8 at least, beside two vectors per key.
 template <int kRows>
-constexpr int kKeysAtOnce = kLanes > 8 ? (kRows == 1 ? 8 : 4) : 8 / kRows;
+constexpr int kKeysAtOnce = kNumRegisters > 16 ? (kRows == 1 ? 8 : 4) : 8 / kRows;
 
 // scores[j * kRows + r] = q[r] . k[j][offset...] over kBlockKeys keys. The rows ahead are prefetched line by line in
 // between: many prefetches in a row would fill the core's miss buffers and stop the sums.
@@ -180,7 +184,7 @@ MIXATTN_INLINE void value_columns(const float* weights, const T* const* v, int64
 template <typename T, int kRows>
 MIXATTN_INLINE void value_block(const float* weights, const T* const* v, int64_t offset, int64_t v_head_dim, float* o,
                                 int64_t o_stride, const Ahead<T>& ahead) {
-  constexpr int kVecs = 8 / kRows;  // 8 accumulators whatever kRows
+  constexpr int kVecs = kValueVecs<kRows>;
   int64_t d = 0;
   for (; d + kVecs * kLanes <= v_head_dim; d += kVecs * kLanes) {
     value_columns<T, kRows, kVecs>(weights, v, offset, d, o, o_stride, ahead);
@@ -270,9 +274,7 @@ MIXATTN_INLINE void pair_columns(const float* weights, const float* units, const
     prefetch_piece(ahead, j, d, kVecs * kLanes);
     prefetch_piece(ahead, j + 1, d, kVecs * kLanes);
     for (int r = 0; r < kRows; ++r) {
-      int32_t word;
-      memcpy(&word, weights + j / 2 * kRows + r, sizeof(word));
-      const IntVec weight = broadcast_word(word);
+      const SharedWord weight = load_shared_word(weights + j / 2 * kRows + r);
       for (int c = 0; c < kVecs; ++c) sums[r][c] = Dot::add_product(sums[r][c], weight, pairs[c]);
     }
   }
@@ -290,7 +292,7 @@ template <class Dot, int kRows>
 MIXATTN_INLINE void pair_block(const float* weights, const float* units, const typename Dot::Key* const* v,
                                int64_t offset, int64_t v_head_dim, float* o, int64_t o_stride,
                                const Ahead<typename Dot::Key>& ahead) {
-  constexpr int kVecs = kValueKeys<typename Dot::Key> / kRows;  // as many accumulators as keys
+  constexpr int kVecs = kValueVecs<kRows> * (kValueKeys<typename Dot::Key> / kBlockKeys);
   int64_t d = 0;
   for (; d + kVecs * kLanes <= v_head_dim; d += kVecs * kLanes) {
     pair_columns<Dot, kRows, kVecs>(weights, units, v, offset, d, o, o_stride, ahead);
@@ -309,6 +311,7 @@ MIXATTN_INLINE void pair_weights(float* weights, int64_t num_keys, const ToWord&
   }
 }
 
+#if defined(MIXATTN_HAS_INT16_DOT)
 template <>
 struct DirectValues<Int8Dot> {  // int16 weights, each row's in a unit of its own
   template <int kRows>
@@ -349,6 +352,7 @@ struct DirectValues<Int8Dot> {  // int16 weights, each row's in a unit of its ow
  private:
   static constexpr int kUnits = kDirectKeys - 1;  // the rows' units lie behind the words, half as many as weights
 };
+#endif
 #endif
 
 #if defined(MIXATTN_HAS_BFLOAT16_DOT)

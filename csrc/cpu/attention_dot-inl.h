@@ -1,8 +1,9 @@
 // attention_dot-inl.h: the products q . k of a few rows, in the arithmetic that the keys' type and the CPU offer.
 // Math    FloatDot      float32, any type of key
 //         BFloat16Dot   products of bfloat16 pairs, exact, summed in float32: q as given, the scale goes to the scores;
-//                       q of another type is rounded, if the call allows it (rounds_q). The instruction takes subnormal
-//                       elements (below 2^-126) for 0. P V goes the same way, by pairs of keys (DirectValues,
+//                       q of another type is rounded, if the call allows it (rounds_q). The instructions (VDPBF16PS,
+//                       BFDOT) take subnormal elements (below 2^-126) for 0; BFDOT rounds sums to odd, off by less than
+//                       a last place instead of half. P V goes the same way, by pairs of keys (DirectValues,
 //                       PackedValues): weights are rounded to bfloat16 for it, not for their sum
 //         Int8Dot       products of int16 pairs, exact, summed in int32: each row of a 16-bit q, or of any with
 //                       rounds_q, becomes round(q 32767 / max |q|), which is off by at most 2^-16 of the row's largest
@@ -61,7 +62,7 @@ struct FloatDot {
   MIXATTN_INLINE Vec to_vec(Sum sum) { return sum; }
 };
 
-#if defined(MIXATTN_HAS_INT16_DOT)
+#if defined(MIXATTN_HAS_INT16_DOT) || defined(MIXATTN_HAS_BFLOAT16_DOT)
 
 // What dots of pairs of 16 bits share: q in their elements, one behind the other.
 struct PairDot {
@@ -75,6 +76,10 @@ struct PairDot {
     return load_int16(reinterpret_cast<const int16_t*>(q) + d);
   }
 };
+
+#endif
+
+#if defined(MIXATTN_HAS_INT16_DOT)
 
 struct Int8Dot : PairDot {
   typedef Int8 Key;
@@ -98,7 +103,10 @@ struct Int8Dot : PairDot {
   }
   MIXATTN_INLINE Sum start_sum() { return int_zero(); }
   MIXATTN_INLINE Operand load_key(const Int8* key) { return load_as_int16(key); }
-  MIXATTN_INLINE Sum add_product(Sum sum, Operand q, Operand k) { return add_int16_products(sum, q, k); }
+  template <class Word>  // Operand or SharedWord
+  MIXATTN_INLINE Sum add_product(Sum sum, Word q, Operand k) {
+    return add_int16_products(sum, q, k);
+  }
   MIXATTN_INLINE Vec to_vec(Sum sum) { return int_to_float(sum); }
 };
 
@@ -131,7 +139,10 @@ struct BFloat16Dot : PairDot {
   }
   MIXATTN_INLINE Sum start_sum() { return zero(); }
   MIXATTN_INLINE Operand load_key(const BFloat16* key) { return load_int16(reinterpret_cast<const int16_t*>(key)); }
-  MIXATTN_INLINE Sum add_product(Sum sum, Operand q, Operand k) { return add_bfloat16_products(sum, q, k); }
+  template <class Word>  // Operand or SharedWord
+  MIXATTN_INLINE Sum add_product(Sum sum, Word q, Operand k) {
+    return add_bfloat16_products(sum, q, k);
+  }
   MIXATTN_INLINE Vec to_vec(Sum sum) { return sum; }
 };
 

@@ -1,6 +1,6 @@
-// dispatch.cpp: cpuid, and the choice of an ISA.
+// dispatch.cpp: cpuid or HWCAP, and the choice of an ISA.
 // Source  Intel SDM volume 2A, CPUID; volume 1, 14.3 (AVX), 15.2 (AVX-512): the instruction set and the operating
-//         system's saving of its registers (XCR0) are both needed.
+//         system's saving of its registers (XCR0) are both needed. Linux Documentation/arch/arm64/elf_hwcaps.rst.
 
 #include "cpu/dispatch.h"
 
@@ -11,11 +11,16 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace mixattn {
 namespace cpu {
 namespace {
+
+#if defined(__x86_64__)
 
 struct X86Features {
   bool avx2 = false;         // AVX2, FMA, F16C, and the system saves YMM
@@ -25,7 +30,6 @@ struct X86Features {
 
 X86Features x86_features() {
   X86Features features;
-#if defined(__x86_64__)
   const auto bit = [](unsigned value, int index) { return ((value >> index) & 1) != 0; };
   unsigned eax, ebx, ecx, edx;
   if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return features;
@@ -41,9 +45,21 @@ X86Features x86_features() {
   const bool has_vnni = bit(ecx, 11), has_subleaf_1 = eax >= 1;
   if (!has_subleaf_1 || __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0) return features;
   features.avx512_bf16 = features.avx512 && has_vnni && bit(eax, 5);
-#endif
   return features;
 }
+
+#elif defined(__aarch64__)
+
+// NEON itself, and its conversions from float16, every aarch64 CPU has.
+bool has_dot_products() {
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+}
+bool has_bfloat16_products() {
+  const unsigned long needed = HWCAP2_BF16 | HWCAP2_I8MM;
+  return has_dot_products() && (getauxval(AT_HWCAP2) & needed) == needed;
+}
+
+#endif
 
 int64_t cache_bytes(int name) {
   const long bytes = sysconf(name);
@@ -58,6 +74,9 @@ const std::vector<const IsaKernels*>& compiled_kernels() {
       &kAvx512Bf16Kernels,
       &kAvx512Kernels,
       &kAvx2Kernels,
+#elif defined(__aarch64__)
+      &kNeonBf16Kernels,
+      &kNeonKernels,
 #endif
       &kScalarKernels,
   };
@@ -71,6 +90,9 @@ bool is_available(const IsaKernels& kernels) {
   if (&kernels == &kAvx512Bf16Kernels) return features.avx512_bf16;
   if (&kernels == &kAvx512Kernels) return features.avx512;
   if (&kernels == &kAvx2Kernels) return features.avx2;
+#elif defined(__aarch64__)
+  if (&kernels == &kNeonBf16Kernels) return has_bfloat16_products();
+  if (&kernels == &kNeonKernels) return has_dot_products();
 #endif
   return false;
 }

@@ -70,6 +70,8 @@ struct IsaKernels {
 extern const IsaKernels kAvx512Bf16Kernels;
 extern const IsaKernels kAvx512Kernels;
 extern const IsaKernels kAvx2Kernels;
+extern const IsaKernels kNeonBf16Kernels;
+extern const IsaKernels kNeonKernels;
 extern const IsaKernels kScalarKernels;
 
 }  // namespace cpu

@@ -3,8 +3,8 @@
 //         d (u - z) or d u + m with u in [0, 255]: of a block, y gains s d (sum_k u q - z sum_k q), or s d sum_k u q +
 //         s m sum_k q. Sums of products are exact, in int32; blocks are added up in float32
 // Method  Register tiles of kInt8Rows rows and one panel; u lies in words of 4 neighbouring depths, which one
-//         instruction multiplies with 4 elements of x where there is VNNI. Nibbles are unpacked in registers, by units
-//         that the products leave free, once per register tile
+//         instruction multiplies with 4 elements of x where there is VNNI, USDOT or, for u - 128, SDOT. Nibbles are
+//         unpacked in registers, by units that the products leave free, once per register tile
 // Shapes  as LinearParams; depth a multiple of 32
 // Memory  as linear-inl.h, x taking 1.4 bytes per element
 // Twins   truth: float64 products of the dequantised matrix with the rounded x (tests/ops/test_linear.py)
@@ -19,7 +19,7 @@ namespace cpu {
 namespace {
 
 // What registers hold: kInt8Rows x 2 sums in int32, as many in float32, two words of weights, one of x.
-constexpr int kInt8Rows = kLanes > 8 ? 6 : 2;
+constexpr int kInt8Rows = kNumRegisters > 16 ? 6 : 2;
 constexpr int64_t kInt8Piece = 640;  // most depths of a panel that register tiles pass over: up to 21 KiB of L1
 
 // One row of x, rounded: q, and of each block s, sum q, and s sum q. All that is not finite makes s NaN.
@@ -118,7 +118,8 @@ void multiply_blocks(const Blocks& blocks, const Int8Rows& x, int64_t depth, int
     IntVec dots[kRows][kTileVecs];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const int32_t start = Int8::kZero == 0 ? 0 : -Int8::kZero * x.sums[block + r * row_blocks];
+      constexpr int kZero = Int8::kZero - kByteZero;  // of what the ISA multiplies
+      const int32_t start = kZero == 0 ? 0 : -kZero * x.sums[block + r * row_blocks];
       dots[r][0] = dots[r][1] = broadcast_word(start);
     }
 #pragma GCC unroll 8
@@ -130,11 +131,9 @@ void multiply_blocks(const Blocks& blocks, const Int8Rows& x, int64_t depth, int
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        int32_t four;
-        memcpy(&four, values + r * depth + 4 * group, sizeof(four));
-        const IntVec x_words = broadcast_word(four);
+        const SharedWord four = load_shared_word(values + r * depth + 4 * group);
 #pragma GCC unroll 2
-        for (int j = 0; j < kTileVecs; ++j) dots[r][j] = add_byte_products(dots[r][j], w[j], x_words);
+        for (int j = 0; j < kTileVecs; ++j) dots[r][j] = add_byte_products(dots[r][j], w[j], four);
       }
     }
     const Float16* d = reinterpret_cast<const Float16*>(scales);

@@ -67,9 +67,7 @@ void multiply_bfloat16_tile(const float* a, int64_t a_stride, const float* b, in
     const IntVec column[kTileVecs] = {load_words(b + k * kTileCols), load_words(b + k * kTileCols + kLanes)};
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      int32_t word;
-      memcpy(&word, a + r * a_stride + k, sizeof(word));
-      const IntVec x = broadcast_word(word);
+      const SharedWord x = load_shared_word(a + r * a_stride + k);
 #pragma GCC unroll 2
       for (int j = 0; j < kTileVecs; ++j) acc[r][j] = add_bfloat16_products(acc[r][j], x, column[j]);
     }

@@ -1,8 +1,9 @@
 // vec.h: one float32 vector per ISA, and the few operations that the CPU kernels are written in.
-// Method  A file compiled for one ISA defines MIXATTN_ISA_AVX512, MIXATTN_ISA_AVX2 or MIXATTN_ISA_SCALAR and includes
-//         this, which takes Vec and its operations from vec_<isa>.h and adds what is the same for all.
+// Method  A file compiled for one ISA defines MIXATTN_ISA_AVX512, _AVX2, _NEON or _SCALAR and includes this, which
+//         takes Vec and its operations from vec_<isa>.h and adds what is the same for all.
 //         SCALAR is the compiler's own 4-lane vector: SSE2 on x86-64, NEON on aarch64, plain code elsewhere.
-//         AVX512 with MIXATTN_ISA_AVX512_BF16 has the products of AVX512_BF16 and AVX512_VNNI besides.
+//         AVX512 with MIXATTN_ISA_AVX512_BF16 has the products of AVX512_BF16 and AVX512_VNNI besides, NEON with
+//         MIXATTN_ISA_NEON_BF16 those of BF16 and I8MM.
 //         AVX-512 under MIXATTN_SIMDE runs on any x86-64 through SIMDe, slowly: for tests of that path.
 // Hazard  Everything here, and everything that includes it, is internal to its file (anonymous namespace, no std
 //         templates): an inline function that the linker shares between files could be the AVX copy on a CPU without.
@@ -12,14 +13,26 @@
 #include "cpu/vec_avx512.h"
 #elif defined(MIXATTN_ISA_AVX2)
 #include "cpu/vec_avx2.h"
+#elif defined(MIXATTN_ISA_NEON)
+#include "cpu/vec_neon.h"
 #elif defined(MIXATTN_ISA_SCALAR)
 #include "cpu/vec_scalar.h"
 #else
-#error "define MIXATTN_ISA_AVX512, MIXATTN_ISA_AVX2 or MIXATTN_ISA_SCALAR before vec.h"
+#error "define MIXATTN_ISA_AVX512, MIXATTN_ISA_AVX2, MIXATTN_ISA_NEON or MIXATTN_ISA_SCALAR before vec.h"
 #endif
 
 namespace mixattn {
 namespace {
+
+#if !defined(MIXATTN_HAS_SHARED_WORDS)
+// The 4 bytes at p as the operand of products with every lane of another.
+typedef IntVec SharedWord;
+MIXATTN_INLINE SharedWord load_shared_word(const void* p) {
+  int32_t word;
+  memcpy(&word, p, sizeof(word));
+  return broadcast_word(word);
+}
+#endif
 
 // 2 kLanes elements as two vectors, in whatever order costs least, the same at every call for one T: sums over elements
 // do not care. bfloat16 takes even and odd elements apart, one operation per vector where widening takes two.

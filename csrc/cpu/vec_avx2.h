@@ -8,6 +8,7 @@ namespace {
 
 typedef __m256 Vec;
 constexpr int kLanes = 8;
+constexpr int kNumRegisters = 16;
 // 6 rows x 16 columns: 12 accumulators, 2 columns and 1 broadcast are 15 registers; 2 loads and 6 broadcasts feed 12
 // FMAs, 4 cycles of the load ports against 6 of the FMA ports. (4 x 16 needs its 8 accumulators to be in time always.)
 constexpr int kTileRows = 6;
@@ -157,6 +158,7 @@ MIXATTN_INLINE IntVec high_nibbles(IntVec x) {
 MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 }
+constexpr int kByteZero = 0;
 MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVec signed_bytes) {  // as for AVX-512
   const IntVec even = _mm256_and_si256(unsigned_bytes, _mm256_set1_epi16(0xff));
   const IntVec signed_even = _mm256_srai_epi16(_mm256_slli_epi16(signed_bytes, 8), 8);

@@ -8,6 +8,7 @@ namespace {
 
 typedef __m512 Vec;
 constexpr int kLanes = 16;
+constexpr int kNumRegisters = 32;
 // 8 rows x 32 columns: 16 accumulators hide 4 cycles of latency on 2 ports twice over, 2 loads and 8 broadcasts feed 16
 // FMAs, and 8 divides the planner's row tiles.
 constexpr int kTileRows = 8;
@@ -158,6 +159,8 @@ MIXATTN_INLINE Vec sum_16(const Vec (&x)[16], const Add& add) {
 MIXATTN_INLINE void sum_each(const Vec (&x)[16], float* out) {
   _mm512_storeu_ps(out, sum_16(x, [](Vec a, Vec b) { return _mm512_add_ps(a, b); }));
 }
+
+constexpr int kByteZero = 0;  // add_byte_products takes u for what it is, in [0, 255]
 
 // Sums of products of pairs of 16 bits: each lane adds its two products.
 #define MIXATTN_HAS_INT16_DOT

@@ -130,6 +130,79 @@ MIXATTN_INLINE void load_pair(const Int4Pair* p, Vec* a, Vec* b) {
   *b = sub(_mm256_cvtepi32_ps(_mm256_srli_epi32(bytes, 4)), zero_point);
 }
 
+#elif defined(MIXATTN_ISA_NEON)
+
+// 4 bytes, twice.
+MIXATTN_INLINE uint8x8_t load_4_bytes(const void* p) {
+  return vreinterpret_u8_u32(vdup_n_u32(load_bits<uint32_t>(p)));
+}
+MIXATTN_INLINE uint8x8_t load_8_bytes(const void* p) {
+  return vld1_u8(static_cast<const uint8_t*>(p));
+}
+MIXATTN_INLINE void widen(int16x8_t x, Vec* a, Vec* b) {
+  *a = vcvtq_f32_s32(vmovl_s16(vget_low_s16(x)));
+  *b = vcvtq_f32_s32(vmovl_high_s16(x));
+}
+MIXATTN_INLINE void widen(uint16x8_t halves, Vec* a, Vec* b) {
+  const float16x8_t x = vreinterpretq_f16_u16(halves);
+  *a = vcvt_f32_f16(vget_low_f16(x));
+  *b = vcvt_high_f32_f16(x);
+}
+
+// What load() and load_pair() convert, of 8 bytes.
+MIXATTN_INLINE int16x8_t to_16_bits(const Int8*, uint8x8_t bytes) {
+  return vmovl_s8(vreinterpret_s8_u8(bytes));
+}
+MIXATTN_INLINE uint16x8_t to_16_bits(const Float8E5M2*, uint8x8_t bytes) {
+  return vshll_n_u8(bytes, 8);
+}
+// The sign-extending shift leaves the sign in bits 15 and 14; what is NaN becomes all ones, which is one too.
+MIXATTN_INLINE uint16x8_t to_16_bits(const Float8E4M3*, uint8x8_t bytes) {
+  const uint16x8_t shifted = vreinterpretq_u16_s16(vshll_n_s8(vreinterpret_s8_u8(bytes), 7));
+  const uint16x8_t moved = vandq_u16(shifted, vdupq_n_u16(0xbfff)), magnitude_bits = vdupq_n_u16(0x3f80);
+  return vorrq_u16(moved, vceqq_u16(vandq_u16(moved, magnitude_bits), magnitude_bits));
+}
+
+template <typename T>
+MIXATTN_INLINE Vec load_4(const T* p) {
+  Vec a, b;
+  widen(to_16_bits(p, load_4_bytes(p)), &a, &b);
+  return a;
+}
+template <typename T>
+MIXATTN_INLINE void load_8(const T* p, Vec* a, Vec* b) {
+  widen(to_16_bits(p, load_8_bytes(p)), a, b);
+}
+MIXATTN_INLINE Vec load(const Int8* p) {
+  return load_4(p);
+}
+MIXATTN_INLINE Vec load(const Float8E5M2* p) {
+  return load_4(p);
+}
+MIXATTN_INLINE Vec load(const Float8E4M3* p) {
+  return load_4(p);
+}
+MIXATTN_INLINE void load_pair(const Int8* p, Vec* a, Vec* b) {
+  load_8(p, a, b);
+}
+MIXATTN_INLINE void load_pair(const Float8E5M2* p, Vec* a, Vec* b) {
+  load_8(p, a, b);
+}
+MIXATTN_INLINE void load_pair(const Float8E4M3* p, Vec* a, Vec* b) {
+  load_8(p, a, b);
+}
+
+MIXATTN_INLINE Vec load(const Int4Pair* p) {
+  const int16x4_t shifts = {0, -4, -8, -12};  // lane i takes nibble i
+  const uint16x4_t nibbles = vand_u16(vshl_u16(vdup_n_u16(load_bits<uint16_t>(p)), shifts), vdup_n_u16(15));
+  return vcvtq_f32_s32(vmovl_s16(vsub_s16(vreinterpret_s16_u16(nibbles), vdup_n_s16(kInt4Zero))));
+}
+MIXATTN_INLINE void load_pair(const Int4Pair* p, Vec* a, Vec* b) {
+  const int8x8_t shifts = {0, 0, 0, 0, -4, -4, -4, -4};  // the low nibbles of 4 bytes, then the high ones
+  const uint8x8_t nibbles = vand_u8(vshl_u8(load_4_bytes(p), shifts), vdup_n_u8(15));
+  widen(vmovl_s8(vsub_s8(vreinterpret_s8_u8(nibbles), vdup_n_s8(kInt4Zero))), a, b);
+}
+
 #else
 
 MIXATTN_INLINE float to_float(Int8 x) {

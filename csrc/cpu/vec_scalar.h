@@ -9,7 +9,8 @@ namespace {
 typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t IntVec __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
-constexpr int kTileRows = 6;  // as for AVX2: x86-64 has 16 registers; aarch64 has more than it needs
+constexpr int kNumRegisters = 16;  // of x86-64
+constexpr int kTileRows = 6;       // as for AVX2
 
 MIXATTN_INLINE float to_float(float x) {
   return x;
@@ -112,6 +113,7 @@ MIXATTN_INLINE IntVec high_nibbles(IntVec x) {
 MIXATTN_INLINE Vec int_to_float(IntVec x) {
   return __builtin_convertvector(x, Vec);
 }
+constexpr int kByteZero = 0;
 MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVec signed_bytes) {
   for (int i = 0; i < 32; i += 8) sum += ((unsigned_bytes >> i) & 0xff) * ((signed_bytes << (24 - i)) >> 24);
   return sum;

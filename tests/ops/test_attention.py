@@ -155,7 +155,7 @@ def test_attention_that_rounds_a_q_of_bfloat16s_gives_what_it_gives_for_q_in_bfl
 
 def test_attention_rounds_q_only_on_request_and_only_where_pairs_are_faster(isa: str) -> None:
     case = next(c for c in CASES if c.id == "chunk-beside-decodes")
-    for kv, rounding_isas in ((torch.bfloat16, {"avx512_bf16"}), (torch.float16, set())):
+    for kv, rounding_isas in ((torch.bfloat16, {"amx", "avx512_bf16", "neon_bf16"}), (torch.float16, set())):
         inputs = make_inputs(case, torch.float32, kv=KvFormat(kv))
         exact, _ = run(case, inputs)
         rounded, _ = run(case, inputs, rounds_q=True)
