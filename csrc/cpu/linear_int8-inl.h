@@ -4,7 +4,7 @@
 //         s m sum_k q. Sums of products are exact, in int32; blocks are added up in float32
 // Method  Register tiles of kInt8Rows rows and one panel; u lies in words of 4 neighbouring depths, which one
 //         instruction multiplies with 4 elements of x where there is VNNI. A few rows unpack nibbles in registers;
-//         more rows have a piece of the panel unpacked once, into L1.
+//         more rows have a piece of the panel unpacked once, into L1, and go by tiles where there is AMX, 16 at a time.
 // Shapes  as LinearParams; depth a multiple of 32
 // Memory  as linear-inl.h, x taking 1.4 bytes per element. Scratch 4 kTileCols kInt8Piece / 4 bytes on the stack
 // Twins   truth: float64 products of the dequantised matrix with the rounded x (tests/ops/test_linear.py)
@@ -13,6 +13,9 @@
 
 #include "cpu/linear-inl.h"
 #include "cpu/vec_quantized.h"
+#if defined(MIXATTN_ISA_AMX)
+#include "cpu/amx_tile-inl.h"
+#endif
 
 namespace mixattn {
 namespace cpu {
@@ -184,6 +187,48 @@ void multiply_rows(const Blocks& blocks, const Int8Rows& x, int64_t depth, int64
   }
 }
 
+#if defined(MIXATTN_ISA_AMX)
+// multiply_blocks for kAmxRows rows, by tiles, to the bit: sums of products are exact, what follows is the same.
+template <class Form>
+void multiply_block_tiles(const Blocks& blocks, const Int8Rows& x, int64_t depth, int64_t row, float* c) {
+  typedef Int8Form<Form> Int8;
+  const int64_t row_blocks = depth / kBlockDepth;
+  const int64_t first = row * row_blocks + blocks.first;  // of row r, r row_blocks further
+  alignas(64) int32_t dots[2][kAmxRows * kTileCols];      // of a block, and of the next one, which is on its way
+  const auto multiply = [&](int64_t b) {
+    multiply_byte_tile(x.values + (first + b) * kBlockDepth, depth, blocks.quants + b * blocks.quants_stride,
+                       dots[b % 2]);
+  };
+  finish_stores();
+  multiply(0);
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    if (b + 1 < blocks.count) multiply(b + 1);
+    const char* const scales = blocks.scales + b * Form::kBytes;
+    if (blocks.is_streamed) {
+      for (int64_t i = 0; i < Form::kBytes; i += 64) prefetch(scales + kPanelAheadBytes + i);
+    }
+    const Float16* const d = reinterpret_cast<const Float16*>(scales);
+    const Vec scale[kTileVecs] = {load(d), load(d + kLanes)};
+    for (int64_t r = 0; r < kAmxRows; ++r) {
+      const IntVec start = broadcast_word(-Int8::kZero * x.sums[first + b + r * row_blocks]);
+      const Vec x_scale = broadcast(x.scales[first + b + r * row_blocks]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kTileVecs; ++j) {
+        float* const target = c + r * kTileCols + j * kLanes;
+        const IntVec dot = add_words(load_words(dots[b % 2] + r * kTileCols + j * kLanes), start);
+        Vec acc = blocks.first + b > 0 ? load(target) : zero();
+        acc = fmadd(int_to_float(dot), mul(scale[j], x_scale), acc);
+        if (Int8::kHasMin) {
+          const Vec min = load(d + kTileCols + j * kLanes);
+          acc = fmadd(min, broadcast(x.scaled_sums[first + b + r * row_blocks]), acc);
+        }
+        store(target, acc);
+      }
+    }
+  }
+}
+#endif
+
 void unpack_nibbles(const Blocks& blocks, char* bytes) {
   for (int64_t b = 0; b < blocks.count; ++b, bytes += ByteQuants::kBytes) {
 #pragma GCC unroll 8
@@ -219,7 +264,14 @@ void multiply_panel_int8(const LinearParams& p, const char* panel, int64_t row, 
       blocks.quants = bytes;
       blocks.quants_stride = ByteQuants::kBytes;
     }
-    for (int64_t r = 0; r < num_rows;) {
+    int64_t r = 0;
+#if defined(MIXATTN_ISA_AMX)
+    for (; num_rows - r >= kAmxRows; r += kAmxRows) {
+      multiply_block_tiles<Form>(blocks, p.x_int8, p.depth, row + r, c + r * kTileCols);
+      blocks.is_streamed = false;
+    }
+#endif
+    while (r < num_rows) {
       const int64_t n = int8_tile_rows(num_rows - r);
       if (is_unpacked) {
         multiply_rows<Form, ByteQuants>(blocks, p.x_int8, p.depth, row + r, n, c + r * kTileCols);
@@ -235,6 +287,9 @@ void multiply_panel_int8(const LinearParams& p, const char* panel, int64_t row, 
 template <class Form>
 void linear_int8_typed(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                        int64_t panel_end) {
+#if defined(MIXATTN_ISA_AMX)
+  const ByteTileRegisters registers(row_end - row_begin >= kAmxRows);
+#endif
   alignas(64) float c[kRowBlock * kTileCols];
   for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
     const int64_t num_rows = clamp(row_end - row, 0, kRowBlock);
