@@ -41,6 +41,8 @@ CXX_FLAGS = [
 # For tests on a CPU without AVX-512: its kernels through SIMDe (Debian's libsimde-dev), correct and slow. Unoptimised,
 # because the compiler takes minutes over all that is inlined.
 BUILD_SIMDE = os.environ.get("MIXATTN_BUILD_SIMDE") == "1"
+# For tests on a CPU without AMX: its kernels over tiles that are emulated, beside the ordinary build in its folder.
+BUILD_EMULATED_AMX = os.environ.get("MIXATTN_BUILD_EMULATED_AMX") == "1"
 AVX512_FLAGS = [
     "-mavx512f",
     "-mavx512bw",
@@ -51,11 +53,14 @@ AVX512_FLAGS = [
     "-mf16c",
     "-mprefer-vector-width=512",
 ]
+AMX_SOURCE = "csrc/cpu/kernels_amx.cpp"
+AVX512_BF16_FLAGS = [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"]
 # Of each architecture, its files alone.
 ISA_FLAGS = {
     "x86_64": {
         "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-        "csrc/cpu/kernels_avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"],
+        AMX_SOURCE: [*AVX512_BF16_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+        "csrc/cpu/kernels_avx512_bf16.cpp": AVX512_BF16_FLAGS,
         "csrc/cpu/kernels_avx512.cpp": ["-DMIXATTN_SIMDE", "-Wno-psabi", "-O0"] if BUILD_SIMDE else AVX512_FLAGS,
     },
     "aarch64": {
@@ -95,6 +100,10 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def object_file(build_dir: Path, source: str) -> str:
+    return escape(build_dir / (source.replace("/", "_") + ".o"))
+
+
 def ninja_file(build_dir: Path, output: Path, cuda_compiler: Path | None) -> str:
     """The text of build.ninja that makes ``output`` from the sources, and the images beside it."""
     includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
@@ -117,13 +126,26 @@ def ninja_file(build_dir: Path, output: Path, cuda_compiler: Path | None) -> str
     objects = []
     isa_flags = ISA_FLAGS.get(MACHINE, {})
     for source in sources():
-        obj = escape(build_dir / (source.replace("/", "_") + ".o"))
-        objects.append(obj)
-        lines.append(f"build {obj}: compile {escape(ROOT / source)}")
+        objects.append(object_file(build_dir, source))
+        lines.append(f"build {objects[-1]}: compile {escape(ROOT / source)}")
         lines.append(f"  isa_flags = {' '.join(isa_flags.get(source, []))}")
     lines.append(f"build {escape(output)}: link {' '.join(objects)}")
     if cuda_compiler is not None:
         lines += nvcc.ninja_lines(cuda_compiler, build_dir, escape)
+    return "\n".join(lines) + "\n"
+
+
+def emulated_amx_file(build_dir: Path, output: Path) -> str:
+    """The text of a file for ninja that makes ``output`` as build.ninja makes the extension, with emulated tiles."""
+    emulated = object_file(build_dir, "emulated_amx")
+    objects = [emulated, *(object_file(build_dir, source) for source in sources() if source != AMX_SOURCE)]
+    flags = " ".join(ISA_FLAGS["x86_64"][AMX_SOURCE])
+    lines = [
+        "include build.ninja",
+        f"build {emulated}: compile {escape(ROOT / AMX_SOURCE)}",
+        f"  isa_flags = {flags} -DMIXATTN_EMULATED_AMX",
+        f"build {escape(output)}: link {' '.join(objects)}",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -152,6 +174,11 @@ class NinjaBuildExt(build_ext):
         except ImportError:
             ninja = "ninja"
         command = [ninja, "-C", str(build_dir)]
+        if BUILD_EMULATED_AMX:
+            built = build_dir / "emulated_amx" / output.name
+            file = build_dir / "emulated_amx.ninja"
+            file.write_text(emulated_amx_file(build_dir, built))
+            command += ["-f", file.name, str(built)]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
         subprocess.run(command, check=True)
@@ -168,6 +195,8 @@ class NinjaBuildExt(build_ext):
 
     def install_images(self, package: Path) -> None:
         """Puts the CUDA kernels' images beside the extension."""
+        if BUILD_EMULATED_AMX:
+            return  # they are none of its business
         images = package / "cuda_images"
         if self.cuda_compiler is not None:
             nvcc.install_images(self.cuda_compiler, self.build_dir, images)

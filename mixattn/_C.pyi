@@ -248,7 +248,7 @@ class CpuInfo(TypedDict):
     isa: str  # what a call without ``isa`` gets
     available: list[str]  # best first
     compiled: list[str]  # best first; the ones not available need another CPU
-    emulated: list[str]  # available through SIMDe, for tests: correct and slow
+    emulated: list[str]  # available by emulation, for tests: correct and slow
     model: str
     num_cpus: int
     l1d_bytes: int  # 0 where the system does not say

@@ -2,7 +2,7 @@
 
 | variable | meaning |
 |---|---|
-| ``MIXATTN_CPU_ISA`` | ``avx512_bf16``, ``avx512``, ``avx2``, ``neon_bf16``, ``neon`` or ``scalar``, not the best |
+| ``MIXATTN_CPU_ISA`` | CPU kernels instead of the best: a name of ``CPU_ISAS`` |
 | ``MIXATTN_NUM_THREADS`` | threads of the CPU kernels instead of what ``num_threads`` finds |
 | ``MIXATTN_LIBCUDA`` | what to open in place of ``libcuda.so.1``: tests take an emulated driver, for CPU tensors |
 | ``MIXATTN_TILES`` | the file of tuned tiles, in place of ``mixattn/tiles.json`` in the user's cache directory |
@@ -11,7 +11,7 @@
 | ``THP_MEM_ALLOC_ENABLE`` | torch's own; without it, programs of ours have large CPU tensors in huge pages |
 | ``TRITON_INTERPRET`` | ``1``: Triton runs its kernels in its interpreter, on CPU tensors (Triton's own variable) |
 
-``setup.py`` alone reads ``MIXATTN_BUILD_SIMDE`` and ``MIXATTN_BUILD_CUDA``.
+``setup.py`` alone reads ``MIXATTN_BUILD_SIMDE``, ``MIXATTN_BUILD_EMULATED_AMX`` and ``MIXATTN_BUILD_CUDA``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 """Of glibc's malloc.h."""
-CPU_ISAS = ("avx512_bf16", "avx512", "avx2", "neon_bf16", "neon", "scalar")
+CPU_ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "neon", "scalar")
 
 
 @functools.cache

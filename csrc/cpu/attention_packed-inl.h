@@ -4,6 +4,9 @@
 
 #include "cpu/attention_dot-inl.h"
 #include "cpu/attention_rows-inl.h"
+#if defined(MIXATTN_ISA_AMX)
+#include "cpu/amx_tile-inl.h"
+#endif
 
 namespace mixattn {
 namespace cpu {
@@ -33,11 +36,12 @@ void pack_keys(const T* const* k, int64_t num_panels, int64_t head_dim, float* k
   }
 }
 
-// How S = Q K^T is computed from keys as Dot has them: what a panel of K looks like, and the product of a register
-// tile.
+// How S = Q K^T is computed from keys as Dot has them: what a panel of K looks like, the product of a register tile,
+// whose rows are those of PackedValues as well, and what is left to do to a row of scores when softmax reads it.
 template <class Dot>
 struct PackedScores {  // float32, from any type
   typedef typename Dot::Key Key;
+  typedef FloatTile Tile;
   static constexpr int kPerWord = 1;  // elements of K in 4 bytes of a panel
   static void start(const AttentionParams&, const WorkItem&, Rows*) {}
   static void pack(const Key* const* k, int64_t num_panels, int64_t head_dim, float* k_packed) {
@@ -47,12 +51,14 @@ struct PackedScores {  // float32, from any type
                                int64_t stride) {
     tile_function<kTileVecs, false>(n)(rows.q + r * rows.q_stride, rows.q_stride, panel, head_dim, scores, stride);
   }
+  MIXATTN_INLINE void finish(const Rows&, float*, int64_t) {}
 };
 
 #if defined(MIXATTN_HAS_BFLOAT16_DOT)
 template <>
 struct PackedScores<BFloat16Dot> {  // pairs of bfloat16 lie in words, of q, of K and of its panels, which take half
   typedef BFloat16 Key;
+  typedef BFloat16Tile Tile;
   static constexpr int kPerWord = 2;
   static void start(const AttentionParams& p, const WorkItem& item, Rows* rows) {
     for (int64_t r = 0; r < rows->num_rows; ++r) {
@@ -64,8 +70,13 @@ struct PackedScores<BFloat16Dot> {  // pairs of bfloat16 lie in words, of q, of 
   }
   MIXATTN_INLINE void multiply(int n, const Rows& rows, int64_t r, const float* panel, int64_t head_dim, float* scores,
                                int64_t stride) {
-    bfloat16_tile_function<false>(n)(rows.q + r * rows.q_stride, rows.q_stride, panel, head_dim / 2, rows.factor,
-                                     scores, stride);
+    Tile::multiply<false>(n, rows.q + r * rows.q_stride, rows.q_stride, panel, head_dim / 2, rows.factor, scores,
+                          stride);
+  }
+  MIXATTN_INLINE void finish(const Rows& rows, float* scores, int64_t num_keys) {
+    if (Tile::kTakesFactor) return;
+    const Vec factor = broadcast(rows.factor);
+    for (int64_t k = 0; k < num_keys; k += kLanes) store(scores + k, mul(load(scores + k), factor));
   }
 };
 #endif
@@ -129,7 +140,7 @@ struct PackedValues<BFloat16Dot> {  // pairs of keys in bfloat16 lie in words; v
   }
   MIXATTN_INLINE void multiply(int n, bool, const float* weights, int64_t weights_stride, const float* panel,
                                int64_t num_keys, float* o, int64_t o_stride) {
-    bfloat16_tile_function<true>(n)(weights, weights_stride, panel, num_keys / 2, 1.0f, o, o_stride);
+    BFloat16Tile::multiply<true>(n, weights, weights_stride, panel, num_keys / 2, 1.0f, o, o_stride);
   }
 };
 #endif
@@ -160,10 +171,10 @@ struct PackedTile {
 };
 
 // Calls visit(r, n, span) for the rows [r, r + n) of each register tile and the keys of this tile that they see.
-template <typename Visit>
+template <class Tile, typename Visit>
 MIXATTN_INLINE void for_each_row_tile(const Rows& rows, int64_t first, int64_t num_keys, const Visit& visit) {
   for (int64_t r = 0; r < rows.num_rows;) {
-    const int n = tile_rows(rows.num_rows - r);
+    const int n = Tile::next_rows(rows.num_rows - r);
     visit(r, n, key_span(rows, r, n, first, num_keys));
     r += n;
   }
@@ -184,7 +195,7 @@ void score_tile(const Rows& rows, const PackedTile<T>& tile, const float* k_pack
   const int64_t num_panels = round_up(tile.num_keys, kTileCols) / kTileCols;
   for (int64_t panel = 0; panel < num_panels; ++panel) {
     const int64_t j = panel * kTileCols;
-    for_each_row_tile(rows, tile.first, tile.num_keys, [&](int64_t r, int n, KeySpan span) {
+    for_each_row_tile<typename Scores::Tile>(rows, tile.first, tile.num_keys, [&](int64_t r, int n, KeySpan span) {
       const int64_t step = panel * rows.num_rows + r;
       prefetch_share(tile.v, tile.num_keys, step, step + n, num_panels * rows.num_rows, dims.v);
       if (j < span.begin || j >= span.end) return;
@@ -194,13 +205,14 @@ void score_tile(const Rows& rows, const PackedTile<T>& tile, const float* k_pack
   }
 }
 
-template <class Values, typename T>
+template <class Scores, class Values, typename T>
 void softmax_tile(const AttentionParams& p, const Rows& rows, const PackedTile<T>& tile, float* scores) {
-  for_each_row_tile(rows, tile.first, tile.num_keys, [&](int64_t begin, int n, KeySpan span) {
+  for_each_row_tile<typename Scores::Tile>(rows, tile.first, tile.num_keys, [&](int64_t begin, int n, KeySpan span) {
     if (span.begin == span.end) return;
     const int64_t width = span.end - span.begin;
     for (int64_t r = begin; r < begin + n; ++r) {
       float* row = scores + r * tile.key_tile + span.begin;
+      Scores::finish(rows, row, width);
       if (p.k_scale.is_per_token) scale_scores(row, tile.k_scale + span.begin, width);
       if (p.soft_cap > 0) cap_scores(row, width, p.soft_cap);
       if (p.alibi_slopes != nullptr) add_alibi<1>(row, tile.first + span.begin, width, rows, r);
@@ -217,13 +229,13 @@ void softmax_tile(const AttentionParams& p, const Rows& rows, const PackedTile<T
 }
 
 // O += P V. A panel of V (8 KiB at 128 keys, AVX2) stays in L1 while all rows pass by. The next tile's K is on its way.
-template <class Values, typename T>
+template <class Scores, class Values, typename T>
 void value_tile(const Rows& rows, const PackedTile<T>& tile, const PackedTile<T>& next, const float* v_packed,
                 int64_t head_dim, const float* scores) {
   for (int64_t d = 0; d < rows.o_stride; d += kTileCols) {
     const bool is_whole = d + kTileCols <= rows.o_stride;
     const int64_t width = is_whole ? kTileCols : kLanes;
-    for_each_row_tile(rows, tile.first, tile.num_keys, [&](int64_t r, int n, KeySpan span) {
+    for_each_row_tile<typename Scores::Tile>(rows, tile.first, tile.num_keys, [&](int64_t r, int n, KeySpan span) {
       const int64_t step = d / kTileCols * rows.num_rows + r;
       const int64_t num_steps = round_up(rows.o_stride, kTileCols) / kTileCols * rows.num_rows;
       prefetch_share(next.k, next.num_keys, step, step + n, num_steps, head_dim);
@@ -240,11 +252,14 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
   typedef typename Dot::Key T;
   typedef PackedScores<Dot> Scores;
   typedef PackedValues<Dot> Values;
+  typedef typename Scores::Tile Tile;
+  static_assert(kLineFloats % Tile::kRowMultiple == 0, "scratch has the rows that a tile is filled up with");
+  [[maybe_unused]] const typename Tile::Registers registers{};
   Rows rows = carve_rows(num_rows(item), head_dims(p), scratch);
   const int64_t tile_keys = key_tile(head_dims(p));
   float* const scores = scratch + rows_floats(rows.num_rows, head_dims(p));         // (rows, tile_keys)
   float* const packed = scores + round_up(rows.num_rows, kLineFloats) * tile_keys;  // K, and when S is done V
-  start_rows<T>(p, item, rows.num_rows, &rows);
+  start_rows<T>(p, item, round_up(rows.num_rows, Tile::kRowMultiple), &rows);
   Scores::start(p, item, &rows);
 
   PackedTile<T> tiles[2];
@@ -271,9 +286,9 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
     const int64_t padded_keys = round_up(tile.num_keys, kTileCols);
     Scores::pack(tile.k, padded_keys / kTileCols, p.head_dim, packed);
     score_tile<Scores>(rows, tile, packed, head_dims(p), scores);
-    softmax_tile<Values>(p, rows, tile, scores);
+    softmax_tile<Scores, Values>(p, rows, tile, scores);
     Values::pack(tile.v, padded_keys, p.v_head_dim, tile_keys, packed);
-    value_tile<Values>(rows, tile, next, packed, p.head_dim, scores);
+    value_tile<Scores, Values>(rows, tile, next, packed, p.head_dim, scores);
   }
   finish_rows<T>(p, item, rows);
 }

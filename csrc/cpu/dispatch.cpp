@@ -1,6 +1,7 @@
 // dispatch.cpp: cpuid or HWCAP, and the choice of an ISA.
-// Source  Intel SDM volume 2A, CPUID; volume 1, 14.3 (AVX), 15.2 (AVX-512): the instruction set and the operating
-//         system's saving of its registers (XCR0) are both needed. Linux Documentation/arch/arm64/elf_hwcaps.rst.
+// Source  Intel SDM volume 2A, CPUID; volume 1, 14.3 (AVX), 15.2 (AVX-512), 18.2 (AMX): the instruction set and the
+//         operating system's saving of its registers (XCR0) are both needed, for AMX its permission besides (Linux
+//         Documentation/arch/x86/xstate.rst). Linux Documentation/arch/arm64/elf_hwcaps.rst.
 
 #include "cpu/dispatch.h"
 
@@ -15,6 +16,9 @@
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#endif
 
 namespace mixattn {
 namespace cpu {
@@ -26,7 +30,19 @@ struct X86Features {
   bool avx2 = false;         // AVX2, FMA, F16C, and the system saves YMM
   bool avx512 = false;       // besides F, BW, VL, DQ, and the system saves ZMM and the masks
   bool avx512_bf16 = false;  // besides BF16 and VNNI
+  bool amx = false;          // besides AMX-TILE, AMX-BF16 and AMX-INT8, and the system saves tiles, of this process too
 };
+
+// Tiles are 8 KiB more of a thread's state, and of the frame that a signal finds on its stack: Linux keeps them of
+// processes that ask for it, and refuses where some thread has an alternate signal stack without room for them.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
+#else
+  return false;
+#endif
+}
 
 X86Features x86_features() {
   X86Features features;
@@ -43,8 +59,10 @@ X86Features x86_features() {
   const bool has_f_dq_bw_vl = bit(ebx, 16) && bit(ebx, 17) && bit(ebx, 30) && bit(ebx, 31);
   features.avx512 = features.avx2 && has_f_dq_bw_vl && saves_zmm;
   const bool has_vnni = bit(ecx, 11), has_subleaf_1 = eax >= 1;
+  const bool has_tiles = bit(edx, 22) && bit(edx, 24) && bit(edx, 25), saves_tiles = (xcr0 & 0x60000) == 0x60000;
   if (!has_subleaf_1 || __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0) return features;
   features.avx512_bf16 = features.avx512 && has_vnni && bit(eax, 5);
+  features.amx = features.avx512_bf16 && has_tiles && saves_tiles && may_use_tiles();
   return features;
 }
 
@@ -71,9 +89,7 @@ int64_t cache_bytes(int name) {
 const std::vector<const IsaKernels*>& compiled_kernels() {
   static const std::vector<const IsaKernels*> kernels = {
 #if defined(__x86_64__)
-      &kAvx512Bf16Kernels,
-      &kAvx512Kernels,
-      &kAvx2Kernels,
+      &kAmxKernels,    &kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2Kernels,
 #elif defined(__aarch64__)
       &kNeonBf16Kernels,
       &kNeonKernels,
@@ -84,17 +100,17 @@ const std::vector<const IsaKernels*>& compiled_kernels() {
 }
 
 bool is_available(const IsaKernels& kernels) {
-  if (kernels.is_emulated || &kernels == &kScalarKernels) return true;
 #if defined(__x86_64__)
   static const X86Features features = x86_features();
+  if (&kernels == &kAmxKernels) return kernels.is_emulated ? features.avx512_bf16 : features.amx;
   if (&kernels == &kAvx512Bf16Kernels) return features.avx512_bf16;
-  if (&kernels == &kAvx512Kernels) return features.avx512;
+  if (&kernels == &kAvx512Kernels) return kernels.is_emulated || features.avx512;
   if (&kernels == &kAvx2Kernels) return features.avx2;
 #elif defined(__aarch64__)
   if (&kernels == &kNeonBf16Kernels) return has_bfloat16_products();
   if (&kernels == &kNeonKernels) return has_dot_products();
 #endif
-  return false;
+  return &kernels == &kScalarKernels;
 }
 
 const IsaKernels& best_kernels() {

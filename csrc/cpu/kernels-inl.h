@@ -16,7 +16,7 @@ namespace cpu {
 
 const IsaKernels MIXATTN_ISA_KERNELS = {
     MIXATTN_ISA_NAME,
-#ifdef MIXATTN_SIMDE
+#if defined(MIXATTN_SIMDE) || defined(MIXATTN_EMULATED_AMX)
     true,
 #else
     false,

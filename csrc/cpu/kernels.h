@@ -67,6 +67,7 @@ struct IsaKernels {
   int64_t fma_flops_per_round;
 };
 
+extern const IsaKernels kAmxKernels;
 extern const IsaKernels kAvx512Bf16Kernels;
 extern const IsaKernels kAvx512Kernels;
 extern const IsaKernels kAvx2Kernels;

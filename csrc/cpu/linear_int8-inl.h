@@ -4,7 +4,8 @@
 //         s m sum_k q. Sums of products are exact, in int32; blocks are added up in float32
 // Method  Register tiles of kInt8Rows rows and one panel; u lies in words of 4 neighbouring depths, which one
 //         instruction multiplies with 4 elements of x where there is VNNI, USDOT or, for u - 128, SDOT. Nibbles are
-//         unpacked in registers, by units that the products leave free, once per register tile
+//         unpacked in registers, by units that the products leave free, once per register tile. With AMX 16 rows at a
+//         time go by tiles, for which a piece of the panel is unpacked into L1
 // Shapes  as LinearParams; depth a multiple of 32
 // Memory  as linear-inl.h, x taking 1.4 bytes per element
 // Twins   truth: float64 products of the dequantised matrix with the rounded x (tests/ops/test_linear.py)
@@ -13,6 +14,9 @@
 
 #include "cpu/linear-inl.h"
 #include "cpu/vec_quantized.h"
+#if defined(MIXATTN_ISA_AMX)
+#include "cpu/amx_tile-inl.h"
+#endif
 
 namespace mixattn {
 namespace cpu {
@@ -188,6 +192,79 @@ MIXATTN_INLINE int64_t int8_tile_rows(int64_t rows_left) {
   return rows_left <= kInt8Rows || rows_left >= 2 * kInt8Rows ? clamp(rows_left, 0, kInt8Rows) : (rows_left + 1) / 2;
 }
 
+#if defined(MIXATTN_ISA_AMX)
+void unpack_nibbles(const Blocks& blocks, int64_t block_bytes, int64_t header_bytes, char* bytes) {
+  for (int64_t b = 0; b < blocks.count; ++b, bytes += ByteQuants::kBytes) {
+#pragma GCC unroll 8
+    for (int group = 0; group < kBlockDepth / 4; ++group) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kTileVecs; ++j) {
+        store_words(bytes + (group * kTileCols + j * kLanes) * 4,
+                    NibbleQuants::words(blocks.data + b * block_bytes + header_bytes, group, j));
+      }
+    }
+  }
+}
+
+// multiply_blocks for kAmxRows rows, by tiles, to the bit: sums of products are exact, what follows is the same. The
+// blocks' u are bytes in memory, quants_stride apart.
+template <class Form>
+void multiply_block_tiles(const Blocks& blocks, const char* quants, int64_t quants_stride, const Int8Rows& x,
+                          int64_t depth, int64_t row, float* c) {
+  typedef Int8Form<Form> Int8;
+  const int64_t row_blocks = depth / kBlockDepth;
+  const int64_t first = row * row_blocks + blocks.first;  // of row r, r row_blocks further
+  alignas(64) int32_t dots[2][kAmxRows * kTileCols];      // of a block, and of the next one, which is on its way
+  const auto multiply = [&](int64_t b) {
+    multiply_byte_tile(x.values + (first + b) * kBlockDepth, depth, quants + b * quants_stride, dots[b % 2]);
+  };
+  multiply(0);
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    if (b + 1 < blocks.count) multiply(b + 1);
+    const char* const scales = blocks.data + b * Form::kBytes;
+    if (blocks.is_streamed) {
+      for (int64_t i = 0; i < Form::kBytes; i += 64) prefetch(scales + kPanelAheadBytes + i);
+    }
+    const Float16* const d = reinterpret_cast<const Float16*>(scales);
+    const Vec scale[kTileVecs] = {load(d), load(d + kLanes)};
+    for (int64_t r = 0; r < kAmxRows; ++r) {
+      const IntVec start = broadcast_word(-Int8::kZero * x.sums[first + b + r * row_blocks]);
+      const Vec x_scale = broadcast(x.scales[first + b + r * row_blocks]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kTileVecs; ++j) {
+        float* const target = c + r * kTileCols + j * kLanes;
+        const IntVec dot = add_words(load_words(dots[b % 2] + r * kTileCols + j * kLanes), start);
+        Vec acc = blocks.first + b > 0 ? load(target) : zero();
+        acc = fmadd(int_to_float(dot), mul(scale[j], x_scale), acc);
+        if (Int8::kHasMin) {
+          const Vec min = load(d + kTileCols + j * kLanes);
+          acc = fmadd(min, broadcast(x.scaled_sums[first + b + r * row_blocks]), acc);
+        }
+        store(target, acc);
+      }
+    }
+  }
+}
+
+// Of the rows from `row` on, as many as whole tiles have: their number.
+template <class Form>
+int64_t multiply_tiles(const LinearParams& p, Blocks* blocks, int64_t panel, int64_t row, int64_t num_rows, float* c) {
+  constexpr bool kHasNibbles = Form::kBytes - Form::kHeaderBytes < ByteQuants::kBytes;
+  alignas(64) char bytes[kHasNibbles ? kInt8Piece / kBlockDepth * ByteQuants::kBytes : 1];
+  const int64_t num_tiled = round_down(num_rows, kAmxRows);
+  if (num_tiled > 0 && kHasNibbles) unpack_nibbles(*blocks, Form::kBytes, Form::kHeaderBytes, bytes);
+  finish_stores();
+  const char* const quants = kHasNibbles ? bytes : blocks->data + Form::kHeaderBytes;
+  for (int64_t r = 0; r < num_tiled; r += kAmxRows) {
+    if (blocks->first == 0) prefetch_finish(p, row + r, kAmxRows, panel);
+    multiply_block_tiles<Form>(*blocks, quants, kHasNibbles ? ByteQuants::kBytes : Form::kBytes, p.x_int8, p.depth,
+                               row + r, c + r * kTileCols);
+    blocks->is_streamed = false;
+  }
+  return num_tiled;
+}
+#endif
+
 // c (num_rows, kTileCols) = x (rows from `row` on) times the panel, a piece of its depth at a time.
 template <class Form>
 void multiply_panel_int8(const LinearParams& p, int64_t panel, int64_t row, int64_t num_rows, float* c) {
@@ -196,7 +273,11 @@ void multiply_panel_int8(const LinearParams& p, int64_t panel, int64_t row, int6
   for (int64_t first = 0; first < num_blocks; first += kInt8Piece / kBlockDepth) {
     const int64_t count = clamp(num_blocks - first, 0, kInt8Piece / kBlockDepth);
     Blocks blocks{data + first * Form::kBytes, first, count, true};
-    for (int64_t r = 0; r < num_rows;) {
+    int64_t r = 0;
+#if defined(MIXATTN_ISA_AMX)
+    r = multiply_tiles<Form>(p, &blocks, panel, row, num_rows, c);
+#endif
+    while (r < num_rows) {
       const int64_t n = int8_tile_rows(num_rows - r);
       if (first == 0) prefetch_finish(p, row + r, n, panel);
       int8_tile_function<Form>(n)(blocks, p.x_int8, p.depth, row + r, c + r * kTileCols);
@@ -209,6 +290,9 @@ void multiply_panel_int8(const LinearParams& p, int64_t panel, int64_t row, int6
 template <class Form>
 void linear_int8_typed(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                        int64_t panel_end) {
+#if defined(MIXATTN_ISA_AMX)
+  const ByteTileRegisters registers(row_end - row_begin >= kAmxRows);
+#endif
   alignas(64) float c[kRowBlock * kTileCols];
   for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
     const int64_t num_rows = clamp(row_end - row, 0, kRowBlock);

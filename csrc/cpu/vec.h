@@ -4,6 +4,8 @@
 //         SCALAR is the compiler's own 4-lane vector: SSE2 on x86-64, NEON on aarch64, plain code elsewhere.
 //         AVX512 with MIXATTN_ISA_AVX512_BF16 has the products of AVX512_BF16 and AVX512_VNNI besides, NEON with
 //         MIXATTN_ISA_NEON_BF16 those of BF16 and I8MM.
+//         With MIXATTN_ISA_AMX products of many rows go by tiles (amx_tile-inl.h), besides; under
+//         MIXATTN_EMULATED_AMX on CPUs without AMX, slowly: for tests.
 //         AVX-512 under MIXATTN_SIMDE runs on any x86-64 through SIMDe, slowly: for tests of that path.
 // Hazard  Everything here, and everything that includes it, is internal to its file (anonymous namespace, no std
 //         templates): an inline function that the linker shares between files could be the AVX copy on a CPU without.

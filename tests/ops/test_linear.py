@@ -199,6 +199,21 @@ def test_linear_with_rounded_inputs_is_that_of_the_inputs_rounded_to_int8(
         assert num_rows == 0 or not torch.equal(y, linear(x, pack_weight(rows, form, depth, isa=isa)))
 
 
+@pytest.mark.parametrize("form", QUANTISED_FORMS)
+def test_linear_with_rounded_inputs_by_amx_has_the_bits_of_avx512(form: str) -> None:
+    """Sums of products are exact and all else is the same: it does not show which rows went by tiles."""
+    isas = ("amx", "avx512_bf16")
+    missing = [isa for isa in isas if isa not in _C.cpu_info()["available"]]
+    if missing:
+        pytest.skip(f"this CPU has no {' and no '.join(missing)}")
+    depth = 1056  # three pieces of unpacked blocks
+    rows, _ = stored_matrix(form, 70, depth)
+    weights = [pack_weight(rows, form, depth, rounds_x=True, isa=isa) for isa in isas]
+    for num_rows in (15, 16, 17, 33, 97):
+        x = torch.randn(num_rows, depth, generator=torch.Generator().manual_seed(num_rows))
+        assert torch.equal(*(linear(x, weight) for weight in weights))
+
+
 def test_linear_with_rounded_inputs_adds_bias_and_residual_and_keeps_zeros_and_non_finite_rows(isa: str) -> None:
     rows, _ = stored_matrix("q4_1", 33, 96)
     weight = pack_weight(rows, "q4_1", 96, rounds_x=True, isa=isa)

@@ -1,0 +1,144 @@
+// amx_tile-inl.h: the matrix products of register_tile-inl.h for many rows, by the tiles of AMX.
+// Math    c = a b, or c += a b, of pairs of bfloat16; c = a b of signed and unsigned bytes, exact
+// Method  8 tiles of up to 16 rows of 16 words: 2 x 2 of c, 2 of a and 2 of b, so that 4 loads (8 clocks each) feed 4
+//         products (16 clocks each). TDPBF16PS sums the even and the odd elements of 16 pairs apart, adds both sums,
+//         then the result to c, where vdpbf16ps adds pair after pair to c: the last bits differ. Both take subnormal
+//         numbers, in and out, for 0. Every row's sums are made so, whatever rows it lies among: a last tile of fewer
+//         than 16 rows is as high as the others and has its rows padded, for which scratch has room. It takes 16
+//         clocks where vdpbf16ps takes 8 per row at best, and one more tile shape would be one more configuration
+// Shapes  as register_tile-inl.h; rows of a are words, b is (depth in words, kTileCols) words
+// Hazard  Tiles belong to the thread. They are configured as long as a TileRegisters lives: a thread that has none in
+//         use has no tiles saved when it is interrupted. GCC's intrinsics of loads do not say that they read memory:
+//         what is to be loaded must have been stored before a finish_stores()
+// Source  Intel SDM volume 2, volume 1 chapter 18; clocks: Intel Optimization Reference Manual, chapter on AMX
+#pragma once
+
+#include "cpu/register_tile-inl.h"
+
+#if defined(MIXATTN_EMULATED_AMX)
+#include "cpu/emulated_amx.h"
+#endif
+
+namespace mixattn {
+namespace cpu {
+namespace {
+
+constexpr int kAmxRows = 16;   // of a tile, and words of its rows
+constexpr int kAmxBytes = 64;  // of its rows
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t reserved[15] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 for c, 4 and 5 for b, 6 and 7 for a, of which one step takes this many words of depth.
+constexpr TileConfig tile_config(int depth) {
+  TileConfig config;
+  for (int i = 0; i < 8; ++i) {
+    config.row_bytes[i] = static_cast<uint16_t>(i < 6 ? kAmxBytes : 4 * depth);
+    config.rows[i] = static_cast<uint8_t>(i < 4 || i >= 6 ? kAmxRows : depth);
+  }
+  return config;
+}
+
+template <int kDepth>
+class TileRegisters {
+ public:
+  explicit TileRegisters(bool is_used = true) : is_used_(is_used) {
+    if (is_used) _tile_loadconfig(&kConfig);
+  }
+  ~TileRegisters() {
+    if (is_used_) _tile_release();
+  }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+
+ private:
+  static constexpr TileConfig kConfig = tile_config(kDepth);
+  bool is_used_;
+};
+
+MIXATTN_INLINE void finish_stores() {
+  __asm__ volatile("" ::: "memory");
+}
+
+// c (16 kTiles, kTileCols) = or += a b.
+template <int kTiles, bool kIsAdded>
+void multiply_bfloat16_tiles(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
+                             int64_t c_stride) {
+  constexpr int64_t kWord = sizeof(float);
+  const float* const a_low = a + kAmxRows * a_stride;
+  float* const c_low = c + kAmxRows * c_stride;
+  finish_stores();
+  if constexpr (kIsAdded) {
+    _tile_loadd(0, c, c_stride * kWord);
+    _tile_loadd(1, c + kLanes, c_stride * kWord);
+    if constexpr (kTiles == 2) {
+      _tile_loadd(2, c_low, c_stride * kWord);
+      _tile_loadd(3, c_low + kLanes, c_stride * kWord);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kTiles == 2) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  for (int64_t k = 0; k < depth; k += kLanes) {
+    _tile_loadd(4, b + k * kTileCols, kTileCols * kWord);
+    _tile_loadd(5, b + k * kTileCols + kLanes, kTileCols * kWord);
+    _tile_loadd(6, a + k, a_stride * kWord);
+    _tile_dpbf16ps(0, 6, 4);
+    _tile_dpbf16ps(1, 6, 5);
+    if constexpr (kTiles == 2) {
+      _tile_loadd(7, a_low + k, a_stride * kWord);
+      _tile_dpbf16ps(2, 7, 4);
+      _tile_dpbf16ps(3, 7, 5);
+    }
+  }
+  _tile_stored(0, c, c_stride * kWord);
+  _tile_stored(1, c + kLanes, c_stride * kWord);
+  if constexpr (kTiles == 2) {
+    _tile_stored(2, c_low, c_stride * kWord);
+    _tile_stored(3, c_low + kLanes, c_stride * kWord);
+  }
+}
+
+// As register_tile-inl.h's, for a depth of whole tiles and without a factor: c is not in vectors to be multiplied.
+struct BFloat16Tile {
+  typedef TileRegisters<kLanes> Registers;
+  static constexpr int kRowMultiple = kAmxRows;
+  static constexpr bool kTakesFactor = false;
+  MIXATTN_INLINE int next_rows(int64_t rows_left) { return static_cast<int>(clamp(rows_left, 0, 2 * kAmxRows)); }
+  template <bool kIsAdded>
+  MIXATTN_INLINE void multiply(int num_rows, const float* a, int64_t a_stride, const float* b, int64_t depth, float,
+                               float* c, int64_t c_stride) {
+    const auto multiply_rows =
+        num_rows > kAmxRows ? multiply_bfloat16_tiles<2, kIsAdded> : multiply_bfloat16_tiles<1, kIsAdded>;
+    multiply_rows(a, a_stride, b, depth, c, c_stride);
+  }
+};
+
+typedef TileRegisters<8> ByteTileRegisters;
+
+// c (16, kTileCols) = a b over a depth of 8 words, of 4 signed bytes of a, whose stride is in bytes, and 4 unsigned
+// ones of b. c is for vectors to read, b was stored before a finish_stores().
+MIXATTN_INLINE void multiply_byte_tile(const int8_t* a, int64_t a_stride, const void* b, int32_t* c) {
+  constexpr int64_t kStride = kTileCols * sizeof(int32_t);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_loadd(6, a, a_stride);
+  _tile_loadd(4, b, kStride);
+  _tile_loadd(5, static_cast<const char*>(b) + kAmxBytes, kStride);
+  _tile_dpbsud(0, 6, 4);
+  _tile_dpbsud(1, 6, 5);
+  _tile_stored(0, c, kStride);
+  _tile_stored(1, c + kLanes, kStride);
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace mixattn
