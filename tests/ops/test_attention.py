@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mixattn
-from mixattn import _C, env
+from mixattn import env
 from mixattn.ops.plan import Hardware, WorkPlan, cpu_hardware
 from tests.cases import (
     CASES,
@@ -31,17 +31,6 @@ from tests.cases import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=env.CPU_ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Forces one ISA on the test; skips where the CPU lacks it."""
-    name: str = request.param
-    available = _C.cpu_info()["available"]
-    if name not in available:
-        pytest.skip(f"this CPU has no {name} (it has {', '.join(available)})")
-    monkeypatch.setattr(env, "cpu_isa", lambda: name)
-    return name
 
 
 def splitting_hardware(num_workers: int) -> Hardware:

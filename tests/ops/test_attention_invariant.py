@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mixattn
-from mixattn import _C, env
+from mixattn import env
 from mixattn.ops.plan import cpu_hardware
 from tests.cases import CASES, SCORE_CASES, AttentionCase, assert_attention_close, make_inputs
 
@@ -40,15 +40,6 @@ CHUNKINGS = [
 ]
 MATES = [(1, 40), (7, 900), (130, 131), (0, 64), (1, 2000)]
 """(q_len, kv_len) of other sequences: 15 batches are made of them."""
-
-
-@pytest.fixture(params=env.CPU_ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    name: str = request.param
-    if name not in _C.cpu_info()["available"]:
-        pytest.skip(f"this CPU has no {name}")
-    monkeypatch.setattr(env, "cpu_isa", lambda: name)
-    return name
 
 
 @dataclass(frozen=True)

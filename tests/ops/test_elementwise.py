@@ -7,20 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixattn import _C, env
 from mixattn.ops.elementwise import add_rms_norm, rms_norm, silu_mul
 
 SIZES = [1, 3, 8, 31, 64, 576]
-
-
-@pytest.fixture(params=env.CPU_ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    name: str = request.param
-    available = _C.cpu_info()["available"]
-    if name not in available:
-        pytest.skip(f"this CPU has no {name} (it has {', '.join(available)})")
-    monkeypatch.setattr(env, "cpu_isa", lambda: name)
-    return name
 
 
 def assert_relative(y: Tensor, truth: Tensor, tolerance: float) -> None:

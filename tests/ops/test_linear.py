@@ -20,15 +20,6 @@ ODD_SHAPES = [(1, 1), (5, 3), (17, 31), (31, 259)]
 NUM_ROWS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 97]
 
 
-@pytest.fixture(params=env.CPU_ISAS)
-def isa(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    available = _C.cpu_info()["available"]
-    if name not in available:
-        pytest.skip(f"this CPU has no {name} (it has {', '.join(available)})")
-    return name
-
-
 def stored_matrix(form: str, num_cols: int, depth: int) -> tuple[Tensor, Tensor]:
     """The rows of a random matrix as a checkpoint of this form has them, and its values in float64."""
     values = torch.randn(num_cols, depth, generator=torch.Generator().manual_seed(num_cols * depth))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import mixattn
-from mixattn import _C, env
 from mixattn.config import RopeConfig
 from mixattn.ops.kv_dtypes import MIN_ROW_SCALE, QUANTIZED
 from mixattn.ops.reference import append_kv_reference, dequantize_reference, quantize_reference
@@ -21,17 +20,6 @@ NUM_PAGES, PAGE_SIZE = 3, 16
 
 def name_of(value: object) -> str | None:
     return QUANTIZED[value].name if isinstance(value, torch.dtype) and value in QUANTIZED else None
-
-
-@pytest.fixture(params=env.CPU_ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Forces one ISA on the test; skips where the CPU lacks it."""
-    name: str = request.param
-    available = _C.cpu_info()["available"]
-    if name not in available:
-        pytest.skip(f"this CPU has no {name} (it has {', '.join(available)})")
-    monkeypatch.setattr(env, "cpu_isa", lambda: name)
-    return name
 
 
 def all_codes(dtype: torch.dtype, head_dim: int) -> Tensor:
