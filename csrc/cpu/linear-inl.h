@@ -24,7 +24,7 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kDepthPiece = kLanes > 8 ? 192 : 256;  // of a widened panel: 24 or 16 KiB of L1, beside a tile of x
-constexpr int kPanelAheadBytes = 4096;                   // of weights between a prefetch and its use
+constexpr int kPanelNearBytes = 2048, kPanelFarBytes = 16384;  // of weights between prefetches, to L1 and L2, and use
 constexpr int64_t kRowBlock = 96;  // rows that share a widening, which then costs 3 %; x stays in L2 at depth 576
 
 // A form's widen() gives use(d, i, w) the weights of kTileCols columns at depth d of a block; i counts its calls.
@@ -124,18 +124,24 @@ struct Q4Form {
   }
 };
 
-// Calls use(k, i, w) for every k of the depth [0, depth) of a panel; i counts in an unrolled block. Prefetches what
-// lies kAhead bytes further, if that is not 0, line by line.
-template <class Form, int kAhead, typename Use>
+// Sends for a line of weights that will be read soon and for one that will be read later.
+MIXATTN_INLINE void prefetch_ahead(const char* line) {
+  prefetch(line + kPanelNearBytes);
+  prefetch_far(line + kPanelFarBytes);
+}
+
+// Calls use(k, i, w) for every k of the depth [0, depth) of a panel; i counts in an unrolled block. A panel that is
+// streamed from memory is prefetched line by line.
+template <class Form, bool kIsStreamed, typename Use>
 MIXATTN_INLINE void for_each_depth(const char* panel, int64_t depth, const Use& use) {
   constexpr int kLines = (Form::kBytes + 63) / 64;
   int64_t k = 0;
   for (; k + Form::kDepth <= depth; k += Form::kDepth, panel += Form::kBytes) {
     Form::template widen<Form::kDepth>(
         panel, [&](int d, int i, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
-          if (kAhead > 0) {
+          if (kIsStreamed) {
             for (int line = i * kLines / Form::kDepth; line < (i + 1) * kLines / Form::kDepth; ++line) {
-              prefetch(panel + kAhead + line * 64);
+              prefetch_ahead(panel + line * 64);
             }
           }
           use(k + d, i, w);
@@ -160,15 +166,16 @@ void multiply_direct(const char* panel, const float* x, int64_t x_stride, int64_
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) acc[n][r][0] = acc[n][r][1] = zero();
   }
-  for_each_depth<Form, kPanelAheadBytes>(
-      panel, depth, [&](int64_t k, int i, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
+  for_each_depth<Form, true>(panel, depth,
+                             [&](int64_t k, int i, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          const Vec value = broadcast(x[r * x_stride + k]);
+                               for (int r = 0; r < kRows; ++r) {
+                                 const Vec value = broadcast(x[r * x_stride + k]);
 #pragma GCC unroll 2
-          for (int j = 0; j < kTileVecs; ++j) acc[i % kChains][r][j] = fmadd(value, w[j], acc[i % kChains][r][j]);
-        }
-      });
+                                 for (int j = 0; j < kTileVecs; ++j)
+                                   acc[i % kChains][r][j] = fmadd(value, w[j], acc[i % kChains][r][j]);
+                               }
+                             });
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
@@ -232,10 +239,11 @@ void multiply_many_rows(const LinearParams& p, int64_t panel, int64_t row, int64
   for (int64_t begin = 0; begin < p.depth; begin += kDepthPiece, data += kDepthPiece / Form::kDepth * Form::kBytes) {
     const int64_t piece = clamp(p.depth - begin, 0, kDepthPiece);
     const int64_t piece_bytes = piece / Form::kDepth * Form::kBytes;
-    for_each_depth<Form, 0>(data, piece, [&](int64_t k, int, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
-      store(widened + k * kTileCols, w[0]);
-      store(widened + k * kTileCols + kLanes, w[1]);
-    });
+    for_each_depth<Form, false>(data, piece,
+                                [&](int64_t k, int, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
+                                  store(widened + k * kTileCols, w[0]);
+                                  store(widened + k * kTileCols + kLanes, w[1]);
+                                });
     for (int64_t r = 0; r < num_rows;) {
       const int n = tile_rows(num_rows - r);
       prefetch_share(data + piece_bytes, piece_bytes, r, r + n, num_rows);
@@ -313,12 +321,12 @@ template <class Form>
 void unpack_row(const char* panels, int64_t panel_bytes, int64_t row, int64_t depth, float* target) {
   const int64_t lane = row % kTileCols;
   alignas(64) float widened[kTileCols];
-  for_each_depth<Form, 0>(panels + row / kTileCols * panel_bytes, depth,
-                          [&](int64_t k, int, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
-                            store(widened, w[0]);
-                            store(widened + kLanes, w[1]);
-                            target[k] = widened[lane];
-                          });
+  for_each_depth<Form, false>(panels + row / kTileCols * panel_bytes, depth,
+                              [&](int64_t k, int, const Vec(&w)[kTileVecs]) __attribute__((always_inline)) {
+                                store(widened, w[0]);
+                                store(widened + kLanes, w[1]);
+                                target[k] = widened[lane];
+                              });
 }
 
 void unpack_weight_row(WeightForm form, const void* panels, int64_t panel_bytes, int64_t row, int64_t depth,

@@ -130,8 +130,8 @@ void multiply_blocks(const Blocks& blocks, const Int8Rows& x, int64_t depth, int
     for (int group = 0; group < kBlockDepth / 4; ++group) {
       const IntVec w[kTileVecs] = {Quants::words(quants, group, 0), Quants::words(quants, group, 1)};
       if (blocks.is_streamed) {  // from memory far ahead, a line or two at a time
-        if (group * 128 < Form::kBytes) prefetch(scales + kPanelAheadBytes + group * 128);
-        if (group * 128 + 64 < Form::kBytes) prefetch(scales + kPanelAheadBytes + group * 128 + 64);
+        if (group * 128 < Form::kBytes) prefetch_ahead(scales + group * 128);
+        if (group * 128 + 64 < Form::kBytes) prefetch_ahead(scales + group * 128 + 64);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
@@ -223,7 +223,7 @@ void multiply_block_tiles(const Blocks& blocks, const char* quants, int64_t quan
     if (b + 1 < blocks.count) multiply(b + 1);
     const char* const scales = blocks.data + b * Form::kBytes;
     if (blocks.is_streamed) {
-      for (int64_t i = 0; i < Form::kBytes; i += 64) prefetch(scales + kPanelAheadBytes + i);
+      for (int64_t i = 0; i < Form::kBytes; i += 64) prefetch_ahead(scales + i);
     }
     const Float16* const d = reinterpret_cast<const Float16*>(scales);
     const Vec scale[kTileVecs] = {load(d), load(d + kLanes)};
