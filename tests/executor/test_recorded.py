@@ -64,7 +64,12 @@ STEPS = [
     batch([(1, 40), (1, 300), (5, 9)]),
     batch([(1, 41), (1, 301), (5, 14)], token_id=50),
     batch([(1, 42), (4, 303), (2, 16)]),  # as many rows and sequences, other lengths
-    batch([(70, 70)]),  # too long to be recorded
+    batch([(70, 70)]),  # too long to be recorded at once
+    batch([(70, 90)], token_id=11),  # the shape comes back: recorded
+    batch([(70, 80)], token_id=12),
+    batch([(60, 100), (4, 20), (6, 9)]),
+    batch([(513, 600)]),  # too long to be recorded at all
+    batch([(513, 600)]),
     batch([(1, 23)]),
     batch([(1, 30)] * 20),  # the input buffers grow: they move
     batch([(1, 31)] * 20, token_id=9),
@@ -97,16 +102,27 @@ def test_recorded_steps_leave_the_bits_of_plain_ones(name: str, kv_dtype: torch.
             assert (one is None and other is None) or torch.equal(one, other)
 
 
-def test_recordings_are_used_again_and_the_oldest_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded, "_MOST_RECORDINGS", 2)
+def forwards_of(steps: list[BatchPlan], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each call of the model's own forward pass, plain or to be recorded."""
     loaded = load_model(EngineConfig("tiny-llama", load_format="dummy"), show_progress=False)
     executor = make_executor(loaded, True)
-    calls = []
+    calls: list[int] = []
     forward = loaded.model.forward
     monkeypatch.setattr(loaded.model, "forward", lambda *rest: (calls.append(len(rest[0])), forward(*rest))[1])
-    for num_seqs in (1, 1, 2, 1, 2, 3, 2, 1):
-        executor.execute(batch([(1, 20)] * num_seqs))
-    assert calls == [1, 2, 3, 1]
+    for step in steps:
+        executor.execute(step)
+    return calls
+
+
+def test_recordings_are_used_again_and_the_oldest_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "_MOST_RECORDED_ROWS", 5)
+    steps = [batch([(1, 20)] * num_seqs) for num_seqs in (1, 1, 2, 1, 2, 3, 2, 1)]
+    assert forwards_of(steps, monkeypatch) == [1, 2, 3, 1]
+
+
+def test_larger_steps_are_recorded_when_their_shape_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [batch([(num_rows, num_rows)]) for num_rows in (64, 64, 100, 65, 65, 65, 100, 100, 513, 513, 513)]
+    assert forwards_of(steps, monkeypatch) == [64, 100, 65, 65, 100, 513, 513, 513]
 
 
 def test_recording_of_more_layers_keeps_no_more_memory() -> None:
