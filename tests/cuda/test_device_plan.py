@@ -266,7 +266,7 @@ def test_attention_out_op_with_a_device_plan_passes_opcheck(driver: Emulation) -
         torch.ops.mixattn.attention_out.default,
         (
             inputs.q, inputs.k_cache, inputs.v_cache, *inputs.index_tensors.values(), plan.buffer, *(None,) * 7,
-            0.2, True, None, None, False, 0, "cuda", torch.zeros_like(inputs.q), torch.zeros(inputs.q.shape[:2]),
+            0.2, True, None, None, False, False, 0, "cuda", torch.zeros_like(inputs.q), torch.zeros(inputs.q.shape[:2]),
             *plan.workspace, list(plan.terms),
         ),
     )  # fmt: skip
