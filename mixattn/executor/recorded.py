@@ -22,8 +22,8 @@ _RECORDED_AT_ONCE = 64
 """Rows up to which a step is recorded when its shape is first seen. A larger one when the shape comes back, because
 prompts come in many shapes: recording 30 layers takes 50 ms, and running them recorded saves some 20 ms of 140 (256
 rows of a 135M model with int8 inputs, 2 cores of a Zen 4)."""
-_MOST_RECORDED_ROWS = 4096
-"""Rows of all recordings together, the least recently used going first; 64 rows of a 135M model take 4 MB."""
+_MOST_RECORDINGS, _MOST_RECORDED_ROWS = 64, 4096
+"""Of all recordings together, the least recently used going first; 64 rows of a 135M model take 4 MB."""
 _MOST_SEEN = 256
 """Shapes that are remembered to have been seen."""
 
@@ -70,7 +70,7 @@ class RecordedForward:
             self._recorded.pop(key, None)
             found = self._record(input_ids, positions, kv, meta)
             self._recorded[key] = found
-            while sum(recorded.num_rows for recorded in self._recorded.values()) > _MOST_RECORDED_ROWS:
+            while self._is_full():
                 self._recorded.popitem(last=False)
         self._recorded.move_to_end(key)
         for window, plan in meta.plans.items():
@@ -78,6 +78,10 @@ class RecordedForward:
         found.recording.run()
         result: Tensor = found.recording.result
         return result
+
+    def _is_full(self) -> bool:
+        num_rows = sum(recorded.num_rows for recorded in self._recorded.values())
+        return len(self._recorded) > _MOST_RECORDINGS or num_rows > _MOST_RECORDED_ROWS
 
     def _has_seen(self, key: tuple[object, ...]) -> bool:
         """Whether a step of this shape came before; remembers that one has."""

@@ -114,8 +114,11 @@ def forwards_of(steps: list[BatchPlan], monkeypatch: pytest.MonkeyPatch) -> list
     return calls
 
 
-def test_recordings_are_used_again_and_the_oldest_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded, "_MOST_RECORDED_ROWS", 5)
+@pytest.mark.parametrize(("limit", "most"), [("_MOST_RECORDED_ROWS", 5), ("_MOST_RECORDINGS", 2)])
+def test_recordings_are_used_again_and_the_oldest_dropped(
+    limit: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, limit, most)
     steps = [batch([(1, 20)] * num_seqs) for num_seqs in (1, 1, 2, 1, 2, 3, 2, 1)]
     assert forwards_of(steps, monkeypatch) == [1, 2, 3, 1]
 
