@@ -23,7 +23,7 @@ namespace cpu {
 namespace {
 
 // What registers hold: kInt8Rows x 2 sums in int32, as many in float32, two words of weights, one of x.
-constexpr int kInt8Rows = kNumRegisters > 16 ? 6 : 2;
+constexpr int kInt8Rows = kNumRegisters > 16 ? 6 : 5;
 constexpr int64_t kInt8Piece = 640;  // most depths of a panel that register tiles pass over: up to 21 KiB of L1
 
 // One row of x, rounded: q, and of each block s, sum q, and s sum q. All that is not finite makes s NaN.
@@ -58,12 +58,17 @@ void quantise_rows(const LinearParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Words of 4 weights u, of depth 4 group + [0, 4), as a block has them.
+// Words of 4 weights u, of depth 4 group + [0, 4), as a block has them, and how sums of u q are made, from `start` on.
+// Products take kTaken from u.
 struct ByteQuants {
   static constexpr int64_t kBytes = kTileCols * kBlockDepth;
   MIXATTN_INLINE IntVec words(const char* quants, int group, int c) {
     return load_words(quants + (group * kTileCols + c * kLanes) * 4);
   }
+  static constexpr int kTaken = kByteZero;
+  MIXATTN_INLINE IntVec begin(int32_t start) { return broadcast_word(start); }
+  MIXATTN_INLINE IntVec add(IntVec sum, IntVec w, SharedWord x) { return add_byte_products(sum, w, x); }
+  MIXATTN_INLINE IntVec end(IntVec sum, int32_t) { return sum; }
 };
 
 struct NibbleQuants {
@@ -71,6 +76,10 @@ struct NibbleQuants {
     const IntVec pairs = load_words(quants + (group % 4 * kTileCols + c * kLanes) * 4);
     return group < 4 ? low_nibbles(pairs) : high_nibbles(pairs);
   }
+  static constexpr int kTaken = kNibbleZero;
+  MIXATTN_INLINE IntVec begin(int32_t start) { return begin_nibble_sums(start); }
+  MIXATTN_INLINE IntVec add(IntVec sum, IntVec w, SharedWord x) { return add_nibble_products(sum, w, x); }
+  MIXATTN_INLINE IntVec end(IntVec sum, int32_t start) { return end_nibble_sums(sum, start); }
 };
 
 template <class Form>
@@ -119,13 +128,13 @@ void multiply_blocks(const Blocks& blocks, const Int8Rows& x, int64_t depth, int
     const char* const quants = scales + Form::kHeaderBytes;
     const int64_t block = row * row_blocks + blocks.first + b;  // of row r, r row_blocks further
     const int8_t* const values = x.values + block * kBlockDepth;
+    const auto start = [&](int r) __attribute__((always_inline)) {
+      constexpr int kZero = Int8::kZero - Quants::kTaken;  // of what the ISA multiplies
+      return kZero == 0 ? 0 : -kZero * x.sums[block + r * row_blocks];
+    };
     IntVec dots[kRows][kTileVecs];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      constexpr int kZero = Int8::kZero - kByteZero;  // of what the ISA multiplies
-      const int32_t start = kZero == 0 ? 0 : -kZero * x.sums[block + r * row_blocks];
-      dots[r][0] = dots[r][1] = broadcast_word(start);
-    }
+    for (int r = 0; r < kRows; ++r) dots[r][0] = dots[r][1] = Quants::begin(start(r));
 #pragma GCC unroll 8
     for (int group = 0; group < kBlockDepth / 4; ++group) {
       const IntVec w[kTileVecs] = {Quants::words(quants, group, 0), Quants::words(quants, group, 1)};
@@ -137,7 +146,7 @@ void multiply_blocks(const Blocks& blocks, const Int8Rows& x, int64_t depth, int
       for (int r = 0; r < kRows; ++r) {
         const SharedWord four = load_shared_word(values + r * depth + 4 * group);
 #pragma GCC unroll 2
-        for (int j = 0; j < kTileVecs; ++j) dots[r][j] = add_byte_products(dots[r][j], w[j], four);
+        for (int j = 0; j < kTileVecs; ++j) dots[r][j] = Quants::add(dots[r][j], w[j], four);
       }
     }
     const Float16* d = reinterpret_cast<const Float16*>(scales);
@@ -147,7 +156,7 @@ void multiply_blocks(const Blocks& blocks, const Int8Rows& x, int64_t depth, int
       const Vec x_scale = broadcast(x.scales[block + r * row_blocks]);
 #pragma GCC unroll 2
       for (int j = 0; j < kTileVecs; ++j) {
-        acc[r][j] = fmadd(int_to_float(dots[r][j]), mul(scale[j], x_scale), acc[r][j]);
+        acc[r][j] = fmadd(int_to_float(Quants::end(dots[r][j], start(r))), mul(scale[j], x_scale), acc[r][j]);
       }
     }
     if (Int8::kHasMin) {

@@ -36,6 +36,21 @@ MIXATTN_INLINE SharedWord load_shared_word(const void* p) {
 }
 #endif
 
+#if !defined(MIXATTN_HAS_INT16_NIBBLE_SUMS)
+// Products of a block's nibbles with signed bytes, summed up from `start` on: sums are begun, grow, and end as int32.
+// kNibbleZero is what the products take from a nibble, as kByteZero from a byte.
+constexpr int kNibbleZero = kByteZero;
+MIXATTN_INLINE IntVec begin_nibble_sums(int32_t start) {
+  return broadcast_word(start);
+}
+MIXATTN_INLINE IntVec add_nibble_products(IntVec sum, IntVec nibbles, SharedWord signed_bytes) {
+  return add_byte_products(sum, nibbles, signed_bytes);
+}
+MIXATTN_INLINE IntVec end_nibble_sums(IntVec sum, int32_t) {
+  return sum;
+}
+#endif
+
 // 2 kLanes elements as two vectors, in whatever order costs least, the same at every call for one T: sums over elements
 // do not care. bfloat16 takes even and odd elements apart, one operation per vector where widening takes two.
 template <typename T>

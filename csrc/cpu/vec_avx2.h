@@ -158,12 +158,28 @@ MIXATTN_INLINE IntVec high_nibbles(IntVec x) {
 MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 }
-constexpr int kByteZero = 0;
-MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVec signed_bytes) {  // as for AVX-512
-  const IntVec even = _mm256_and_si256(unsigned_bytes, _mm256_set1_epi16(0xff));
-  const IntVec signed_even = _mm256_srai_epi16(_mm256_slli_epi16(signed_bytes, 8), 8);
-  sum = add_int16_products(sum, even, signed_even);
-  return add_int16_products(sum, _mm256_srli_epi16(unsigned_bytes, 8), _mm256_srai_epi16(signed_bytes, 8));
+// maddubs saturates, but not at products with a weight of at most 128: it gets |u - 128|, and its partner the sign.
+constexpr int kByteZero = 128;
+MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVec signed_bytes) {
+  const IntVec w = _mm256_xor_si256(unsigned_bytes, _mm256_set1_epi8(-128));
+  const IntVec pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(signed_bytes, w));
+  sum = add_int16_products(sum, pairs, _mm256_set1_epi16(1));
+  __asm__("" : "+x"(sum));  // or GCC sums up pairs of products first, more than there are registers for
+  return sum;
+}
+// Two products of nibbles are below 2^12, and 16 bits hold the 8 such pairs of a block.
+#define MIXATTN_HAS_INT16_NIBBLE_SUMS
+constexpr int kNibbleZero = 0;
+MIXATTN_INLINE IntVec begin_nibble_sums(int32_t) {
+  return int_zero();
+}
+MIXATTN_INLINE IntVec add_nibble_products(IntVec sum, IntVec nibbles, IntVec signed_bytes) {
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(nibbles, signed_bytes));
+  __asm__("" : "+x"(sum));  // as above
+  return sum;
+}
+MIXATTN_INLINE IntVec end_nibble_sums(IntVec sum, int32_t start) {
+  return add_int16_products(broadcast_word(start), sum, _mm256_set1_epi16(1));
 }
 
 }  // namespace

@@ -283,6 +283,22 @@ MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVe
   sum = add_int16_products(sum, even, signed_even);
   return add_int16_products(sum, _mm512_srli_epi16(unsigned_bytes, 8), _mm512_srai_epi16(signed_bytes, 8));
 }
+// As for AVX2.
+#define MIXATTN_HAS_INT16_NIBBLE_SUMS
+constexpr int kNibbleZero = 0;
+MIXATTN_INLINE IntVec begin_nibble_sums(int32_t) {
+  return int_zero();
+}
+MIXATTN_INLINE IntVec add_nibble_products(IntVec sum, IntVec nibbles, IntVec signed_bytes) {
+  sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(nibbles, signed_bytes));
+#if !defined(MIXATTN_SIMDE)
+  __asm__("" : "+v"(sum));
+#endif
+  return sum;
+}
+MIXATTN_INLINE IntVec end_nibble_sums(IntVec sum, int32_t start) {
+  return add_int16_products(broadcast_word(start), sum, _mm512_set1_epi16(1));
+}
 #endif
 
 }  // namespace
