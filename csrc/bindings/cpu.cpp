@@ -20,6 +20,8 @@ namespace py = pybind11;
 
 namespace {
 
+using mixattn::kAnyNumSeqs;
+using mixattn::StepSize;
 using mixattn::cpu::IsaKernels;
 
 const IsaKernels& kernels_for(const std::optional<std::string>& isa) {
@@ -28,17 +30,27 @@ const IsaKernels& kernels_for(const std::optional<std::string>& isa) {
 
 void attention(const mixattn::AttentionParams& p, int64_t num_threads, const std::optional<std::string>& isa) {
   const IsaKernels& kernels = kernels_for(isa);
-  mixattn::run_or_record("attention", [=, &kernels] { mixattn::cpu::mixed_attention(kernels, p, num_threads); });
+  mixattn::run_or_record("attention", {p.total_q, p.num_seqs}, [&kernels, p = p, num_threads](StepSize size) mutable {
+    p.total_q = size.num_rows;
+    p.num_seqs = size.num_seqs;
+    mixattn::cpu::mixed_attention(kernels, p, num_threads);
+  });
 }
 
 void append_kv(const mixattn::AppendKvParams& p, int64_t num_threads, const std::optional<std::string>& isa) {
   const IsaKernels& kernels = kernels_for(isa);
-  mixattn::run_or_record("append_kv", [=, &kernels] { mixattn::cpu::append_kv(kernels, p, num_threads); });
+  mixattn::run_or_record("append_kv", {p.num_tokens, kAnyNumSeqs}, [&kernels, p = p, num_threads](StepSize size) mutable {
+    p.num_tokens = size.num_rows;
+    mixattn::cpu::append_kv(kernels, p, num_threads);
+  });
 }
 
 void merge_states(const mixattn::MergeStatesParams& p, int64_t num_threads, const std::optional<std::string>& isa) {
   const IsaKernels& kernels = kernels_for(isa);
-  mixattn::run_or_record("merge_states", [=, &kernels] { mixattn::cpu::merge_states(kernels, p, num_threads); });
+  mixattn::run_or_record("merge_states", {p.num_tokens, kAnyNumSeqs}, [&kernels, p = p, num_threads](StepSize size) mutable {
+    p.num_tokens = size.num_rows;
+    mixattn::cpu::merge_states(kernels, p, num_threads);
+  });
 }
 
 py::dict cpu_info() {

@@ -16,6 +16,8 @@ namespace py = pybind11;
 
 namespace {
 
+using mixattn::kAnyNumSeqs;
+using mixattn::StepSize;
 using mixattn::WeightForm;
 using mixattn::cpu::IsaKernels;
 using Isa = std::optional<std::string>;
@@ -63,9 +65,9 @@ void unpack_weight_rows(const std::string& form, uintptr_t panels, int64_t num_r
                         int64_t num_ids, uintptr_t out, int64_t num_threads, const Isa& isa) {
   const IsaKernels& kernels = kernels_for(isa);
   const WeightForm weight_form = form_named(form);
-  mixattn::run_or_record("weight_rows", [=, &kernels] {
+  mixattn::run_or_record("weight_rows", {num_ids, kAnyNumSeqs}, [=, &kernels](StepSize size) {
     mixattn::cpu::unpack_weight_rows(kernels, weight_form, at<const void>(panels), num_rows, depth,
-                                     at<const int64_t>(ids), num_ids, at<float>(out), num_threads);
+                                     at<const int64_t>(ids), size.num_rows, at<float>(out), num_threads);
   });
 }
 
@@ -87,7 +89,10 @@ void linear(const std::string& form, uintptr_t panels, uintptr_t x, uintptr_t bi
   p.x_stride = x_stride;
   p.residual_stride = residual_stride;
   p.y_stride = y_stride;
-  mixattn::run_or_record("linear", [=, &kernels] { mixattn::cpu::linear(kernels, p, rounds_x, num_threads); });
+  mixattn::run_or_record("linear", {num_rows, kAnyNumSeqs}, [=, &kernels](StepSize size) mutable {
+    p.num_rows = size.num_rows;
+    mixattn::cpu::linear(kernels, p, rounds_x, num_threads);
+  });
 }
 
 void rms_norm(uintptr_t x, uintptr_t weight, uintptr_t y, int64_t num_rows, int64_t num_groups, int64_t size,
@@ -105,7 +110,10 @@ void rms_norm(uintptr_t x, uintptr_t weight, uintptr_t y, int64_t num_rows, int6
   p.y_group_stride = size;
   p.eps = static_cast<float>(eps);
   const IsaKernels& kernels = kernels_for(isa);
-  mixattn::run_or_record("rms_norm", [=, &kernels] { mixattn::cpu::rms_norm(kernels, p, num_threads); });
+  mixattn::run_or_record("rms_norm", {num_rows, kAnyNumSeqs}, [=, &kernels](StepSize size) mutable {
+    p.num_rows = size.num_rows;
+    mixattn::cpu::rms_norm(kernels, p, num_threads);
+  });
 }
 
 void silu_mul(uintptr_t gate_up, uintptr_t y, int64_t num_rows, int64_t size, int64_t gate_up_stride,
@@ -118,7 +126,10 @@ void silu_mul(uintptr_t gate_up, uintptr_t y, int64_t num_rows, int64_t size, in
   p.gate_up_stride = gate_up_stride;
   p.y_stride = size;
   const IsaKernels& kernels = kernels_for(isa);
-  mixattn::run_or_record("silu_mul", [=, &kernels] { mixattn::cpu::silu_mul(kernels, p, num_threads); });
+  mixattn::run_or_record("silu_mul", {num_rows, kAnyNumSeqs}, [=, &kernels](StepSize size) mutable {
+    p.num_rows = size.num_rows;
+    mixattn::cpu::silu_mul(kernels, p, num_threads);
+  });
 }
 
 }  // namespace

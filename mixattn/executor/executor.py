@@ -40,8 +40,8 @@ class LocalExecutor:
         num_pages, page_size: of the KV pool; the scheduler hands out ids in [0, num_pages).
         max_model_len: the longest kv_len, in tokens.
         kv_dtype: of the cache tensors; quantised ones get scales per token and head.
-        is_recorded: whether steps of up to 512 rows are recorded and run again (``recorded.py``); for models whose
-            forward pass is made of mixattn's operators, with the CPU kernels.
+        is_recorded: whether the forward pass is recorded and steps run without Python (``recorded.py``); for models
+            whose forward pass is made of mixattn's operators, with the CPU kernels.
     """
 
     def __init__(

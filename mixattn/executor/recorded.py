@@ -1,31 +1,18 @@
-"""The model's forward pass on the CPU: steps are recorded by their shape and run again without Python."""
+"""The model's forward pass on the CPU: recorded once, and run without Python for every step."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mixattn.ops.kv_dtypes import KvCache
 from mixattn.ops.metadata import AttentionMetadata
-from mixattn.ops.plan import WorkPlan, with_room
+from mixattn.ops.plan import WorkPlan, plan_room
 from mixattn.ops.recording import Recording
-
-MOST_RECORDED_TOKENS = 512
-"""Rows of a step that is recorded: beyond, a step takes so long that Python's share of it does not count."""
-_RECORDED_AT_ONCE = 64
-"""Rows up to which a step is recorded when its shape is first seen. A larger one when the shape comes back, because
-prompts come in many shapes: recording 30 layers takes 50 ms, and running them recorded saves some 20 ms of 140 (256
-rows of a 135M model with int8 inputs, 2 cores of a Zen 4)."""
-_MOST_RECORDINGS, _MOST_RECORDED_ROWS = 64, 4096
-"""Of all recordings together, the least recently used going first; 64 rows of a 135M model take 4 MB."""
-_MOST_SEEN = 256
-"""Shapes that are remembered to have been seen."""
 
 
 class Model(Protocol):
@@ -34,20 +21,56 @@ class Model(Protocol):
     def forward(self, input_ids: Tensor, positions: Tensor, kv: list[KvCache], meta: AttentionMetadata) -> Tensor: ...
 
 
+class _Room(NamedTuple):
+    """The largest step that a recording takes; the plans' sizes are those of the largest one."""
+
+    num_rows: int
+    num_seqs: int
+    max_pages: int
+    plan_words: int
+    num_merges: int
+    num_partial_rows: int
+
+    def holds(self, needed: _Room) -> bool:
+        return all(most >= size for most, size in zip(self, needed, strict=True))
+
+    def grown(self, needed: _Room) -> _Room:
+        """For both; what grows does so to a power of two, so that it does not often."""
+        sizes = zip(self, needed, strict=True)
+        return _Room(*(most if most >= size else 1 << (size - 1).bit_length() for most, size in sizes))
+
+
+_FIRST_ROOM = _Room(256, 64, 1, 16384, 256, 2048)
+"""What the default budget asks for. Recording 30 layers takes 50 ms, at the first step and where one has no room."""
+
+
 @dataclass(frozen=True)
 class _Recorded:
-    """One recording, and the plans that it reads: buffers into which a step's plans are copied."""
+    """A recording, and what it reads: tensors and buffers of plans into whose beginnings a step's are copied."""
 
     recording: Recording
-    plans: Mapping[int | None, WorkPlan]
-    num_rows: int
+    room: _Room
+    input_ids: Tensor
+    meta: AttentionMetadata
+
+    def run(self, input_ids: Tensor, meta: AttentionMetadata) -> Tensor:
+        num_rows, (num_seqs, max_pages) = len(input_ids), meta.block_table.shape
+        own = self.meta
+        self.input_ids[:num_rows] = input_ids
+        own.positions[:num_rows] = meta.positions
+        own.slot_mapping[:num_rows] = meta.slot_mapping
+        own.cu_seqlens_q[: num_seqs + 1] = meta.cu_seqlens_q
+        own.seq_lens[:num_seqs] = meta.seq_lens
+        own.block_table[:num_seqs, :max_pages] = meta.block_table
+        for window, plan in meta.plans.items():
+            own.plans[window].buffer[: len(plan.buffer)] = plan.buffer
+        self.recording.run(num_rows, num_seqs)
+        hidden: Tensor = self.recording.result[:num_rows]
+        return hidden
 
 
 class RecordedForward:
-    """Calls like ``model.forward``, with the same bits as result.
-
-    A recording is used again for steps whose tensors lie where its own did and have the same shapes; the executor's
-    input buffers do. Its result is overwritten by the next step of the same shape.
+    """Calls like ``model.forward``, with the same bits as result, which the next step overwrites.
 
     Args:
         model: made of mixattn's operators only, with the CPU kernels as backend.
@@ -55,58 +78,66 @@ class RecordedForward:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._recorded: OrderedDict[tuple[object, ...], _Recorded] = OrderedDict()
-        self._seen: OrderedDict[tuple[object, ...], None] = OrderedDict()
+        self._room = _FIRST_ROOM
+        self._kv: list[KvCache] = []
+        self._recorded: _Recorded | None = None
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: list[KvCache], meta: AttentionMetadata) -> Tensor:
-        """As the model's."""
-        if len(input_ids) > MOST_RECORDED_TOKENS:
-            return self._model.forward(input_ids, positions, kv, meta)
-        key = _key(input_ids, positions, meta)
-        found = self._recorded.get(key)
-        if found is None and len(input_ids) > _RECORDED_AT_ONCE and not self._has_seen(key):
-            return self._model.forward(input_ids, positions, kv, meta)
-        if found is None or not all(_fits(found.plans[window], plan) for window, plan in meta.plans.items()):
-            self._recorded.pop(key, None)
-            found = self._record(input_ids, positions, kv, meta)
-            self._recorded[key] = found
-            while self._is_full():
-                self._recorded.popitem(last=False)
-        self._recorded.move_to_end(key)
-        for window, plan in meta.plans.items():
-            np.copyto(found.plans[window].buffer, plan.buffer)
-        found.recording.run()
-        result: Tensor = found.recording.result
-        return result
+        """As the model's; ``positions`` are those of ``meta``, and the same ``kv`` is best given to every step."""
+        needed = _needed(meta)
+        if (
+            self._recorded is None
+            or not self._room.holds(needed)
+            or kv is not self._kv
+            or self._recorded.meta.plans.keys() != meta.plans.keys()
+        ):
+            self._recorded = None  # its memory goes first
+            self._room = self._room.grown(needed)
+            self._kv = kv
+            self._recorded = self._record(kv, meta.plans)
+        return self._recorded.run(input_ids, meta)
 
-    def _is_full(self) -> bool:
-        num_rows = sum(recorded.num_rows for recorded in self._recorded.values())
-        return len(self._recorded) > _MOST_RECORDINGS or num_rows > _MOST_RECORDED_ROWS
-
-    def _has_seen(self, key: tuple[object, ...]) -> bool:
-        """Whether a step of this shape came before; remembers that one has."""
-        if key in self._seen:
-            return True
-        self._seen[key] = None
-        if len(self._seen) > _MOST_SEEN:
-            self._seen.popitem(last=False)
-        return False
-
-    def _record(self, input_ids: Tensor, positions: Tensor, kv: list[KvCache], meta: AttentionMetadata) -> _Recorded:
-        plans = {window: with_room(plan) for window, plan in meta.plans.items()}
-        recorded_meta = replace(meta, plans=plans)
+    def _record(self, kv: list[KvCache], plans: Mapping[int | None, WorkPlan]) -> _Recorded:
+        """A recording of a step that fills the room."""
+        room = self._room
+        input_ids = torch.zeros(room.num_rows, dtype=torch.int64)
+        meta = AttentionMetadata(
+            cu_seqlens_q=torch.zeros(room.num_seqs + 1, dtype=torch.int32),
+            seq_lens=torch.zeros(room.num_seqs, dtype=torch.int32),
+            block_table=torch.zeros(room.num_seqs, room.max_pages, dtype=torch.int32),
+            slot_mapping=torch.zeros(room.num_rows, dtype=torch.int64),
+            positions=torch.zeros(room.num_rows, dtype=torch.int64),
+            plans={
+                window: plan_room(
+                    plan,
+                    total_q=room.num_rows,
+                    num_seqs=room.num_seqs,
+                    num_words=room.plan_words,
+                    num_merges=room.num_merges,
+                    num_partial_rows=room.num_partial_rows,
+                )
+                for window, plan in plans.items()
+            },
+        )
         with torch.inference_mode():
-            recording = Recording(self._model.forward, input_ids, positions, kv, recorded_meta)
-        return _Recorded(recording, plans, len(input_ids))
+            recording = Recording(
+                self._model.forward,
+                input_ids,
+                meta.positions,
+                kv,
+                meta,
+                num_rows=room.num_rows,
+                num_seqs=room.num_seqs,
+            )
+        return _Recorded(recording, room, input_ids, meta)
 
 
-def _key(input_ids: Tensor, positions: Tensor, meta: AttentionMetadata) -> tuple[object, ...]:
-    """What a recording was made for: where each tensor lies, its shape, and the length of each plan."""
-    tensors = (input_ids, positions, meta.cu_seqlens_q, meta.seq_lens, meta.block_table, meta.slot_mapping)
-    lengths = tuple((window, len(plan.buffer)) for window, plan in meta.plans.items())
-    return (*((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors), lengths)
-
-
-def _fits(room: WorkPlan, plan: WorkPlan) -> bool:
-    """Whether the partial buffers that were recorded with ``room`` hold what ``plan`` needs."""
-    return plan.num_partial_rows <= room.num_partial_rows and plan.num_merges <= room.num_merges
+def _needed(meta: AttentionMetadata) -> _Room:
+    plans = meta.plans.values()
+    return _Room(
+        len(meta.positions),
+        *meta.block_table.shape,
+        max(len(plan.buffer) for plan in plans),
+        max(plan.num_merges for plan in plans),
+        max(plan.num_partial_rows for plan in plans),
+    )

@@ -47,7 +47,8 @@ MERGE_DTYPE = np.dtype(
     ]
 )
 """struct Merge of work_item.h."""
-_HEADER_NUM_ITEMS, _HEADER_NUM_MERGES, _HEADER_NUM_PARTIAL_ROWS, _HEADER_NUM_GROUPS = 1, 2, 3, 13
+_HEADER_NUM_ITEMS, _HEADER_NUM_MERGES, _HEADER_NUM_PARTIAL_ROWS, _HEADER_NUM_SEQS, _HEADER_TOTAL_Q = 1, 2, 3, 4, 5
+_HEADER_CAPACITY_ITEMS, _HEADER_CAPACITY_MERGES, _HEADER_NUM_GROUPS = 6, 7, 13
 
 _INT32_MAX = 2**31 - 1
 
@@ -474,15 +475,35 @@ def _invariant_capacity(
     return num_items, num_kv_heads * int(num_tiles[is_split].sum())
 
 
-def with_room(plan: WorkPlan) -> WorkPlan:
-    """The plan in a buffer of its own, whose header asks for more partial rows and merges than it needs.
+def plan_room(
+    like: WorkPlan, *, total_q: int, num_seqs: int, num_words: int, num_merges: int, num_partial_rows: int
+) -> WorkPlan:
+    """A plan without items, into whose buffer the plans of later steps can be copied: ``buffer[:len(words)] = words``.
 
-    For calls that are recorded with it and run with the plans of later steps, in which sequences have grown.
+    For calls that are recorded with it: their workspace is for as many merges and partial rows as its header tells.
+
+    Args:
+        like: made for the same shape, options and hardware.
+        total_q, num_seqs: of the batch that is recorded.
+        num_words, num_merges, num_partial_rows: of the largest plan.
     """
-    num_partial_rows, num_merges = 2 * plan.num_partial_rows + 16, 2 * plan.num_merges + 16
-    buffer = plan.buffer.copy()
-    buffer[[_HEADER_NUM_MERGES, _HEADER_NUM_PARTIAL_ROWS]] = num_merges, num_partial_rows
-    return replace(plan, buffer=buffer, num_partial_rows=num_partial_rows, num_merges=num_merges)
+    capacity_items = -(-num_words // _C.WORK_ITEM_WORDS)
+    buffer = np.zeros(
+        _C.PLAN_HEADER_WORDS + capacity_items * _C.WORK_ITEM_WORDS + num_merges * _C.MERGE_WORDS, np.int32
+    )
+    buffer[: _C.PLAN_HEADER_WORDS] = like.buffer[: _C.PLAN_HEADER_WORDS]
+    for word, value in (
+        (_HEADER_NUM_ITEMS, 0),
+        (_HEADER_NUM_MERGES, num_merges),
+        (_HEADER_NUM_PARTIAL_ROWS, num_partial_rows),
+        (_HEADER_NUM_SEQS, num_seqs),
+        (_HEADER_TOTAL_Q, total_q),
+        (_HEADER_CAPACITY_ITEMS, capacity_items),
+        (_HEADER_CAPACITY_MERGES, num_merges),
+        (_HEADER_NUM_GROUPS, 0),
+    ):
+        buffer[word] = value
+    return WorkPlan(buffer, 0, num_merges, num_partial_rows, like.hardware, like.spec, capacity_items)
 
 
 def _int32_array(name: str, values: npt.ArrayLike, num_dims: int) -> Words:

@@ -1,8 +1,9 @@
 """A model's calls of the CPU operators, recorded once and run again without Python.
 
-A decode step of a 30-layer model makes some 270 calls; each costs Python a few microseconds of checks and arguments,
-more than the small matrices themselves. Steps of one shape differ in what their tensors hold, not in the calls: so the
-first one is recorded (csrc/bindings/recording.h), and those that follow run as one call.
+A step of a 30-layer model makes some 270 calls; each costs Python a few microseconds of checks and arguments, more than
+small matrices themselves. Steps differ in what their tensors hold and in how many rows and sequences there are, not in
+the calls: so a step as large as any is recorded (csrc/bindings/recording.h), and those that follow run as one call each,
+which has every operator take the first rows of its tensors.
 
 While a function records, tensors get memory that the recording keeps, and reuses once no tensor lies in it any more,
 as it will be in every run: the order is the same. What is not an operator of ours, a view or a new tensor would be
@@ -43,15 +44,18 @@ class Recording:
 
     Args:
         function: calls operators of mixattn on the CPU; their tensors keep their addresses as long as the recording.
+        num_rows: of the tensors that the operators take, the first dimension of each.
+        num_seqs: of the batch that attention takes; without attention any will do.
     Attributes:
-        result: of the function; holds values after ``run``.
-        num_bytes: of the memory that is kept for tensors made on the way.
+        result: of the function; its first rows hold values after ``run``.
+        num_bytes: of the memory that is kept for tensors made on the way. What no run has reached is not resident.
     Raises:
         RuntimeError: the function calls something that cannot be recorded, or is being recorded already.
+        ValueError: an operator gets another number of rows or sequences.
     """
 
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self._calls = _C.Recording()
+    def __init__(self, function: Callable[..., Any], *arguments: Any, num_rows: int, num_seqs: int = 0) -> None:
+        self._calls = _C.Recording(num_rows, num_seqs)
         mode = _RecordingMode()
         self._calls.begin()
         try:
@@ -62,14 +66,18 @@ class Recording:
         self._buffers = [*mode.empty_buffers, *mode.zero_buffers]
         self.num_bytes = sum(buffer.nbytes for buffer in self._buffers)
 
-    def run(self) -> None:
-        """Runs the calls with what their tensors hold now."""
-        self._calls.run()
+    def run(self, num_rows: int, num_seqs: int = 0) -> None:
+        """Runs the calls with what the first rows, and sequences, of their tensors hold now.
 
-    def profile(self) -> dict[str, float]:
+        Raises:
+            ValueError: there are more than were recorded, or what the tensors hold is out of bounds.
+        """
+        self._calls.run(num_rows, num_seqs)
+
+    def profile(self, num_rows: int, num_seqs: int = 0) -> dict[str, float]:
         """Runs the calls, too; the microseconds that all calls of each operator took."""
         total_us: dict[str, float] = {}
-        for name, us in self._calls.run_timed():
+        for name, us in self._calls.run_timed(num_rows, num_seqs):
             total_us[name] = total_us.get(name, 0.0) + us
         return total_us
 
@@ -105,19 +113,19 @@ class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _NEW_EMPTY:
             return _moved(result, self.empty_buffers)
         if func in _NEW_ZEROS:
-            return _moved(result, self.zero_buffers)
+            return _moved(result, self.zero_buffers).zero_()
         if not func.is_view:
             raise RuntimeError(f"{func} computes outside of mixattn's operators: it cannot be recorded")
         return result
 
 
 def _moved(tensor: Tensor, buffers: list[_Buffer]) -> Tensor:
-    """``tensor``, contents included, in one of these buffers."""
+    """A tensor like this one in one of these buffers, whatever the buffer holds."""
     num_bytes = tensor.untyped_storage().nbytes()
     if num_bytes == 0:
         return tensor
     moved = torch.from_numpy(_free_buffer(num_bytes, buffers)).view(tensor.dtype)
-    return moved.as_strided(tensor.size(), tensor.stride()).copy_(tensor)
+    return moved.as_strided(tensor.size(), tensor.stride())
 
 
 def _free_buffer(num_bytes: int, buffers: list[_Buffer]) -> _Buffer:

@@ -10,16 +10,24 @@ import torch
 from torch import Tensor
 
 from mixattn.config import EngineConfig
+from mixattn.executor import executor as executor_module
 from mixattn.executor import recorded
 from mixattn.executor.executor import LocalExecutor
 from mixattn.models.loader import LoadedModel, load_model
 from mixattn.models.registry import TINY_CONFIGS
 from mixattn.ops.elementwise import rms_norm, silu_mul
+from mixattn.ops.plan import cpu_hardware
 from mixattn.ops.recording import Recording
 from mixattn.types import BatchPlan, SamplingParams, Slice
 
 GREEDY = SamplingParams(temperature=0)
 NUM_PAGES, PAGE_SIZE = 128, 16
+
+
+@pytest.fixture(autouse=True)
+def plans_for_three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans that split along the keys, whatever threads the tests are given."""
+    monkeypatch.setattr(executor_module, "device_hardware", lambda device: cpu_hardware(3))
 
 
 def make_executor(loaded: LoadedModel, is_recorded: bool, kv_dtype: torch.dtype = torch.float32) -> LocalExecutor:
@@ -58,22 +66,20 @@ def batch(lengths: list[tuple[int, int]], token_id: int = 7) -> BatchPlan:
 STEPS = [
     batch([(1, 20)]),
     batch([(1, 21)], token_id=3),
-    batch([(1, 700)]),  # splits along the keys, more than the recording has room for
+    batch([(1, 700)]),  # splits along the keys
     batch([(1, 1500)]),
     batch([(1, 22)]),
     batch([(1, 40), (1, 300), (5, 9)]),
     batch([(1, 41), (1, 301), (5, 14)], token_id=50),
     batch([(1, 42), (4, 303), (2, 16)]),  # as many rows and sequences, other lengths
-    batch([(70, 70)]),  # too long to be recorded at once
-    batch([(70, 90)], token_id=11),  # the shape comes back: recorded
-    batch([(70, 80)], token_id=12),
+    batch([(70, 70)]),
     batch([(60, 100), (4, 20), (6, 9)]),
-    batch([(513, 600)]),  # too long to be recorded at all
-    batch([(513, 600)]),
+    batch([(300, 400)]),  # more rows than there is room for: recorded anew
+    batch([(290, 400), (9, 700)]),
     batch([(1, 23)]),
-    batch([(1, 30)] * 20),  # the input buffers grow: they move
-    batch([(1, 31)] * 20, token_id=9),
-    batch([(1, 24)]),
+    batch([(1, 14)] * 70),  # more sequences
+    batch([(1, 15)] * 69, token_id=9),
+    batch([(2, 24)]),
 ]
 
 
@@ -114,18 +120,19 @@ def forwards_of(steps: list[BatchPlan], monkeypatch: pytest.MonkeyPatch) -> list
     return calls
 
 
-@pytest.mark.parametrize(("limit", "most"), [("_MOST_RECORDED_ROWS", 5), ("_MOST_RECORDINGS", 2)])
-def test_recordings_are_used_again_and_the_oldest_dropped(
-    limit: str, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recorded, limit, most)
-    steps = [batch([(1, 20)] * num_seqs) for num_seqs in (1, 1, 2, 1, 2, 3, 2, 1)]
-    assert forwards_of(steps, monkeypatch) == [1, 2, 3, 1]
+def test_steps_are_recorded_again_only_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "_FIRST_ROOM", recorded._FIRST_ROOM._replace(num_rows=4, num_seqs=2))
+    steps = [batch([(1, 20)]), batch([(5, 9)]), batch([(8, 9)]), batch([(1, 9)] * 3), batch([(2, 9)] * 4)]
+    assert forwards_of(steps, monkeypatch) == [4, 8, 8]
 
 
-def test_larger_steps_are_recorded_when_their_shape_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = [batch([(num_rows, num_rows)]) for num_rows in (64, 64, 100, 65, 65, 65, 100, 100, 513, 513, 513)]
-    assert forwards_of(steps, monkeypatch) == [64, 100, 65, 65, 100, 513, 513, 513]
+@pytest.mark.parametrize("field", ["max_pages", "plan_words", "num_merges", "num_partial_rows"])
+def test_room_grows_to_what_a_step_needs(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "_FIRST_ROOM", recorded._FIRST_ROOM._replace(**{field: 1}))
+    steps = [batch([(1, 1000)]), batch([(1, 20)]), batch([(1, 1001)])]  # split along the keys, and not
+    assert forwards_of(steps, monkeypatch) == [256]
+    steps = [batch([(1, 20)]), batch([(1, 1000), *[(1, 9)] * 60]), batch([(1, 1001), *[(1, 10)] * 60])]
+    assert forwards_of(steps, monkeypatch) == ([256] if field == "max_pages" else [256, 256])
 
 
 def test_recording_of_more_layers_keeps_no_more_memory() -> None:
@@ -135,7 +142,7 @@ def test_recording_of_more_layers_keeps_no_more_memory() -> None:
         return x
 
     weight = torch.ones(64)
-    few, many = (Recording(layers, torch.ones(4, 64), count) for count in (3, 30))
+    few, many = (Recording(layers, torch.ones(4, 64), count, num_rows=4) for count in (3, 30))
     assert len(many) == 30 and 0 < few.num_bytes == many.num_bytes
 
 
@@ -148,7 +155,7 @@ def test_recording_gives_the_memory_of_zeros_to_zeros_only() -> None:
             for name, new in (("zeros", torch.zeros), ("empty", torch.empty)):
                 addresses[name].append(new(16).data_ptr())
 
-    recording = Recording(make)
+    recording = Recording(make, num_rows=1)
     assert recording.num_bytes == 2 * 16 * 4
     assert len(set(addresses["zeros"])) == len(set(addresses["empty"])) == 1
     assert addresses["zeros"][0] != addresses["empty"][0]
@@ -156,16 +163,28 @@ def test_recording_gives_the_memory_of_zeros_to_zeros_only() -> None:
 
 def test_recording_of_torch_arithmetic_raises() -> None:
     with pytest.raises(RuntimeError, match=r"aten::add\.Tensor|aten\.add\.Tensor computes outside of mixattn's"):
-        Recording(lambda x: silu_mul(x) + 1, torch.zeros(2, 4))
+        Recording(lambda x: silu_mul(x) + 1, torch.zeros(2, 4), num_rows=2)
     x = torch.tensor([[1.0, 2.0]])
     assert silu_mul(x).item() != 0  # nothing is recorded any more: this runs
 
 
-def test_recording_reads_what_its_tensors_hold_when_it_runs() -> None:
-    x = torch.zeros(2, 4)
-    recording = Recording(lambda x: silu_mul(x)[:1], x)
+def test_recording_of_other_rows_than_the_steps_raises() -> None:
+    with pytest.raises(ValueError, match=r"silu_mul cannot be recorded: it must have the step's 2 rows .*got 1 rows"):
+        Recording(lambda x: silu_mul(x[:1]), torch.zeros(2, 4), num_rows=2)
+
+
+def test_recording_reads_what_its_first_rows_hold_when_it_runs() -> None:
+    x = torch.zeros(3, 4)
+    recording = Recording(silu_mul, x, num_rows=3)
     assert len(recording) == 1
     for value in (1.0, 2.0):
         x.fill_(value)
-        recording.run()
-        assert torch.equal(recording.result, silu_mul(x)[:1])
+        recording.run(3)
+        assert torch.equal(recording.result, silu_mul(x))
+    x.fill_(4.0)
+    recording.run(2)
+    assert torch.equal(recording.result[:2], silu_mul(x)[:2])
+    assert torch.equal(recording.result[2:], silu_mul(torch.full((1, 4), 2.0)))  # not touched
+    for num_rows in (-1, 4):
+        with pytest.raises(ValueError, match=rf"num_rows must be in \[0, 3\], what was recorded, got {num_rows}"):
+            recording.run(num_rows)
