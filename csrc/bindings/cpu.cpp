@@ -39,18 +39,20 @@ void attention(const mixattn::AttentionParams& p, int64_t num_threads, const std
 
 void append_kv(const mixattn::AppendKvParams& p, int64_t num_threads, const std::optional<std::string>& isa) {
   const IsaKernels& kernels = kernels_for(isa);
-  mixattn::run_or_record("append_kv", {p.num_tokens, kAnyNumSeqs}, [&kernels, p = p, num_threads](StepSize size) mutable {
-    p.num_tokens = size.num_rows;
-    mixattn::cpu::append_kv(kernels, p, num_threads);
-  });
+  mixattn::run_or_record("append_kv", {p.num_tokens, kAnyNumSeqs},
+                         [&kernels, p = p, num_threads](StepSize size) mutable {
+                           p.num_tokens = size.num_rows;
+                           mixattn::cpu::append_kv(kernels, p, num_threads);
+                         });
 }
 
 void merge_states(const mixattn::MergeStatesParams& p, int64_t num_threads, const std::optional<std::string>& isa) {
   const IsaKernels& kernels = kernels_for(isa);
-  mixattn::run_or_record("merge_states", {p.num_tokens, kAnyNumSeqs}, [&kernels, p = p, num_threads](StepSize size) mutable {
-    p.num_tokens = size.num_rows;
-    mixattn::cpu::merge_states(kernels, p, num_threads);
-  });
+  mixattn::run_or_record("merge_states", {p.num_tokens, kAnyNumSeqs},
+                         [&kernels, p = p, num_threads](StepSize size) mutable {
+                           p.num_tokens = size.num_rows;
+                           mixattn::cpu::merge_states(kernels, p, num_threads);
+                         });
 }
 
 py::dict cpu_info() {

@@ -203,8 +203,8 @@ DirectFunction direct_function(int64_t num_rows) {
       multiply_direct<Form, 4>,
       multiply_direct<Form, 5>,
       multiply_direct<Form, 6>,
-      multiply_direct<Form, kTileRows < 7 ? 1 : 7>,
-      multiply_direct<Form, kTileRows < 8 ? 1 : 8>,
+      multiply_direct<Form, at_most_tile_rows(7)>,
+      multiply_direct<Form, at_most_tile_rows(8)>,
   };
   return kFunctions[num_rows - 1];
 }

@@ -96,6 +96,10 @@ BFloat16TileFunction bfloat16_tile_function(int num_rows) {
 
 typedef void (*TileFunction)(const float*, int64_t, const float*, int64_t, float*, int64_t);
 
+constexpr int at_most_tile_rows(int num_rows) {
+  return num_rows < kTileRows ? num_rows : kTileRows;
+}
+
 template <int kVecs, bool kIsAdded>
 TileFunction tile_function(int num_rows) {
   static_assert(kTileRows <= 8, "one entry per number of rows");
@@ -113,9 +117,9 @@ TileFunction tile_function(int num_rows) {
     case 6:
       return multiply_tile<6, kVecs, kIsAdded>;
     case 7:
-      return multiply_tile < kTileRows < 7 ? 1 : 7, kVecs, kIsAdded > ;
+      return multiply_tile<at_most_tile_rows(7), kVecs, kIsAdded>;
     default:
-      return multiply_tile < kTileRows < 8 ? 1 : 8, kVecs, kIsAdded > ;
+      return multiply_tile<at_most_tile_rows(8), kVecs, kIsAdded>;
   }
 }
 

@@ -134,9 +134,11 @@ class RecordedForward:
 
 def _needed(meta: AttentionMetadata) -> _Room:
     plans = meta.plans.values()
+    num_seqs, max_pages = meta.block_table.shape
     return _Room(
         len(meta.positions),
-        *meta.block_table.shape,
+        num_seqs,
+        max_pages,
         max(len(plan.buffer) for plan in plans),
         max(plan.num_merges for plan in plans),
         max(plan.num_partial_rows for plan in plans),

@@ -2,8 +2,8 @@
 
 A step of a 30-layer model makes some 270 calls; each costs Python a few microseconds of checks and arguments, more than
 small matrices themselves. Steps differ in what their tensors hold and in how many rows and sequences there are, not in
-the calls: so a step as large as any is recorded (csrc/bindings/recording.h), and those that follow run as one call each,
-which has every operator take the first rows of its tensors.
+the calls: so a step as large as any is recorded (csrc/bindings/recording.h), and those that follow run as one call
+each, in which every operator takes the first rows of its tensors.
 
 While a function records, tensors get memory that the recording keeps, and reuses once no tensor lies in it any more,
 as it will be in every run: the order is the same. What is not an operator of ours, a view or a new tensor would be
