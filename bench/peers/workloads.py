@@ -75,7 +75,7 @@ class Stall:
     long_prompt_tokens: int = 1500
     steady_tokens: int = 24
     """Tokens of each stream before the arrival whose gaps count."""
-    max_tokens: int = 96
+    max_tokens: int = 256
     """Tokens of each stream: more than fit into the scenario."""
 
 

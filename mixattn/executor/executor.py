@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixattn.config import ModelConfig
 from mixattn.executor.inputs import InputBuilder, StepInputs
-from mixattn.executor.kv_pool import allocate
+from mixattn.executor.kv_pool import Prefault, allocate
 from mixattn.executor.recorded import RecordedForward
 from mixattn.ops.attention import device_hardware
 from mixattn.ops.kv_dtypes import KvCache
@@ -62,6 +62,7 @@ class LocalExecutor:
         self._kv_dtype = kv_dtype
         self._device = device
         self._kv = allocate(config, num_pages, page_size, kv_dtype, device)
+        self._prefault = Prefault(self._kv) if device.type == "cpu" else None
         self._inputs = InputBuilder(page_size, max_model_len)
         self._last_token_ids: dict[str, int] = {}
 
@@ -73,6 +74,8 @@ class LocalExecutor:
             RuntimeError: the model's logits are not finite, or the device failed.
         """
         inputs = self._inputs.build(plan, self._last_token_ids)
+        if self._prefault is not None:
+            self._prefault.advance(int(inputs.block_table.max()), plan.num_tokens)
         hidden = self._forward(
             inputs.input_ids.to(self._device), inputs.positions.to(self._device), self._kv, self._metadata(inputs)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from mixattn.config import KV_CACHE_DTYPES, CacheConfig, ModelConfig, RopeConfig
 from mixattn.executor import kv_pool
+from mixattn.ops.kv_dtypes import KvCache
 
 MODEL = ModelConfig(
     architecture="llama",
@@ -133,3 +135,31 @@ def test_free_memory_is_the_least_of_machine_and_cgroups(
 
 def test_free_memory_of_this_machine_is_plausible() -> None:
     assert 2**26 < kv_pool.free_memory_bytes() < 2**50
+
+
+def test_prefault_takes_the_memory_of_pages_before_their_use_and_keeps_what_they_hold() -> None:
+    """10 layers of 3.5 huge pages: those of one step's worth of KV pages are spread over the steps before."""
+    pages = 7 * (1 << 20) // (16 * 2 * 64 * 4)
+    kv = [KvCache(torch.full((pages, 16, 2, 64), 7.0), torch.full((pages, 16, 2, 64), 8.0)) for _ in range(10)]
+    prefault = kv_pool.Prefault(kv)
+    pages_per_piece = (2 << 20) // (16 * 2 * 64 * 4)
+    assert len(prefault._due) == 20 * 3, "the first of each tensor are there at once"
+    num_left = [len(prefault._due)]
+    for page_id in range(pages):
+        prefault.advance(page_id, num_rows=1)
+        num_left.append(len(prefault._due))
+        assert all(due > page_id for due, _ in prefault._due)
+        for first in range(pages_per_piece, page_id + 1, pages_per_piece):
+            assert num_left[-1] <= 20 * (3 - first // pages_per_piece)
+    assert max(before - after for before, after in itertools.pairwise(num_left)) == 1 and num_left[-1] == 0
+    assert all((cache.k_cache == 7).all() and (cache.v_cache == 8).all() for cache in kv)
+
+
+def test_prefault_spreads_a_jump_over_several_steps_and_more_rows_take_more() -> None:
+    kv = [KvCache(*torch.zeros(2, 4096, 16, 2, 64)) for _ in range(4)]  # 16 huge pages each
+    prefault = kv_pool.Prefault(kv)
+    assert len(prefault._due) == 8 * 15
+    prefault.advance(4095, num_rows=1)
+    assert len(prefault._due) == 8 * 15 - 1
+    prefault.advance(4095, num_rows=256)
+    assert len(prefault._due) == 8 * 15 - 6
