@@ -227,6 +227,20 @@ def test_linear_with_rounded_inputs_sums_the_largest_products_without_overflow(i
         assert torch.equal(y, sign * torch.tensor([-128.0, 127.0, -1.0]).mul(128 * 127).expand(7, 3))
 
 
+@pytest.mark.parametrize(("form", "smallest", "largest"), [("q4_0", -8, 7), ("q4_1", 0, 15)])
+def test_linear_with_rounded_inputs_sums_the_largest_products_of_nibbles_without_overflow(
+    form: str, smallest: int, largest: int, isa: str
+) -> None:
+    header = 2 if form == "q4_0" else 4
+    blocks = np.zeros((2, 4, header + 16), np.uint8)
+    blocks[..., :2] = np.array([1.0], np.float16).view(np.uint8)
+    blocks[1, :, header:] = 0xFF
+    weight = pack_weight(torch.from_numpy(blocks.reshape(2, -1)), form, 128, rounds_x=True, isa=isa)
+    for sign in (1.0, -1.0):
+        y = linear(torch.full((7, 128), 127.0 * sign), weight)
+        assert torch.equal(y, sign * torch.tensor([float(smallest), float(largest)]).mul(128 * 127).expand(7, 2))
+
+
 def test_pack_weight_refuses_rounded_inputs_of_a_plain_form() -> None:
     with pytest.raises(ValueError, match="rounds_x must be False for bfloat16"):
         pack_weight(torch.zeros(4, 32, dtype=torch.bfloat16), "bfloat16", 32, rounds_x=True)
