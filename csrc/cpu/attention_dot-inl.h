@@ -7,8 +7,9 @@
 //                       PackedValues): weights are rounded to bfloat16 for it, not for their sum
 //         Int8Dot       products of int16 pairs, exact, summed in int32: each row of a 16-bit q, or of any with
 //                       rounds_q, becomes round(q 32767 / max |q|), which is off by at most 2^-16 of the row's largest
-//                       element. P V likewise with AVX-512, by pairs of keys (DirectValues): a row's weights, times
-//                       their keys' scales, become integers tile by tile
+//                       element. P V likewise, by pairs of keys, in packed tiles (PackedValues) and, with AVX-512, in
+//                       direct ones (DirectValues): a row's weights, times their keys' scales, become integers tile by
+//                       tile
 // Method  A dot has kDepth elements per step, load_key and load_query for them, and add_product. start() rewrites a row
 //         of q, which holds scaled float32, in place to what load_query reads, and returns the factor that scores of
 //         the row are still to be multiplied with.

@@ -81,6 +81,39 @@ struct PackedScores<BFloat16Dot> {  // pairs of bfloat16 lie in words, of q, of 
 };
 #endif
 
+#if defined(MIXATTN_HAS_INT16_DOT)
+template <>
+struct PackedScores<Int8Dot> {  // pairs of int16 lie in words, of q, each row's factor behind them, and of panels of K
+  typedef Int8 Key;
+  typedef FloatTile Tile;
+  static constexpr int kPerWord = 2;
+  static void start(const AttentionParams& p, const WorkItem& item, Rows* rows) {
+    for (int64_t r = 0; r < rows->num_rows; ++r) {
+      float* const q = rows->q + r * rows->q_stride;
+      const float factor = Int8Dot::start(p, item, r, q);
+      q[p.head_dim / 2] = factor;
+    }
+  }
+  static void pack(const Int8* const* k, int64_t num_panels, int64_t head_dim, float* k_packed) {
+    int16_t wide[kTileCols][kMaxHeadDim];
+    const float* rows[kTileCols];
+    for (int j = 0; j < kTileCols; ++j) rows[j] = reinterpret_cast<const float*>(wide[j]);
+    for (int64_t panel = 0; panel < num_panels; ++panel) {
+      for (int j = 0; j < kTileCols; ++j) {
+        const Int8* const key = k[panel * kTileCols + j];
+        for (int64_t d = 0; d < head_dim; d += Int8Dot::kDepth) store_words(wide[j] + d, load_as_int16(key + d));
+      }
+      pack_keys(rows, 1, head_dim / 2, k_packed + panel * head_dim / 2 * kTileCols);
+    }
+  }
+  MIXATTN_INLINE void multiply(int n, const Rows& rows, int64_t r, const float* panel, int64_t head_dim, float* scores,
+                               int64_t stride) {
+    int16_tile_function<false>(n)(rows.q + r * rows.q_stride, rows.q_stride, panel, head_dim / 2, scores, stride);
+  }
+  MIXATTN_INLINE void finish(const Rows&, float*, int64_t) {}
+};
+#endif
+
 // v_packed[panel][key][j] = V of dimension panel * kTileCols + j; panels are (key_tile, kTileCols), the last one only
 // kLanes wide if v_head_dim ends there.
 template <typename T>
@@ -141,6 +174,48 @@ struct PackedValues<BFloat16Dot> {  // pairs of keys in bfloat16 lie in words; v
   MIXATTN_INLINE void multiply(int n, bool, const float* weights, int64_t weights_stride, const float* panel,
                                int64_t num_keys, float* o, int64_t o_stride) {
     BFloat16Tile::multiply<true>(n, weights, weights_stride, panel, num_keys / 2, 1.0f, o, o_stride);
+  }
+};
+#endif
+
+#if defined(MIXATTN_HAS_INT16_DOT)
+template <>
+struct PackedValues<Int8Dot> {  // pairs of keys in int16 lie in words, the unit of a row's weights behind them
+  typedef Int8 Key;
+  static constexpr int kPerWord = 2;
+  MIXATTN_INLINE void finish_weights(float* weights, int64_t num_keys) {
+    Vec largest = zero(), sum = zero();  // of magnitudes: scales may be negative
+    for (int64_t k = 0; k < num_keys; k += kLanes) {
+      const Vec magnitude = abs(load(weights + k));
+      largest = max(largest, magnitude);
+      sum = add(sum, magnitude);
+    }
+    const float most = max_lanes(largest);
+    // Of NaN there are no integers, but a maximum may pass it over: the sum does not, and the unit brings it out.
+    const float unit = !(sum_lanes(sum) < INFINITY) ? NAN : (most > 0.0f ? most / 32767.0f : 1.0f);
+    const Vec inverse = broadcast(1.0f / unit);
+    for (int64_t k = 0; k < num_keys; k += 2 * kLanes) {
+      store_words(weights + k / 2,
+                  int16_pairs<1>(mul(load(weights + k), inverse), mul(load(weights + k + kLanes), inverse)));
+    }
+    weights[num_keys / 2] = unit;
+  }
+  static void pack(const Int8* const* v, int64_t num_keys, int64_t v_head_dim, int64_t key_tile, float* v_packed) {
+    for (int64_t pair = 0; pair < num_keys / 2; ++pair) {
+      for (int64_t d = 0; d < v_head_dim; d += kTileCols) {
+        IntVec words[2];
+        zip_rows(load_as_int16(v[2 * pair] + d), load_as_int16(v[2 * pair + 1] + d), &words[0], &words[1]);
+        Vec first = as_floats(words[0]), second = as_floats(words[1]);
+        restore_zipped(&first, &second);
+        float* const target = v_packed + d * key_tile / 2 + pair * kTileCols;
+        store(target, first);
+        store(target + kLanes, second);
+      }
+    }
+  }
+  MIXATTN_INLINE void multiply(int n, bool, const float* weights, int64_t weights_stride, const float* panel,
+                               int64_t num_keys, float* o, int64_t o_stride) {
+    int16_tile_function<true>(n)(weights, weights_stride, panel, num_keys / 2, o, o_stride);
   }
 };
 #endif

@@ -156,16 +156,16 @@ MIXATTN_INLINE IntVec high_nibbles(IntVec x) {
   return low_nibbles(_mm256_srli_epi32(x, 4));
 }
 MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+  __asm__("" : "+x"(sum));  // or GCC sums up products first, more of them than there are registers for
+  return sum;
 }
 // maddubs saturates, but not at products with a weight of at most 128: it gets |u - 128|, and its partner the sign.
 constexpr int kByteZero = 128;
 MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVec signed_bytes) {
   const IntVec w = _mm256_xor_si256(unsigned_bytes, _mm256_set1_epi8(-128));
   const IntVec pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(signed_bytes, w));
-  sum = add_int16_products(sum, pairs, _mm256_set1_epi16(1));
-  __asm__("" : "+x"(sum));  // or GCC sums up pairs of products first, more than there are registers for
-  return sum;
+  return add_int16_products(sum, pairs, _mm256_set1_epi16(1));
 }
 // Two products of nibbles are below 2^12, and 16 bits hold the 8 such pairs of a block.
 #define MIXATTN_HAS_INT16_NIBBLE_SUMS
@@ -180,6 +180,25 @@ MIXATTN_INLINE IntVec add_nibble_products(IntVec sum, IntVec nibbles, IntVec sig
 }
 MIXATTN_INLINE IntVec end_nibble_sums(IntVec sum, int32_t start) {
   return add_int16_products(broadcast_word(start), sum, _mm256_set1_epi16(1));
+}
+
+// As for AVX-512.
+template <int kStep>
+MIXATTN_INLINE IntVec int16_pairs(Vec first, Vec second) {
+  static_assert(kStep == 1, "others are not needed");
+  return _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(first), _mm256_cvtps_epi32(second)), 0xd8);
+}
+MIXATTN_INLINE void zip_rows(IntVec x, IntVec y, IntVec* first, IntVec* second) {
+  *first = _mm256_unpacklo_epi16(x, y);
+  *second = _mm256_unpackhi_epi16(x, y);
+}
+MIXATTN_INLINE void restore_zipped(Vec* first, Vec* second) {
+  const Vec low = _mm256_permute2f128_ps(*first, *second, 0x20), high = _mm256_permute2f128_ps(*first, *second, 0x31);
+  *first = low;
+  *second = high;
+}
+MIXATTN_INLINE Vec as_floats(IntVec words) {
+  return _mm256_castsi256_ps(words);
 }
 
 }  // namespace

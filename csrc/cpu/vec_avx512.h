@@ -213,7 +213,7 @@ MIXATTN_INLINE IntVec high_nibbles(IntVec x) {
 }
 
 // Pairs of keys, whose elements lie in different rows.
-#define MIXATTN_HAS_PAIRED_ROWS
+#define MIXATTN_HAS_PAIRED_ROWS  // also in attention_direct-inl.h; AVX2 has what packed tiles need of it
 // Of 32 floats x, lane l of the first becomes x[i] and of the second x[i + kStep]: i = l / kStep * 2 kStep + l % kStep.
 template <int kStep>
 MIXATTN_INLINE void split_steps(Vec* first, Vec* second) {

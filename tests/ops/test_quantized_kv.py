@@ -186,7 +186,7 @@ def test_attention_over_a_row_that_was_not_finite_is_nan_for_every_row_that_sees
 @pytest.mark.parametrize("num_q_heads", [1, 2, 4, 20])
 @pytest.mark.parametrize("position", [0, 7, 29])
 def test_scales_of_int8_values_that_are_negative_or_nan_come_out(num_q_heads: int, position: int, isa: str) -> None:
-    """For 16-bit queries, whose products with int8 values may be of integers (decodes), and of floats (more rows)."""
+    """For 16-bit queries, whose products with int8 values may be of integers: a decode's, and those of more rows."""
     generator = torch.Generator().manual_seed(0)
     k_cache, v_cache = (torch.randint(-127, 128, (2, 16, 1, 64), generator=generator, dtype=torch.int8) for _ in "kv")
     q = torch.randn(1, num_q_heads, 64, generator=generator).bfloat16()
@@ -202,6 +202,33 @@ def test_scales_of_int8_values_that_are_negative_or_nan_come_out(num_q_heads: in
     torch.testing.assert_close(out, exact, rtol=2**-7, atol=2**-9 * float(exact.abs().max()))
     v_scale[position // 16, position % 16] = torch.nan
     assert bool(mixattn.attention(q, k_cache, v_cache, **batch, v_scale=v_scale).isnan().all())
+
+
+@pytest.mark.parametrize("options", [{}, {"window_left": 70}, {"soft_cap": 2.0}, {"causal": False}], ids=str)
+@pytest.mark.parametrize("q_lens", [(1, 1, 1), (33, 7, 150)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 72, 256])
+def test_queries_that_are_rounded_beside_int8_lose_less_than_a_thousandth(
+    head_dim: int, q_lens: tuple[int, ...], options: dict[str, Any], isa: str
+) -> None:
+    """Decodes and chunks, rows of very different sizes; keys in 13 pages of 16 each, per token scales of all sizes."""
+    generator = torch.Generator().manual_seed(head_dim)
+    num_seqs, pages = len(q_lens), 13
+    shape = (num_seqs * pages, 16, 2, head_dim)
+    k_cache, v_cache = (torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8) for _ in "kv")
+    k_scale, v_scale = (torch.rand(shape[:-1], generator=generator) * most for most in (0.02, 3.0))
+    q = torch.randn(sum(q_lens), 6, head_dim, generator=generator)
+    q *= torch.logspace(-2, 0.5, len(q))[:, None, None]
+    batch = {
+        "cu_seqlens_q": torch.tensor([0, *q_lens]).cumsum(0).int(), "seq_lens": torch.tensor([200, 130, 177]).int(),
+        "block_table": torch.randperm(shape[0], generator=generator).view(num_seqs, pages).int(),
+        "k_scale": k_scale, "v_scale": v_scale, **options,
+    }  # fmt: skip
+    out = mixattn.attention(q, k_cache, v_cache, **batch, rounds_q=True)
+    exact = mixattn.attention(q, k_cache, v_cache, **batch, backend="reference")
+    torch.testing.assert_close(out, exact, rtol=0, atol=1e-3 * float(exact.abs().max()))
+    plain = mixattn.attention(q, k_cache, v_cache, **batch)
+    has_pairs = isa.startswith(("avx", "amx")) and head_dim % 32 == 0
+    assert torch.equal(out, plain) != has_pairs
 
 
 def test_attention_and_append_kv_with_scales_of_any_strides_give_the_bits_of_contiguous(isa: str) -> None:
