@@ -131,6 +131,25 @@ void pack_values(const T* const* v, int64_t num_keys, int64_t v_head_dim, int64_
   }
 }
 
+#if defined(MIXATTN_HAS_INT16_DOT) || defined(MIXATTN_HAS_BFLOAT16_DOT)
+// As pack_values for pairs of keys, whose elements of 16 bits lie in words; v_head_dim is in whole panels.
+template <class Dot>
+void pack_value_pairs(const typename Dot::Key* const* v, int64_t num_keys, int64_t v_head_dim, int64_t key_tile,
+                      float* v_packed) {
+  for (int64_t pair = 0; pair < num_keys / 2; ++pair) {
+    for (int64_t d = 0; d < v_head_dim; d += kTileCols) {
+      IntVec words[2];
+      zip_rows(Dot::load_key(v[2 * pair] + d), Dot::load_key(v[2 * pair + 1] + d), &words[0], &words[1]);
+      Vec first = as_floats(words[0]), second = as_floats(words[1]);
+      restore_zipped(&first, &second);
+      float* const target = v_packed + d * key_tile / 2 + pair * kTileCols;
+      store(target, first);
+      store(target + kLanes, second);
+    }
+  }
+}
+#endif
+
 // How O += P V is computed from keys as Dot has them: what weights and panels of V look like, and the product of a
 // register tile of whole panels or, if !is_whole, of one that is a single vector wide.
 template <class Dot>
@@ -150,7 +169,7 @@ struct PackedValues {  // float32, from any type
 
 #if defined(MIXATTN_HAS_BFLOAT16_DOT)
 template <>
-struct PackedValues<BFloat16Dot> {  // pairs of keys in bfloat16 lie in words; v_head_dim is in whole panels
+struct PackedValues<BFloat16Dot> {  // pairs of keys in bfloat16 lie in words
   typedef BFloat16 Key;
   static constexpr int kPerWord = 2;
   MIXATTN_INLINE void finish_weights(float* weights, int64_t num_keys) {
@@ -159,17 +178,7 @@ struct PackedValues<BFloat16Dot> {  // pairs of keys in bfloat16 lie in words; v
     }
   }
   static void pack(const BFloat16* const* v, int64_t num_keys, int64_t v_head_dim, int64_t key_tile, float* v_packed) {
-    for (int64_t pair = 0; pair < num_keys / 2; ++pair) {
-      for (int64_t d = 0; d < v_head_dim; d += kTileCols) {
-        IntVec words[2];
-        zip_rows(load_words(v[2 * pair] + d), load_words(v[2 * pair + 1] + d), &words[0], &words[1]);
-        Vec first = as_floats(words[0]), second = as_floats(words[1]);
-        restore_zipped(&first, &second);
-        float* const target = v_packed + d * key_tile / 2 + pair * kTileCols;
-        store(target, first);
-        store(target + kLanes, second);
-      }
-    }
+    pack_value_pairs<BFloat16Dot>(v, num_keys, v_head_dim, key_tile, v_packed);
   }
   MIXATTN_INLINE void multiply(int n, bool, const float* weights, int64_t weights_stride, const float* panel,
                                int64_t num_keys, float* o, int64_t o_stride) {
@@ -201,17 +210,7 @@ struct PackedValues<Int8Dot> {  // pairs of keys in int16 lie in words, the unit
     weights[num_keys / 2] = unit;
   }
   static void pack(const Int8* const* v, int64_t num_keys, int64_t v_head_dim, int64_t key_tile, float* v_packed) {
-    for (int64_t pair = 0; pair < num_keys / 2; ++pair) {
-      for (int64_t d = 0; d < v_head_dim; d += kTileCols) {
-        IntVec words[2];
-        zip_rows(load_as_int16(v[2 * pair] + d), load_as_int16(v[2 * pair + 1] + d), &words[0], &words[1]);
-        Vec first = as_floats(words[0]), second = as_floats(words[1]);
-        restore_zipped(&first, &second);
-        float* const target = v_packed + d * key_tile / 2 + pair * kTileCols;
-        store(target, first);
-        store(target + kLanes, second);
-      }
-    }
+    pack_value_pairs<Int8Dot>(v, num_keys, v_head_dim, key_tile, v_packed);
   }
   MIXATTN_INLINE void multiply(int n, bool, const float* weights, int64_t weights_stride, const float* panel,
                                int64_t num_keys, float* o, int64_t o_stride) {
