@@ -41,7 +41,7 @@ class _Room(NamedTuple):
 
 
 _FIRST_ROOM = _Room(256, 64, 1, 16384, 256, 2048)
-"""What the default budget asks for. Recording 30 layers takes 32 to 50 ms, at the first step and where one has no room."""
+"""What the default budget asks for. Recording 30 layers takes 32 to 50 ms, at first and where a step has no room."""
 
 
 @dataclass(frozen=True)
