@@ -102,10 +102,11 @@ def allocate(model: ModelConfig, pages: int, page_size: int, dtype: torch.dtype,
 class Prefault:
     """Takes memory for KV pages from the system ahead of their first use, a little before each step.
 
-    The system clears memory when it is first written to, in huge pages of 2 MiB where it can, which took 0.7 to 2.5 ms
-    each. Sequences come to the end of those of all layers' K and V in the same step, which then holds up every decode
-    for 45 ms (SmolLM2, 60 tensors, virtual Zen 3, 2026-11-30; steady steps took 11). So the next ones are written to
-    one after the other, while the KV pages that lie before them come into use; what they hold stays.
+    The system clears memory when it is first written to, in huge pages of 2 MiB where it can: 2.5 ms each in a virtual
+    Zen 3 (2026-11-30). A decode whose next KV page lies behind those of a prompt that was just admitted is the first
+    in many layers' at once: 17 of 60 in SmolLM2, 43 ms in a step of 18. So the first of each tensor are written to at
+    once, and the others one after the other, while the KV pages that lie before them come into use. What they hold
+    stays.
 
     Args:
         kv: the caches of each layer, on the CPU, all with the same number of pages.

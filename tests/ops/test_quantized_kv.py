@@ -207,10 +207,11 @@ def test_scales_of_int8_values_that_are_negative_or_nan_come_out(num_q_heads: in
 @pytest.mark.parametrize("options", [{}, {"window_left": 70}, {"soft_cap": 2.0}, {"causal": False}], ids=str)
 @pytest.mark.parametrize("q_lens", [(1, 1, 1), (33, 7, 150)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 72, 256])
-def test_queries_that_are_rounded_beside_int8_lose_less_than_a_thousandth(
+def test_queries_that_are_rounded_beside_int8_lose_little(
     head_dim: int, q_lens: tuple[int, ...], options: dict[str, Any], isa: str
 ) -> None:
-    """Decodes and chunks, rows of very different sizes; keys in 13 pages of 16 each, per token scales of all sizes."""
+    """Decodes and chunks, rows and scales of very different sizes. 2^-16 of a row's largest element came to 1.4e-4 of the
+    largest value in the worst of these, where float32 loses 3e-6."""
     generator = torch.Generator().manual_seed(head_dim)
     num_seqs, pages = len(q_lens), 13
     shape = (num_seqs * pages, 16, 2, head_dim)
@@ -225,10 +226,29 @@ def test_queries_that_are_rounded_beside_int8_lose_less_than_a_thousandth(
     }  # fmt: skip
     out = mixattn.attention(q, k_cache, v_cache, **batch, rounds_q=True)
     exact = mixattn.attention(q, k_cache, v_cache, **batch, backend="reference")
-    torch.testing.assert_close(out, exact, rtol=0, atol=1e-3 * float(exact.abs().max()))
+    torch.testing.assert_close(out, exact, rtol=0, atol=2e-4 * float(exact.abs().max()))
     plain = mixattn.attention(q, k_cache, v_cache, **batch)
     has_pairs = isa.startswith(("avx", "amx")) and head_dim % 32 == 0
     assert torch.equal(out, plain) != has_pairs
+
+
+def test_a_chunk_over_int8_is_invariant_and_keeps_non_finite_rows_to_themselves(isa: str) -> None:
+    """In 16 bits, whose units are of a row and a tile of keys: neither other rows nor where a chunk ends may show."""
+    generator = torch.Generator().manual_seed(1)
+    caches = [torch.randint(-127, 128, (4, 16, 1, 64), generator=generator, dtype=torch.int8) for _ in "kv"]
+    scales = {"k_scale": torch.full((4, 16, 1), 0.01), "v_scale": torch.rand(4, 16, 1, generator=generator)}
+    q = torch.randn(40, 1, 64, generator=generator).bfloat16()
+
+    def attend(begin: int, end: int, **options: bool) -> Tensor:
+        return mixattn.attention(
+            q[begin:end], *caches, **scales, **options, cu_seqlens_q=torch.tensor([0, end - begin]).int(),
+            seq_lens=torch.tensor([20 + end]).int(), block_table=torch.arange(4).view(1, 4).int(),
+        )  # fmt: skip
+
+    parts = [attend(begin, end, invariant=True) for begin, end in ((0, 17), (17, 18), (18, 40))]
+    assert torch.equal(torch.cat(parts), attend(0, 40, invariant=True))
+    q[7, 0, 3], q[20, 0, 5] = torch.inf, torch.nan
+    assert attend(0, 40).isnan().all(-1)[:, 0].nonzero()[:, 0].tolist() == [7, 20]
 
 
 def test_attention_and_append_kv_with_scales_of_any_strides_give_the_bits_of_contiguous(isa: str) -> None:
