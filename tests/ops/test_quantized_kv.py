@@ -210,8 +210,8 @@ def test_scales_of_int8_values_that_are_negative_or_nan_come_out(num_q_heads: in
 def test_queries_that_are_rounded_beside_int8_lose_little(
     head_dim: int, q_lens: tuple[int, ...], options: dict[str, Any], isa: str
 ) -> None:
-    """Decodes and chunks, rows and scales of very different sizes. 2^-16 of a row's largest element came to 1.4e-4 of the
-    largest value in the worst of these, where float32 loses 3e-6."""
+    """Decodes and chunks, rows and scales of very different sizes. 2^-16 of a row's largest element came to 1.4e-4 of
+    the largest value in the worst of these, where float32 loses 3e-6."""
     generator = torch.Generator().manual_seed(head_dim)
     num_seqs, pages = len(q_lens), 13
     shape = (num_seqs * pages, 16, 2, head_dim)
