@@ -52,6 +52,18 @@ def plan(
     block_table_stride: int = 0,
     page_size: int = 0,
 ) -> None: ...
+def check_slices(cu_seqlens_q: int, seq_lens: int, num_seqs: int) -> None: ...
+def fill_positions(
+    *,
+    cu_seqlens_q: int,
+    seq_lens: int,
+    num_seqs: int,
+    block_table: int,
+    max_pages: int,
+    page_size: int,
+    positions: int,
+    slot_mapping: int,
+) -> None: ...
 def plan_cost(spec: PlanSpec, words: int) -> dict[str, int]: ...
 
 # The CPU kernels (csrc/bindings/cpu.cpp). Strides count elements (of int4 bytes); the last dimension is always

@@ -1,4 +1,5 @@
-// plan.cpp: the planner and its prices for Python. Addresses are integers; mixattn/ops/plan.py owns what they point at.
+// plan.cpp: the planner, its prices and what else follows from a step's slices, for Python. Addresses are integers; who
+// calls owns what they point at.
 
 #include "common/plan.h"
 
@@ -132,6 +133,40 @@ py::dict plan_cost(const PlanSpec& spec, uintptr_t words) {
   return result;
 }
 
+void check_slices(uintptr_t cu_seqlens_q, uintptr_t seq_lens, int64_t num_seqs) {
+  const int32_t* const starts = reinterpret_cast<const int32_t*>(cu_seqlens_q);
+  const int32_t* const lens = reinterpret_cast<const int32_t*>(seq_lens);
+  if (starts[0] != 0) throw py::value_error("cu_seqlens_q[0] must be 0, got " + std::to_string(starts[0]));
+  for (int64_t n = 0; n < num_seqs; ++n) {
+    if (starts[n + 1] < starts[n]) {
+      throw py::value_error("cu_seqlens_q must not decrease, got " + std::to_string(starts[n]) + " then " +
+                            std::to_string(starts[n + 1]) + " at " + std::to_string(n + 1));
+    }
+  }
+  for (int64_t n = 0; n < num_seqs; ++n) {
+    if (lens[n] < 0) {
+      throw py::value_error("seq_lens[" + std::to_string(n) + "] must be >= 0, got " + std::to_string(lens[n]));
+    }
+  }
+}
+
+// A slice's rows are the last ones of its sequence.
+void fill_positions(uintptr_t cu_seqlens_q, uintptr_t seq_lens, int64_t num_seqs, uintptr_t block_table,
+                    int64_t max_pages, int64_t page_size, uintptr_t positions, uintptr_t slot_mapping) {
+  const int32_t* const starts = reinterpret_cast<const int32_t*>(cu_seqlens_q);
+  const int32_t* const lens = reinterpret_cast<const int32_t*>(seq_lens);
+  const int32_t* pages = reinterpret_cast<const int32_t*>(block_table);
+  int64_t* const position_of = reinterpret_cast<int64_t*>(positions);
+  int64_t* const slot_of = reinterpret_cast<int64_t*>(slot_mapping);
+  for (int64_t n = 0; n < num_seqs; ++n, pages += max_pages) {
+    for (int64_t row = starts[n]; row < starts[n + 1]; ++row) {
+      const int64_t position = lens[n] - starts[n + 1] + row;
+      position_of[row] = position;
+      slot_of[row] = pages[position / page_size] * page_size + position % page_size;
+    }
+  }
+}
+
 }  // namespace
 
 void bind_plan(py::module_& m) {
@@ -161,5 +196,13 @@ void bind_plan(py::module_& m) {
         "Writes the plan of a batch to out: [16 + 8 capacity_items + 8 capacity_merges] int32. With a block table,\n"
         "[num_seqs, block_table_stride], slices that share a prefix are grouped. ValueError if the slices are no\n"
         "slices, need more than the capacity, or cost too much to be counted.");
+  m.def(
+      "check_slices", &check_slices, arg("cu_seqlens_q"), arg("seq_lens"), arg("num_seqs"),
+      "ValueError naming the argument, unless cu_seqlens_q begins with 0 and does not decrease, and no length is < 0.");
+  m.def(
+      "fill_positions", &fill_positions, py::kw_only(), arg("cu_seqlens_q"), arg("seq_lens"), arg("num_seqs"),
+      arg("block_table"), arg("max_pages"), arg("page_size"), arg("positions"), arg("slot_mapping"),
+      "Writes each row's position in its sequence and its slot, both [total_q] int64, of a batch that is known to be\n"
+      "sound; block_table: [num_seqs, max_pages] int32.");
   m.def("plan_cost", &plan_cost, arg("spec"), arg("words"), "What the plan in words costs, in flops, bytes and fs.");
 }

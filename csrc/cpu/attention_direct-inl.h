@@ -446,6 +446,14 @@ void attend_direct(const AttentionParams& p, const WorkItem* items, int64_t num_
   int64_t num_keys = clamp(kv_end - head0.kv_begin, 0, kDirectKeys);
   int now = 0;
   if (num_keys > 0) locate_tile(p, head0, rows[0], head0.kv_begin, num_keys, kPaddedKeys, tiles[now].k, tiles[now].v);
+  // Nothing has sent for the first keys yet.
+  const int64_t first_keys = clamp(k_distance.far * kBlockKeys / num_items, 0, num_keys);
+  for (int64_t j = 0; j < first_keys; ++j) {
+    for (int64_t n = 0; n < num_items; ++n) {
+      const char* row = reinterpret_cast<const char*>(element_at(tiles[now].k[j], n * p.k_head_stride));
+      for (int64_t b = 0; b < row_bytes<T>(p.head_dim); b += 64) prefetch_far(row + b);
+    }
+  }
   for (int64_t first = head0.kv_begin; first < kv_end; first += kDirectKeys, now ^= 1) {
     const KeyRows<T>& keys = tiles[now];
     const int64_t padded_keys = round_up(num_keys, kPaddedKeys);

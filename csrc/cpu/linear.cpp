@@ -133,18 +133,13 @@ namespace {
 
 void multiply_panels(const IsaKernels& kernels, const LinearParams& p, int64_t num_threads) {
   const int64_t cols = kernels.panel_cols, num_panels = (p.num_cols + cols - 1) / cols;
-  // Few rows: long stretches of panels, because threads that take turns in memory stop each other's prefetching (half
-  // the bandwidth at 41 KB each), but no more than so many for each thread, or the last one is waited for.
-  const bool is_direct = p.num_rows <= kernels.direct_rows;
-  const int64_t fewest = kGrainWeights / (cols * p.depth), most = std::max<int64_t>(1, num_panels / (2 * num_threads));
-  const int64_t grain = is_direct ? std::clamp<int64_t>(std::max(fewest, num_panels / (4 * num_threads)), 1, most) : 1;
-  // Draws run through all panels for one block of rows, then the next.
-  const int64_t draws_per_block = (num_panels + grain - 1) / grain;
-  const int64_t num_blocks = (p.num_rows + kRowsPerDraw - 1) / kRowsPerDraw;
   const auto multiply = p.x_int8.values == nullptr ? kernels.linear : kernels.linear_int8;
-  parallel_for(num_threads, num_blocks * draws_per_block, 1, [&](int64_t draw, int64_t) {
-    const int64_t row = draw / draws_per_block * kRowsPerDraw, panel = draw % draws_per_block * grain;
-    multiply(p, row, std::min(row + kRowsPerDraw, p.num_rows), panel, std::min(panel + grain, num_panels));
+  // Draws run through all panels for one block of rows, then the next.
+  const int64_t num_blocks = (p.num_rows + kRowsPerDraw - 1) / kRowsPerDraw;
+  const int64_t grain = p.num_rows <= kernels.direct_rows ? std::max<int64_t>(1, kGrainWeights / (cols * p.depth)) : 1;
+  parallel_for_stretches(num_threads, num_blocks * num_panels, grain, [&](int64_t begin, int64_t end) {
+    const int64_t row = begin / num_panels * kRowsPerDraw, panel = begin % num_panels;
+    multiply(p, row, std::min(row + kRowsPerDraw, p.num_rows), panel, panel + (end - begin));
   });
 }
 

@@ -42,5 +42,46 @@ void parallel_for(int64_t num_threads, int64_t count, int64_t grain, const Run& 
       &context);
 }
 
+// As parallel_for, but each thread draws from a stretch of [0, count) of its own, and from those of others when that is
+// done. What lies one behind the other in memory is read so, and what a thread prefetches beyond a piece is its own.
+template <typename Run>
+void parallel_for_stretches(int64_t num_threads, int64_t count, int64_t grain, const Run& run) {
+  constexpr int64_t kMaxStretches = 64;
+  struct alignas(64) Stretch {  // a cache line each
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  struct Context {
+    const Run& run;
+    int64_t grain, num_stretches;
+    std::atomic<int64_t> num_arrived{0};
+    Stretch stretches[kMaxStretches];
+  } context{run, grain, 0, {}, {}};
+  const int64_t num_pieces = (count + grain - 1) / grain;
+  if (num_pieces < num_threads) num_threads = num_pieces;
+  const int64_t num_stretches = num_threads < kMaxStretches ? num_threads : kMaxStretches;
+  context.num_stretches = num_stretches;
+  for (int64_t n = 0; n < num_stretches; ++n) {
+    context.stretches[n].next.store(num_pieces * n / num_stretches * grain, std::memory_order_relaxed);
+    const int64_t end = num_pieces * (n + 1) / num_stretches * grain;
+    context.stretches[n].end = end < count ? end : count;
+  }
+  parallel_region(
+      num_threads,
+      [](void* data) {
+        Context& c = *static_cast<Context*>(data);
+        const int64_t own = c.num_arrived.fetch_add(1, std::memory_order_relaxed);
+        for (int64_t n = 0; n < c.num_stretches; ++n) {
+          Stretch& stretch = c.stretches[(own + n) % c.num_stretches];
+          for (;;) {
+            const int64_t begin = stretch.next.fetch_add(c.grain, std::memory_order_relaxed);
+            if (begin >= stretch.end) break;
+            c.run(begin, begin + c.grain < stretch.end ? begin + c.grain : stretch.end);
+          }
+        }
+      },
+      &context);
+}
+
 }  // namespace cpu
 }  // namespace mixattn

@@ -10,7 +10,7 @@ from torch import Tensor
 from mixattn.config import ModelConfig
 from mixattn.executor.inputs import InputBuilder, StepInputs
 from mixattn.executor.kv_pool import Prefault, allocate
-from mixattn.executor.recorded import RecordedForward
+from mixattn.executor.recorded import RecordedModel
 from mixattn.ops.attention import device_hardware
 from mixattn.ops.kv_dtypes import KvCache
 from mixattn.ops.metadata import AttentionMetadata
@@ -40,8 +40,8 @@ class LocalExecutor:
         num_pages, page_size: of the KV pool; the scheduler hands out ids in [0, num_pages).
         max_model_len: the longest kv_len, in tokens.
         kv_dtype: of the cache tensors; quantised ones get scales per token and head.
-        is_recorded: whether the forward pass is recorded and steps run without Python (``recorded.py``); for models
-            whose forward pass is made of mixattn's operators, with the CPU kernels.
+        is_recorded: whether the model is recorded and steps run without Python (``recorded.py``); for models that are
+            made of mixattn's operators, with the CPU kernels.
     """
 
     def __init__(
@@ -56,8 +56,7 @@ class LocalExecutor:
         device: torch.device,
         is_recorded: bool = False,
     ) -> None:
-        self._model = model
-        self._forward = RecordedForward(model).forward if is_recorded else model.forward
+        self._model: Model = RecordedModel(model) if is_recorded else model
         self._config = config
         self._kv_dtype = kv_dtype
         self._device = device
@@ -75,14 +74,16 @@ class LocalExecutor:
         """
         inputs = self._inputs.build(plan, self._last_token_ids)
         if self._prefault is not None:
-            self._prefault.advance(int(inputs.block_table.max()), plan.num_tokens)
-        hidden = self._forward(
+            self._prefault.advance(inputs.last_page, plan.num_tokens)
+        hidden = self._model.forward(
             inputs.input_ids.to(self._device), inputs.positions.to(self._device), self._kv, self._metadata(inputs)
         )
         sampled = [part for part in plan.slices if part.is_sampled]
         token_ids: list[int] = []
         if sampled:
-            logits = self._model.logits(hidden[inputs.sampled_rows.to(self._device)])
+            if len(sampled) < plan.num_tokens:
+                hidden = hidden[torch.tensor(inputs.sampled_rows, device=self._device)]
+            logits = self._model.logits(hidden)
             token_ids = sample(logits, [self._sampling_row(part) for part in sampled], self._config.eos_token_ids)
         self._last_token_ids = {part.request_id: token for part, token in zip(sampled, token_ids, strict=True)}
         return StepResult(self._last_token_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mixattn import _C
 from mixattn.types import BatchPlan
 
 
@@ -24,7 +26,8 @@ class StepInputs:
         seq_lens: [num_seqs] int32.
         block_table: [num_seqs, max_pages] int32.
         slot_mapping: [total_q] int64.
-        sampled_rows: [num_sampled] int64, the last row of every slice that gives a token, in the plan's order.
+        sampled_rows: the last row of every slice that gives a token, in the plan's order.
+        last_page: the largest page id in the block table.
     """
 
     input_ids: Tensor
@@ -33,7 +36,8 @@ class StepInputs:
     seq_lens: Tensor
     block_table: Tensor
     slot_mapping: Tensor
-    sampled_rows: Tensor
+    sampled_rows: list[int]
+    last_page: int
 
 
 class InputBuilder:
@@ -63,17 +67,28 @@ class InputBuilder:
         if total_q > len(self._input_ids):
             self._allocate_tokens(2 * total_q)
         begin = 0
+        sampled_rows: list[int] = []
         for idx, part in enumerate(plan.slices):
             end = begin + part.q_len
             known = part.token_ids
             self._input_ids[begin:end] = (last_token_ids[part.request_id],) if known is None else known
-            num_pages = -(-part.kv_len // self._page_size)
-            self._block_table[idx, :num_pages] = np.frombuffer(part.page_ids, np.int32)[:num_pages]
+            if self._row_pages[idx] is not part.page_ids:  # the array never changes
+                self._set_pages(idx, part.page_ids)
             self._seq_lens[idx] = part.kv_len
             begin = end
             self._cu_seqlens_q[idx + 1] = end
-        self._fill_positions(num_seqs, total_q)
-        sampled_rows = [int(self._cu_seqlens_q[i + 1]) - 1 for i, part in enumerate(plan.slices) if part.is_sampled]
+            if part.is_sampled:
+                sampled_rows.append(end - 1)
+        _C.fill_positions(
+            cu_seqlens_q=self._cu_seqlens_q.ctypes.data,
+            seq_lens=self._seq_lens.ctypes.data,
+            num_seqs=num_seqs,
+            block_table=self._block_table.ctypes.data,
+            max_pages=self._max_pages,
+            page_size=self._page_size,
+            positions=self._positions.ctypes.data,
+            slot_mapping=self._slot_mapping.ctypes.data,
+        )
         return StepInputs(
             input_ids=torch.from_numpy(self._input_ids[:total_q]),
             positions=torch.from_numpy(self._positions[:total_q]),
@@ -81,23 +96,23 @@ class InputBuilder:
             seq_lens=torch.from_numpy(self._seq_lens[:num_seqs]),
             block_table=torch.from_numpy(self._block_table[:num_seqs]),
             slot_mapping=torch.from_numpy(self._slot_mapping[:total_q]),
-            sampled_rows=torch.tensor(sampled_rows, dtype=torch.int64),
+            sampled_rows=sampled_rows,
+            last_page=max(self._last_pages[:num_seqs]),
         )
 
-    def _fill_positions(self, num_seqs: int, total_q: int) -> None:
-        """Positions and slots of all rows at once: a slice's rows are the last q_len of its kv_len."""
-        row_begins = self._cu_seqlens_q[:num_seqs]
-        q_lens = np.diff(self._cu_seqlens_q[: num_seqs + 1])
-        seq_idx = np.repeat(np.arange(num_seqs), q_lens)
-        positions = self._positions[:total_q]
-        positions[:] = np.arange(total_q) + (self._seq_lens[:num_seqs] - q_lens - row_begins)[seq_idx]
-        page_ids = self._block_table[seq_idx, positions // self._page_size].astype(np.int64)
-        self._slot_mapping[:total_q] = page_ids * self._page_size + positions % self._page_size
+    def _set_pages(self, idx: int, page_ids: array[int]) -> None:
+        """Row ``idx`` of the block table."""
+        known = np.frombuffer(page_ids, np.int32)[: self._max_pages]
+        self._block_table[idx, : len(known)] = known
+        self._row_pages[idx] = page_ids
+        self._last_pages[idx] = int(known.max())
 
     def _allocate_seqs(self, num_seqs: int) -> None:
         self._cu_seqlens_q: npt.NDArray[np.int32] = np.zeros(num_seqs + 1, np.int32)
         self._seq_lens: npt.NDArray[np.int32] = np.zeros(num_seqs, np.int32)
         self._block_table: npt.NDArray[np.int32] = np.zeros((num_seqs, self._max_pages), np.int32)
+        self._row_pages: list[array[int] | None] = [None] * num_seqs
+        self._last_pages = [0] * num_seqs
 
     def _allocate_tokens(self, num_tokens: int) -> None:
         self._input_ids: npt.NDArray[np.int64] = np.zeros(num_tokens, np.int64)

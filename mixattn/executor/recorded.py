@@ -1,4 +1,4 @@
-"""The model's forward pass on the CPU: recorded once, and run without Python for every step."""
+"""The model's forward pass and its logits on the CPU: recorded once, and run without Python for every step."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class Model(Protocol):
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: list[KvCache], meta: AttentionMetadata) -> Tensor: ...
 
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
 
 class _Room(NamedTuple):
     """The largest step that a recording takes; the plans' sizes are those of the largest one."""
@@ -35,9 +37,13 @@ class _Room(NamedTuple):
         return all(most >= size for most, size in zip(self, needed, strict=True))
 
     def grown(self, needed: _Room) -> _Room:
-        """For both; what grows does so to a power of two, so that it does not often."""
-        sizes = zip(self, needed, strict=True)
-        return _Room(*(most if most >= size else 1 << (size - 1).bit_length() for most, size in sizes))
+        """For both."""
+        return _Room(*(_grown(most, size) for most, size in zip(self, needed, strict=True)))
+
+
+def _grown(most: int, size: int) -> int:
+    """What holds ``size``; what grows does so to a power of two, so that it does not often."""
+    return most if most >= size else 1 << (size - 1).bit_length()
 
 
 _FIRST_ROOM = _Room(256, 64, 1, 16384, 256, 2048)
@@ -53,23 +59,28 @@ class _Recorded:
     meta: AttentionMetadata
 
     def run(self, input_ids: Tensor, meta: AttentionMetadata) -> Tensor:
-        num_rows, (num_seqs, max_pages) = len(input_ids), meta.block_table.shape
         own = self.meta
-        self.input_ids[:num_rows] = input_ids
-        own.positions[:num_rows] = meta.positions
-        own.slot_mapping[:num_rows] = meta.slot_mapping
-        own.cu_seqlens_q[: num_seqs + 1] = meta.cu_seqlens_q
-        own.seq_lens[:num_seqs] = meta.seq_lens
-        own.block_table[:num_seqs, :max_pages] = meta.block_table
+        _fill(self.input_ids, input_ids)
+        _fill(own.positions, meta.positions)
+        _fill(own.slot_mapping, meta.slot_mapping)
+        _fill(own.cu_seqlens_q, meta.cu_seqlens_q)
+        _fill(own.seq_lens, meta.seq_lens)
+        _fill(own.block_table, meta.block_table)
         for window, plan in meta.plans.items():
             own.plans[window].buffer[: len(plan.buffer)] = plan.buffer
-        self.recording.run(num_rows, num_seqs)
+        num_rows = len(input_ids)
+        self.recording.run(num_rows, len(meta.seq_lens))
         hidden: Tensor = self.recording.result[:num_rows]
         return hidden
 
 
-class RecordedForward:
-    """Calls like ``model.forward``, with the same bits as result, which the next step overwrites.
+def _fill(target: Tensor, source: Tensor) -> None:
+    """The beginning of each dimension. By numpy: torch takes three times as long between two steps."""
+    target.numpy()[tuple(map(slice, source.shape))] = source.numpy()
+
+
+class RecordedModel:
+    """Gives what ``model`` gives, with the same bits, in tensors that the next call of the same method overwrites.
 
     Args:
         model: made of mixattn's operators only, with the CPU kernels as backend.
@@ -80,6 +91,8 @@ class RecordedForward:
         self._room = _FIRST_ROOM
         self._kv: list[KvCache] = []
         self._recorded: _Recorded | None = None
+        self._logits: Recording | None = None
+        self._sampled = torch.empty(0, 0)
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: list[KvCache], meta: AttentionMetadata) -> Tensor:
         """As the model's; ``positions`` are those of ``meta``, and the same ``kv`` is best given to every step."""
@@ -95,6 +108,19 @@ class RecordedForward:
             self._kv = kv
             self._recorded = self._record(kv, meta.plans)
         return self._recorded.run(input_ids, meta)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As the model's."""
+        num_rows = len(hidden)
+        if self._logits is None or num_rows > len(self._sampled):
+            self._logits = None
+            self._sampled = torch.zeros(_grown(_FIRST_ROOM.num_seqs, num_rows), hidden.shape[1])
+            with torch.inference_mode():
+                self._logits = Recording(self._model.logits, self._sampled, num_rows=len(self._sampled))
+        _fill(self._sampled, hidden)
+        self._logits.run(num_rows)
+        logits: Tensor = self._logits.result[:num_rows]
+        return logits
 
     def _record(self, kv: list[KvCache], plans: Mapping[int | None, WorkPlan]) -> _Recorded:
         """A recording of a step that fills the room."""

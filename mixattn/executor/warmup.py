@@ -116,7 +116,7 @@ class _Step:
             calls[_attention_name(window_left)] = lambda window=window_left: self._attention(window)  # type: ignore[misc]
         logits = torch.zeros(1, config.vocab_size, device=self._device)
         drawn = SamplingRow(SamplingParams(temperature=1.0, seed=0), 0, [], 0)
-        arguments = draw_arguments([0], [drawn], logits[:, 0].clone(), self._device)
+        arguments = draw_arguments([0], [drawn], [0.0], self._device)
         calls["draw"] = lambda: sampling.draw(logits, *arguments)
         return calls
 

@@ -48,7 +48,8 @@ def check_inputs(inputs: StepInputs, plan: BatchPlan, page_size: int, last_token
         assert inputs.cu_seqlens_q[idx + 1] == row
         if part.is_sampled:
             sampled_rows.append(row - 1)
-    assert inputs.sampled_rows.tolist() == sampled_rows
+    assert inputs.sampled_rows == sampled_rows
+    assert inputs.last_page == max(max(part.page_ids) for part in plan.slices)
     assert len(inputs.input_ids) == len(inputs.positions) == len(inputs.slot_mapping) == row
     assert inputs.block_table.shape[0] == len(inputs.seq_lens) == len(inputs.cu_seqlens_q) - 1 == len(plan.slices)
     assert inputs.block_table.is_contiguous()

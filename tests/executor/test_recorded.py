@@ -63,6 +63,22 @@ def batch(lengths: list[tuple[int, int]], token_id: int = 7) -> BatchPlan:
     return BatchPlan(0, tuple(slices))
 
 
+class KeepsHidden:
+    """A model that keeps what it gave last."""
+
+    def __init__(self, model: executor_module.Model) -> None:
+        self._model = model
+
+    def forward(self, *arguments: Any) -> Tensor:
+        self.hidden = self._model.forward(*arguments)
+        return self.hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self._model.logits(hidden)
+        self.logits_before_sampling = logits.clone()
+        return logits
+
+
 STEPS = [
     batch([(1, 20)]),
     batch([(1, 21)], token_id=3),
@@ -91,18 +107,12 @@ STEPS = [
 def test_recorded_steps_leave_the_bits_of_plain_ones(name: str, kv_dtype: torch.dtype) -> None:
     loaded = load_model(EngineConfig(name, load_format="dummy"), show_progress=False)
     plain, recording = make_executor(loaded, False, kv_dtype), make_executor(loaded, True, kv_dtype)
-    hidden: dict[LocalExecutor, Tensor] = {}
-    for executor in (plain, recording):
-        forward = executor._forward
-
-        def keep(*arguments: Any, executor: LocalExecutor = executor, forward: Any = forward) -> Tensor:
-            hidden[executor] = forward(*arguments)
-            return hidden[executor]
-
-        executor._forward = keep
+    kept = [KeepsHidden(executor._model) for executor in (plain, recording)]
+    plain._model, recording._model = kept
     for plan in STEPS:
         assert plain.execute(plan).token_ids == recording.execute(plan).token_ids
-        assert torch.equal(hidden[plain], hidden[recording])
+        assert torch.equal(kept[0].hidden, kept[1].hidden)
+        assert torch.equal(kept[0].logits_before_sampling, kept[1].logits_before_sampling)
     for ours, theirs in zip(plain._kv, recording._kv, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert (one is None and other is None) or torch.equal(one, other)

@@ -36,7 +36,7 @@ def make_rows(num_rows: int) -> list[SamplingRow]:
 
 def draw(logits: Tensor, rows: list[SamplingRow], device: torch.device) -> list[int]:
     ids = torch.arange(len(rows))
-    tensors = sampling.draw_arguments(ids.tolist(), rows, logits.max(dim=1).values, device)
+    tensors = sampling.draw_arguments(ids.tolist(), rows, logits.max(dim=1).values.tolist(), device)
     drawn: list[int] = triton_sampling.draw(logits.to(device), *tensors).tolist()
     return drawn
 
