@@ -250,7 +250,7 @@ def silu_mul(
 class Recording:
     """Calls of attention, append_kv and the linear maps, kept to be run again (csrc/bindings/recording.h)."""
 
-    def __init__(self, num_rows: int, num_seqs: int) -> None: ...  # of the step, at most
+    def __init__(self, num_rows: int, num_seqs: int, num_threads: int) -> None: ...  # of the step, at most
     def begin(self) -> None: ...  # from here on this thread's calls are recorded, and not run
     def end(self) -> None: ...
     def run(self, num_rows: int, num_seqs: int) -> None: ...  # in order, on the first rows at the same addresses

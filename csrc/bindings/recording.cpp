@@ -10,8 +10,10 @@ void bind_recording(py::module_& m) {
   using mixattn::Recording;
   using py::arg;
   py::class_<Recording>(m, "Recording", "Calls of the CPU operators, kept to be run again.")
-      .def(py::init([](int64_t num_rows, int64_t num_seqs) { return Recording({num_rows, num_seqs}); }),
-           arg("num_rows"), arg("num_seqs"))
+      .def(py::init([](int64_t num_rows, int64_t num_seqs, int64_t num_threads) {
+             return Recording({num_rows, num_seqs}, num_threads);
+           }),
+           arg("num_rows"), arg("num_seqs"), arg("num_threads"))
       .def("begin", [](Recording& self) { mixattn::active_recording = &self; })
       .def("end", [](Recording&) { mixattn::active_recording = nullptr; })
       .def(

@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/parallel.h"
+
 namespace mixattn {
 
 constexpr int64_t kAnyNumSeqs = -1;  // of a call that has rows only
@@ -26,7 +28,8 @@ struct StepSize {
 
 class Recording {
  public:
-  explicit Recording(StepSize size) : size_(size) {}
+  // num_threads: of the calls, at most.
+  Recording(StepSize size, int64_t num_threads) : size_(size), num_threads_(num_threads) {}
 
   // A call that takes another number of rows or sequences than the recorded step has could not follow a smaller one.
   void add(const char* name, StepSize size, std::function<void(StepSize)> call) {
@@ -45,7 +48,9 @@ class Recording {
   void run(StepSize size) const {
     check(size);
     const pybind11::gil_scoped_release unlocked;
-    for (const Call& call : calls_) call.run(size);
+    cpu::with_team(num_threads_, [&] {
+      for (const Call& call : calls_) call.run(size);
+    });
   }
 
   // As run; the name of each call and the microseconds it took.
@@ -53,12 +58,14 @@ class Recording {
     check(size);
     const pybind11::gil_scoped_release unlocked;
     std::vector<std::pair<std::string, double>> times;
-    for (const Call& call : calls_) {
-      const auto start = std::chrono::steady_clock::now();
-      call.run(size);
-      const std::chrono::duration<double, std::micro> elapsed = std::chrono::steady_clock::now() - start;
-      times.emplace_back(call.name, elapsed.count());
-    }
+    cpu::with_team(num_threads_, [&] {
+      for (const Call& call : calls_) {
+        const auto start = std::chrono::steady_clock::now();
+        call.run(size);
+        const std::chrono::duration<double, std::micro> elapsed = std::chrono::steady_clock::now() - start;
+        times.emplace_back(call.name, elapsed.count());
+      }
+    });
     return times;
   }
 
@@ -79,6 +86,7 @@ class Recording {
   }
 
   StepSize size_;
+  int64_t num_threads_;
   std::vector<Call> calls_;
 };
 

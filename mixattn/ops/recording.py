@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixattn import _C
+from mixattn import _C, env
 from mixattn.ops.library import kernel_of
 
 _NEW_EMPTY = {
@@ -55,7 +55,7 @@ class Recording:
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any, num_rows: int, num_seqs: int = 0) -> None:
-        self._calls = _C.Recording(num_rows, num_seqs)
+        self._calls = _C.Recording(num_rows, num_seqs, env.num_threads())
         mode = _RecordingMode()
         self._calls.begin()
         try:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixattn import env
 from mixattn.config import EngineConfig
 from mixattn.executor import executor as executor_module
 from mixattn.executor import recorded
@@ -25,8 +26,9 @@ NUM_PAGES, PAGE_SIZE = 128, 16
 
 
 @pytest.fixture(autouse=True)
-def plans_for_three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans that split along the keys, whatever threads the tests are given."""
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And plans for them, which split along the keys, whatever threads the tests are given."""
+    monkeypatch.setattr(env, "num_threads", lambda: 3)
     monkeypatch.setattr(executor_module, "device_hardware", lambda device: cpu_hardware(3))
 
 
@@ -198,3 +200,31 @@ def test_recording_reads_what_its_first_rows_hold_when_it_runs() -> None:
     for num_rows in (-1, 4):
         with pytest.raises(ValueError, match=rf"num_rows must be in \[0, 3\], what was recorded, got {num_rows}"):
             recording.run(num_rows)
+
+
+def test_recorded_calls_see_what_the_threads_of_those_before_have_written() -> None:
+    """Rows are drawn by 3 threads in 10 pieces; only the ends of their regions order the 40 calls."""
+
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(40):
+            x = rms_norm(x, weight, 1e-5)
+        return x
+
+    weight, x = torch.linspace(0.5, 1.5, 256), torch.empty(600, 256)
+    recording = Recording(chain, x, num_rows=600)
+    for seed in range(60):
+        x.normal_(generator=torch.Generator().manual_seed(seed))
+        recording.run(600)
+        assert torch.equal(recording.result, chain(x))
+
+
+def test_recorded_step_that_fails_leaves_its_threads_free() -> None:
+    loaded = load_model(EngineConfig("tiny-llama", load_format="dummy"), show_progress=False)
+    executor = make_executor(loaded, True)
+    good, bad = batch([(40, 90)]), batch([(40, 90)])
+    token_ids = executor.execute(good).token_ids
+    bad.slices[0].page_ids[2] = NUM_PAGES
+    for _ in range(3):
+        with pytest.raises(ValueError, match=rf"block_table|slot_mapping.*{NUM_PAGES}"):
+            executor.execute(bad)
+        assert executor.execute(good).token_ids == token_ids
