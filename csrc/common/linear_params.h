@@ -19,6 +19,13 @@ struct Int8Rows {
   float* scaled_sums;  // scale times sum
 };
 
+// x for products with nibbles that stay where they are in their words: divided by what that multiplies them with
+// (linear-inl.h).
+struct NibbleRows {
+  float* values;  // [num_rows, depth]; nullptr: there are too many rows, or no nibbles
+  float* sums;    // [num_rows, depth / kBlockDepth], of a block's elements of x
+};
+
 struct LinearParams {
   WeightForm form;
   const void* panels;     // [num_panels, panel_bytes], written by pack_panels
@@ -30,6 +37,7 @@ struct LinearParams {
   int64_t panel_bytes;
   int64_t x_stride, residual_stride, y_stride;
   Int8Rows x_int8;
+  NibbleRows x_nibbles;
 };
 
 struct RmsNormParams {

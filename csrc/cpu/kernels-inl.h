@@ -27,6 +27,7 @@ const IsaKernels MIXATTN_ISA_KERNELS = {
     append_kv_rows,
     merge_states_rows,
     linear_panels,
+    scale_for_nibbles,
     linear_int8_panels,
     quantise_rows,
     kTileCols,

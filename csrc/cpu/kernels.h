@@ -45,8 +45,10 @@ struct IsaKernels {
   void (*merge_states)(const MergeStatesParams& p, int64_t begin, int64_t end);
 
   // Rows [row_begin, row_end) and panels [panel_begin, panel_end) of a linear map; a panel is panel_cols columns of y.
-  // If at most direct_rows rows are given, weights are widened in registers and never written.
+  // If the map has at most direct_rows rows, weights are widened in registers and never written; nibbles are not even
+  // scaled then, but multiplied with p.x_nibbles, which scale_for_nibbles writes for rows [begin, end).
   void (*linear)(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);
+  void (*scale_for_nibbles)(const LinearParams& p, int64_t begin, int64_t end);
   // The same from p.x_int8, which quantise_rows writes for rows [begin, end) of x; quantised forms only.
   void (*linear_int8)(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                       int64_t panel_end);

@@ -1,9 +1,11 @@
 // linear-inl.h: y = x W^T + bias + residual in float32, W as it is stored, for one ISA.
-// Math    y[r][n] = sum_k x[r][k] w[n][k] (+ bias[n]) (+ residual[r][n]), every w as its form says, exact in float32
+// Math    y[r][n] = sum_k x[r][k] w[n][k] (+ bias[n]) (+ residual[r][n]), every w exactly what its form says
 // Method  W lies in panels of kTileCols columns of y (rows of W), deep first, so that a register tile reads one from
 //         front to back. Few rows (up to one register tile, a small decode batch): direct. Each vector of weights is
-//         widened in registers and serves all rows; bound by memory. More rows: widened. A piece of a panel is written
-//         as float32 into scratch that stays in L1, and register tiles pass over it; bound by FMA.
+//         widened in registers and serves all rows; bound by memory. Nibbles are multiplied as the integers they are,
+//         and a block's sum is scaled, d sum_k x q + m sum_k x: an FMA less per vector of weights. More rows: widened.
+//         A piece of a panel is written as float32 into scratch that stays in L1, and register tiles pass over it;
+//         bound by FMA.
 // Grid    rows x panels; cpu/linear.cpp deals pieces of both to its threads
 // Shapes  as LinearParams
 // Memory  reads every panel once per kRowBlock rows, x once per panel. Scratch 4 kTileCols (kDepthPiece + kRowBlock)
@@ -114,12 +116,32 @@ struct Q4Form {
                                    const Use& use) {
     const Vec unit = broadcast(nibble_unit<kNibble>());
     const Vec d[kTileVecs] = {mul(scale[0], unit), mul(scale[1], unit)};
+    for_nibble<kNibble>(words, [&](int k, int i, const Vec(&q)[kTileVecs]) __attribute__((always_inline)) {
+      const Vec w[kTileVecs] = {fmadd(q[0], d[0], min[0]), fmadd(q[1], d[1], min[1])};
+      use(k, i, w);
+    });
+  }
+
+  // use(k, i, q): q of kTileCols columns at depth k of a block, times what nibble_unit undoes; i counts the calls.
+  template <typename Use>
+  MIXATTN_INLINE void for_each_nibble(const uint32_t* words, const Use& use) {
+    for_nibble<0>(words, use);
+    for_nibble<1>(words, use);
+    for_nibble<2>(words, use);
+    for_nibble<3>(words, use);
+    for_nibble<4>(words, use);
+    for_nibble<5>(words, use);
+    for_nibble<6>(words, use);
+    for_nibble<7>(words, use);
+  }
+
+  template <int kNibble, typename Use>
+  MIXATTN_INLINE void for_nibble(const uint32_t* words, const Use& use) {
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) {
       const uint32_t* row = words + g * kTileCols;
-      const Vec w[kTileVecs] = {fmadd(load_nibbles<kNibble>(row), d[0], min[0]),
-                                fmadd(load_nibbles<kNibble>(row + kLanes), d[1], min[1])};
-      use(4 * g + kNibble / 2 + kNibble % 2 * 16, 4 * kNibble + g, w);
+      const Vec q[kTileVecs] = {load_nibbles<kNibble>(row), load_nibbles<kNibble>(row + kLanes)};
+      use(4 * g + kNibble / 2 + kNibble % 2 * 16, 4 * kNibble + g, q);
     }
   }
 };
@@ -189,7 +211,102 @@ void multiply_direct(const char* panel, const float* x, int64_t x_stride, int64_
   }
 }
 
-typedef void (*DirectFunction)(const char*, const float*, int64_t, int64_t, float*);
+// What load_nibbles multiplies the nibble of a block's depth i with, inverted, as Q4Form::widen has them.
+struct NibbleUnits {
+  float of[kBlockDepth];
+  constexpr NibbleUnits() : of() {
+    constexpr float kUnits[8] = {nibble_unit<0>(), nibble_unit<1>(), nibble_unit<2>(), nibble_unit<3>(),
+                                 nibble_unit<4>(), nibble_unit<5>(), nibble_unit<6>(), nibble_unit<7>()};
+    for (int64_t i = 0; i < kBlockDepth; ++i) of[i] = kUnits[i % 4 * 2 + i / 16];
+  }
+};
+
+void scale_for_nibbles(const LinearParams& p, int64_t begin, int64_t end) {
+  static constexpr NibbleUnits kUnits;
+  const int64_t num_blocks = p.depth / kBlockDepth;
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t n = 0; n < num_blocks; ++n) {
+      const float* const x = p.x + r * p.x_stride + n * kBlockDepth;
+      float* const values = p.x_nibbles.values + r * p.depth + n * kBlockDepth;
+      Vec sum = zero();
+      for (int64_t i = 0; i < kBlockDepth; i += kLanes) {
+        sum = add(sum, load(x + i));
+        store(values + i, mul(load(x + i), load(kUnits.of + i)));
+      }
+      p.x_nibbles.sums[r * num_blocks + n] = sum_lanes(sum);
+    }
+  }
+}
+
+// multiply_direct for rows of NibbleRows, from `row` on.
+template <bool kHasMin, int kRows>
+void multiply_nibbles(const char* panel, const NibbleRows& x, int64_t row, int64_t depth, float* c) {
+  typedef Q4Form<kHasMin> Form;
+  constexpr int kChains = kRows == 1 ? 4 : (kRows == 2 ? 2 : 1);  // as in multiply_direct
+  constexpr int kLines = (Form::kBytes + 63) / 64;
+  const int64_t num_blocks = depth / kBlockDepth;
+  Vec acc[kRows][kTileVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = zero();
+  for (int64_t n = 0; n < num_blocks; ++n, panel += Form::kBytes) {
+    const float* const values = x.values + row * depth + n * kBlockDepth;
+    const uint32_t* const words = reinterpret_cast<const uint32_t*>(panel + Form::kHeaderBytes);
+    Vec sums[kChains][kRows][kTileVecs];
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sums[i][r][0] = sums[i][r][1] = zero();
+    }
+    Form::for_each_nibble(words, [&](int d, int i, const Vec(&q)[kTileVecs]) __attribute__((always_inline)) {
+      for (int line = i * kLines / kBlockDepth; line < (i + 1) * kLines / kBlockDepth; ++line) {
+        prefetch_ahead(panel + line * 64);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Vec value = broadcast(values[r * depth + d]);
+#pragma GCC unroll 2
+        for (int j = 0; j < kTileVecs; ++j) sums[i % kChains][r][j] = fmadd(value, q[j], sums[i % kChains][r][j]);
+      }
+    });
+    const Float16* const d = reinterpret_cast<const Float16*>(panel);
+#pragma GCC unroll 2
+    for (int j = 0; j < kTileVecs; ++j) {
+      const Vec scale = load(d + j * kLanes);
+      const Vec min = kHasMin ? load(d + kTileCols + j * kLanes) : mul(scale, broadcast(-8.0f));
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        Vec sum = sums[0][r][j];
+        if (kChains == 2) sum = add(sum, sums[kChains - 1][r][j]);
+        if (kChains == 4) {
+          sum = add(add(sum, sums[1 % kChains][r][j]), add(sums[2 % kChains][r][j], sums[3 % kChains][r][j]));
+        }
+        const Vec total = broadcast(x.sums[(row + r) * num_blocks + n]);
+        acc[r][j] = fmadd(min, total, fmadd(scale, sum, acc[r][j]));
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kTileVecs; ++j) store(c + r * kTileCols + j * kLanes, acc[r][j]);
+  }
+}
+
+// c as multiply_direct's, of the rows from `row` on.
+typedef void (*DirectFunction)(const LinearParams& p, const char* panel, int64_t row, float* c);
+
+template <class Form, int kRows>
+struct Direct {
+  static void multiply(const LinearParams& p, const char* panel, int64_t row, float* c) {
+    multiply_direct<Form, kRows>(panel, p.x + row * p.x_stride, p.x_stride, p.depth, c);
+  }
+};
+template <bool kHasMin, int kRows>
+struct Direct<Q4Form<kHasMin>, kRows> {
+  static void multiply(const LinearParams& p, const char* panel, int64_t row, float* c) {
+    multiply_nibbles<kHasMin, kRows>(panel, p.x_nibbles, row, p.depth, c);
+  }
+};
 
 // A pointer, because GCC would otherwise inline all of them into one function, and hold too much in registers: with
 // AVX2, 3 rows of q4_1 take 2.7 times as long then.
@@ -197,14 +314,14 @@ template <class Form>
 DirectFunction direct_function(int64_t num_rows) {
   static_assert(kTileRows <= 8, "one entry per number of rows");
   static constexpr DirectFunction kFunctions[] = {
-      multiply_direct<Form, 1>,
-      multiply_direct<Form, 2>,
-      multiply_direct<Form, 3>,
-      multiply_direct<Form, 4>,
-      multiply_direct<Form, 5>,
-      multiply_direct<Form, 6>,
-      multiply_direct<Form, at_most_tile_rows(7)>,
-      multiply_direct<Form, at_most_tile_rows(8)>,
+      Direct<Form, 1>::multiply,
+      Direct<Form, 2>::multiply,
+      Direct<Form, 3>::multiply,
+      Direct<Form, 4>::multiply,
+      Direct<Form, 5>::multiply,
+      Direct<Form, 6>::multiply,
+      Direct<Form, at_most_tile_rows(7)>::multiply,
+      Direct<Form, at_most_tile_rows(8)>::multiply,
   };
   return kFunctions[num_rows - 1];
 }
@@ -283,9 +400,9 @@ void linear_typed(const LinearParams& p, int64_t row_begin, int64_t row_end, int
   for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
     const int64_t num_rows = clamp(row_end - row, 0, kRowBlock);
     for (int64_t n = panel_begin; n < panel_end; ++n) {
-      if (num_rows <= kTileRows) {
+      if (p.num_rows <= kTileRows) {
         const char* panel = static_cast<const char*>(p.panels) + n * p.panel_bytes;
-        direct_function<Form>(num_rows)(panel, p.x + row * p.x_stride, p.x_stride, p.depth, c);
+        direct_function<Form>(num_rows)(p, panel, row, c);
       } else {
         multiply_many_rows<Form>(p, n, row, num_rows, c);
       }

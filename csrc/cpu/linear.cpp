@@ -131,6 +131,13 @@ void unpack_weight_rows(const IsaKernels& kernels, WeightForm form, const void* 
 
 namespace {
 
+// Of this thread; lives as long as it does and only grows, so that a step allocates nothing.
+int32_t* scratch_words(int64_t num_words) {
+  static thread_local std::vector<int32_t> scratch;
+  if (static_cast<int64_t>(scratch.size()) < num_words) scratch.resize(static_cast<size_t>(num_words));
+  return scratch.data();
+}
+
 void multiply_panels(const IsaKernels& kernels, const LinearParams& p, int64_t num_threads) {
   const int64_t cols = kernels.panel_cols, num_panels = (p.num_cols + cols - 1) / cols;
   const auto multiply = p.x_int8.values == nullptr ? kernels.linear : kernels.linear_int8;
@@ -151,19 +158,22 @@ void linear(const IsaKernels& kernels, const LinearParams& params, bool rounds_x
   check_matrix(params.form, params.num_cols, params.depth);
   LinearParams p = params;
   p.x_int8 = {};
-  if (!rounds_x) return multiply_panels(kernels, p, num_threads);
-  if (!is_quantised(p.form)) throw std::invalid_argument("x is rounded to int8 beside quantised weights only");
-  // Lives as long as its thread and only grows, so that a step allocates nothing.
-  static thread_local std::vector<int32_t> scratch;
+  p.x_nibbles = {};
+  const bool has_nibbles = p.form == WeightForm::kQ4_0 || p.form == WeightForm::kQ4_1;
   const int64_t num_values = p.num_rows * p.depth, num_blocks = num_values / kBlockDepth;
-  const size_t words = static_cast<size_t>(num_values / 4 + 3 * num_blocks);
-  if (scratch.size() < words) scratch.resize(words);
-  int32_t* const sums = scratch.data();
-  float* const scales = reinterpret_cast<float*>(sums + num_blocks);
-  p.x_int8 = {reinterpret_cast<int8_t*>(sums + 3 * num_blocks), scales, sums, scales + num_blocks};
   const int64_t grain = std::max<int64_t>(1, kGrainElements / p.depth);
-  parallel_for(num_threads, p.num_rows, grain,
-               [&](int64_t begin, int64_t end) { kernels.quantise_rows(p, begin, end); });
+  if (rounds_x) {
+    if (!is_quantised(p.form)) throw std::invalid_argument("x is rounded to int8 beside quantised weights only");
+    int32_t* const sums = scratch_words(num_values / 4 + 3 * num_blocks);
+    float* const scales = reinterpret_cast<float*>(sums + num_blocks);
+    p.x_int8 = {reinterpret_cast<int8_t*>(sums + 3 * num_blocks), scales, sums, scales + num_blocks};
+    parallel_for(num_threads, p.num_rows, grain,
+                 [&](int64_t begin, int64_t end) { kernels.quantise_rows(p, begin, end); });
+  } else if (has_nibbles && p.num_rows <= kernels.direct_rows) {
+    float* const values = reinterpret_cast<float*>(scratch_words(num_values + num_blocks));
+    p.x_nibbles = {values, values + num_values};
+    kernels.scale_for_nibbles(p, 0, p.num_rows);
+  }
   multiply_panels(kernels, p, num_threads);
 }
 

@@ -68,9 +68,10 @@ def test_linear_adds_bias_and_residual(num_cols: int, num_rows: int, isa: str) -
     assert_within_rounding(linear(x, weight, bias, residual), x, values, residual.double() + bias.double())
 
 
-def test_linear_of_strided_rows_gives_the_bits_of_contiguous(isa: str) -> None:
+@pytest.mark.parametrize("num_rows", [3, 10])
+def test_linear_of_strided_rows_gives_the_bits_of_contiguous(num_rows: int, isa: str) -> None:
     weight, _ = packed_matrix("q4_1", 48, 64, isa)
-    wide = torch.randn(10, 100)
+    wide = torch.randn(num_rows, 100)
     assert torch.equal(linear(wide[:, 20:84], weight), linear(wide[:, 20:84].contiguous(), weight))
 
 
