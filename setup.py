@@ -41,8 +41,6 @@ CXX_FLAGS = [
 # For tests on a CPU without AVX-512: its kernels through SIMDe (Debian's libsimde-dev), correct and slow. Unoptimised,
 # because the compiler takes minutes over all that is inlined.
 BUILD_SIMDE = os.environ.get("MIXATTN_BUILD_SIMDE") == "1"
-# For tests on a CPU without AMX: its kernels over tiles that are emulated, beside the ordinary build in its folder.
-BUILD_EMULATED_AMX = os.environ.get("MIXATTN_BUILD_EMULATED_AMX") == "1"
 AVX512_FLAGS = [
     "-mavx512f",
     "-mavx512bw",
@@ -53,14 +51,19 @@ AVX512_FLAGS = [
     "-mf16c",
     "-mprefer-vector-width=512",
 ]
-AMX_SOURCE = "csrc/cpu/kernels_amx.cpp"
-AVX512_BF16_FLAGS = [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"]
+AMX_SOURCE, AVX2_VNNI_SOURCE = "csrc/cpu/kernels_amx.cpp", "csrc/cpu/kernels_avx2_vnni.cpp"
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_VNNI_FLAGS = [*AVX512_FLAGS, "-mavx512vnni"]
+AVX512_BF16_FLAGS = [*AVX512_VNNI_FLAGS, "-mavx512bf16"]
+AMX_FLAGS = [*AVX512_BF16_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 # Of each architecture, its files alone.
 ISA_FLAGS = {
     "x86_64": {
-        "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-        AMX_SOURCE: [*AVX512_BF16_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+        "csrc/cpu/kernels_avx2.cpp": AVX2_FLAGS,
+        AVX2_VNNI_SOURCE: [*AVX2_FLAGS, "-mavxvnni"],
+        AMX_SOURCE: AMX_FLAGS,
         "csrc/cpu/kernels_avx512_bf16.cpp": AVX512_BF16_FLAGS,
+        "csrc/cpu/kernels_avx512_vnni.cpp": AVX512_VNNI_FLAGS,
         "csrc/cpu/kernels_avx512.cpp": ["-DMIXATTN_SIMDE", "-Wno-psabi", "-O0"] if BUILD_SIMDE else AVX512_FLAGS,
     },
     "aarch64": {
@@ -68,6 +71,14 @@ ISA_FLAGS = {
         "csrc/cpu/kernels_neon_bf16.cpp": ["-march=armv8.2-a+dotprod+bf16+i8mm"],
     },
 }
+# For tests on a CPU without an ISA: its kernels over instructions that are emulated, beside the ordinary build in its
+# folder; file and flags by what MIXATTN_BUILD_EMULATED_ is followed by. AVX_VNNI's are in AVX512_VNNI, too, in another
+# encoding: without -mavxvnni the compiler makes none by itself, which this CPU would not know.
+EMULATED = {
+    "AMX": (AMX_SOURCE, [*AMX_FLAGS, "-DMIXATTN_EMULATED_AMX"]),
+    "AVX_VNNI": (AVX2_VNNI_SOURCE, [*AVX2_FLAGS, "-DMIXATTN_EMULATED_AVX_VNNI"]),
+}
+BUILD_EMULATED = next((name for name in EMULATED if os.environ.get(f"MIXATTN_BUILD_EMULATED_{name}") == "1"), None)
 OTHER_MACHINES = {f for machine, files in ISA_FLAGS.items() if machine != MACHINE for f in files}
 
 
@@ -135,15 +146,15 @@ def ninja_file(build_dir: Path, output: Path, cuda_compiler: Path | None) -> str
     return "\n".join(lines) + "\n"
 
 
-def emulated_amx_file(build_dir: Path, output: Path) -> str:
-    """The text of a file for ninja that makes ``output`` as build.ninja makes the extension, with emulated tiles."""
-    emulated = object_file(build_dir, "emulated_amx")
-    objects = [emulated, *(object_file(build_dir, source) for source in sources() if source != AMX_SOURCE)]
-    flags = " ".join(ISA_FLAGS["x86_64"][AMX_SOURCE])
+def emulated_file(name: str, build_dir: Path, output: Path) -> str:
+    """The text of a file for ninja that makes ``output`` as build.ninja makes the extension, with ``name`` emulated."""
+    source, flags = EMULATED[name]
+    emulated = object_file(build_dir, f"emulated_{name.lower()}")
+    objects = [emulated, *(object_file(build_dir, other) for other in sources() if other != source)]
     lines = [
         "include build.ninja",
-        f"build {emulated}: compile {escape(ROOT / AMX_SOURCE)}",
-        f"  isa_flags = {flags} -DMIXATTN_EMULATED_AMX",
+        f"build {emulated}: compile {escape(ROOT / source)}",
+        f"  isa_flags = {' '.join(flags)}",
         f"build {escape(output)}: link {' '.join(objects)}",
     ]
     return "\n".join(lines) + "\n"
@@ -174,10 +185,10 @@ class NinjaBuildExt(build_ext):
         except ImportError:
             ninja = "ninja"
         command = [ninja, "-C", str(build_dir)]
-        if BUILD_EMULATED_AMX:
-            built = build_dir / "emulated_amx" / output.name
-            file = build_dir / "emulated_amx.ninja"
-            file.write_text(emulated_amx_file(build_dir, built))
+        if BUILD_EMULATED is not None:
+            built = build_dir / f"emulated_{BUILD_EMULATED.lower()}" / output.name
+            file = build_dir / f"emulated_{BUILD_EMULATED.lower()}.ninja"
+            file.write_text(emulated_file(BUILD_EMULATED, build_dir, built))
             command += ["-f", file.name, str(built)]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
@@ -195,7 +206,7 @@ class NinjaBuildExt(build_ext):
 
     def install_images(self, package: Path) -> None:
         """Puts the CUDA kernels' images beside the extension."""
-        if BUILD_EMULATED_AMX:
+        if BUILD_EMULATED is not None:
             return  # they are none of its business
         images = package / "cuda_images"
         if self.cuda_compiler is not None:

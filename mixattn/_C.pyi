@@ -257,8 +257,11 @@ class Recording:
     def run_timed(self, num_rows: int, num_seqs: int) -> list[tuple[str, float]]: ...  # each call's name, microseconds
     def __len__(self) -> int: ...
 
-class CpuInfo(TypedDict):
+class IsaChoice(TypedDict):
     isa: str  # what a call without ``isa`` gets
+    passed_over: str | None  # a better one that was not chosen, and why
+
+class CpuInfo(IsaChoice):
     available: list[str]  # best first
     compiled: list[str]  # best first; the ones not available need another CPU
     emulated: list[str]  # available by emulation, for tests: correct and slow
@@ -269,6 +272,7 @@ class CpuInfo(TypedDict):
     openmp: str | None  # the runtime's file; None while the process has loaded none
 
 def cpu_info() -> CpuInfo: ...
+def choose_isa(isas: Sequence[str], bfloat16_s: float, fma_s: float) -> IsaChoice: ...
 def measure_roofs(num_threads: int, isa: str | None = None) -> dict[str, float]: ...
 
 # The CUDA kernels (csrc/bindings/cuda.cpp). RuntimeError is the driver's, and names its function and error.

@@ -11,7 +11,8 @@
 | ``THP_MEM_ALLOC_ENABLE`` | torch's own; without it, programs of ours have large CPU tensors in huge pages |
 | ``TRITON_INTERPRET`` | ``1``: Triton runs its kernels in its interpreter, on CPU tensors (Triton's own variable) |
 
-``setup.py`` alone reads ``MIXATTN_BUILD_SIMDE``, ``MIXATTN_BUILD_EMULATED_AMX`` and ``MIXATTN_BUILD_CUDA``.
+``setup.py`` alone reads ``MIXATTN_BUILD_SIMDE``, ``MIXATTN_BUILD_EMULATED_AMX``,
+``MIXATTN_BUILD_EMULATED_AVX_VNNI`` and ``MIXATTN_BUILD_CUDA``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 """Of glibc's malloc.h."""
-CPU_ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "neon", "scalar")
+CPU_ISAS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon_bf16", "neon", "scalar")
 
 
 @functools.cache

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from mixattn import cli
+from mixattn import _C, cli, env
+from mixattn.engine import info
 
 TINY = ["tiny-llama", "--load-format", "dummy", "--max-model-len", "512"]
 COMMANDS = ["chat", "generate", "serve", "bench", "warmup", "info", "demo"]
@@ -165,6 +166,17 @@ def test_info_lists_every_backend_with_a_reason(capsys: pytest.CaptureFixture[st
     assert re.search(r"^threads +\d+", out, re.MULTILINE)
     for backend in ("cpu", "triton", "cuda", "reference"):
         assert re.search(rf"^  {backend} +(yes|no) +\S", out, re.MULTILINE)
+
+
+def test_info_says_why_an_isa_was_passed_over_unless_one_is_forced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "avx512_bf16: two bfloat16 products take as long as 4.0 FMAs"
+    cpu = {**_C.cpu_info(), "passed_over": reason}
+    monkeypatch.setattr(info._C, "cpu_info", lambda: cpu)
+    for forced, line in ((None, rf"{cpu['isa']} \(this CPU can: .*\); not {reason}"), ("scalar", r"scalar \(.*\)")):
+        monkeypatch.setattr(env, "cpu_isa", lambda forced=forced: forced)
+        assert re.search(rf"^CPU kernels +{line}$", run(capsys, "info")[1], re.MULTILINE)
 
 
 def test_info_kernels_lists_the_compiled_kernels_or_says_why_there_are_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "bindings/append_kv_call.h"
 #include "bindings/attention_call.h"
@@ -55,6 +56,22 @@ void merge_states(const mixattn::MergeStatesParams& p, int64_t num_threads, cons
                          });
 }
 
+py::object none_if_empty(const std::string& text) {
+  return text.empty() ? py::object(py::none()) : py::object(py::str(text));
+}
+
+py::dict choose_isa(const std::vector<std::string>& isas, double bfloat16_s, double fma_s) {
+  std::vector<const IsaKernels*> candidates;
+  for (const std::string& isa : isas) candidates.push_back(&mixattn::cpu::compiled_kernels_named(isa));
+  if (candidates.empty()) throw py::value_error("isas must name some");
+  const mixattn::cpu::KernelChoice choice = mixattn::cpu::choose_kernels(
+      candidates, [=](const IsaKernels&) { return mixattn::cpu::LoopTimes{bfloat16_s, fma_s}; });
+  py::dict result;
+  result["isa"] = choice.kernels->name;
+  result["passed_over"] = none_if_empty(choice.passed_over);
+  return result;
+}
+
 py::dict cpu_info() {
   py::list available, compiled, emulated;
   for (const IsaKernels* kernels : mixattn::cpu::compiled_kernels()) {
@@ -62,10 +79,12 @@ py::dict cpu_info() {
     if (mixattn::cpu::is_available(*kernels)) available.append(kernels->name);
     if (kernels->is_emulated) emulated.append(kernels->name);
   }
+  const mixattn::cpu::KernelChoice& choice = mixattn::cpu::best_choice();
   const mixattn::cpu::CpuDescription cpu = mixattn::cpu::describe_cpu();
   const std::string openmp = mixattn::cpu::openmp_runtime();
   py::dict info;
-  info["isa"] = mixattn::cpu::best_kernels().name;
+  info["isa"] = choice.kernels->name;
+  info["passed_over"] = none_if_empty(choice.passed_over);
   info["available"] = available;
   info["compiled"] = compiled;
   info["emulated"] = emulated;
@@ -73,7 +92,7 @@ py::dict cpu_info() {
   info["num_cpus"] = cpu.num_cpus;
   info["l1d_bytes"] = cpu.l1d_bytes;
   info["l2_bytes"] = cpu.l2_bytes;
-  info["openmp"] = openmp.empty() ? py::object(py::none()) : py::object(py::str(openmp));
+  info["openmp"] = none_if_empty(openmp);
   return info;
 }
 
@@ -104,6 +123,8 @@ void bind_cpu(py::module_& m) {
       m, "merge_states", &merge_states, arg("num_threads"), arg("isa") = py::none(),
       "Attention over a union of disjoint key sets, from the result over each.");
   m.def("cpu_info", &cpu_info, "This CPU, the kernels that it runs, and the OpenMP runtime that they share.");
+  m.def("choose_isa", &choose_isa, arg("isas"), arg("bfloat16_s"), arg("fma_s"),
+        "What would be chosen of these, best first, where the loops take so long.");
   m.def("measure_roofs", &measure_roofs, arg("num_threads"), arg("isa") = py::none(),
         "read_gb_s and fma_gflop_s of num_threads threads, measured here in about a second.");
 }

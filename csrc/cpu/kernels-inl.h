@@ -16,7 +16,7 @@ namespace cpu {
 
 const IsaKernels MIXATTN_ISA_KERNELS = {
     MIXATTN_ISA_NAME,
-#if defined(MIXATTN_SIMDE) || defined(MIXATTN_EMULATED_AMX)
+#if defined(MIXATTN_SIMDE) || defined(MIXATTN_EMULATED_AMX) || defined(MIXATTN_EMULATED_AVX_VNNI)
     true,
 #else
     false,
@@ -38,6 +38,11 @@ const IsaKernels MIXATTN_ISA_KERNELS = {
     fma_loop,
     read_loop,
     kFmaFlopsPerRound,
+#if defined(MIXATTN_ISA_AVX512_BF16) && !defined(MIXATTN_ISA_AMX)
+    bfloat16_loop,
+#else
+    nullptr,
+#endif
 };
 
 }  // namespace cpu

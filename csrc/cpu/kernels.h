@@ -67,11 +67,16 @@ struct IsaKernels {
   float (*fma_loop)(int64_t rounds);                          // rounds * fma_flops_per_round flops
   float (*read_loop)(const float* data, int64_t num_floats);  // num_floats is a multiple of 256
   int64_t fma_flops_per_round;
+  // As many products of bfloat16 pairs as fma_loop has FMAs, for the choice at start (dispatch.h); nullptr: such
+  // products do not decide it.
+  float (*bfloat16_loop)(int64_t rounds);
 };
 
 extern const IsaKernels kAmxKernels;
 extern const IsaKernels kAvx512Bf16Kernels;
+extern const IsaKernels kAvx512VnniKernels;
 extern const IsaKernels kAvx512Kernels;
+extern const IsaKernels kAvx2VnniKernels;
 extern const IsaKernels kAvx2Kernels;
 extern const IsaKernels kNeonBf16Kernels;
 extern const IsaKernels kNeonKernels;

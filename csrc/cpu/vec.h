@@ -2,8 +2,10 @@
 // Method  A file compiled for one ISA defines MIXATTN_ISA_AVX512, _AVX2, _NEON or _SCALAR and includes this, which
 //         takes Vec and its operations from vec_<isa>.h and adds what is the same for all.
 //         SCALAR is the compiler's own 4-lane vector: SSE2 on x86-64, NEON on aarch64, plain code elsewhere.
-//         AVX512 with MIXATTN_ISA_AVX512_BF16 has the products of AVX512_BF16 and AVX512_VNNI besides, NEON with
-//         MIXATTN_ISA_NEON_BF16 those of BF16 and I8MM.
+//         AVX512 with MIXATTN_ISA_AVX512_VNNI has the products of AVX512_VNNI besides, with MIXATTN_ISA_AVX512_BF16
+//         those of AVX512_BF16, too; AVX2 with MIXATTN_ISA_AVX2_VNNI those of AVX_VNNI, under
+//         MIXATTN_EMULATED_AVX_VNNI as AVX512_VNNI has them: for tests. NEON with MIXATTN_ISA_NEON_BF16 has those of
+//         BF16 and I8MM.
 //         With MIXATTN_ISA_AMX products of many rows go by tiles (amx_tile-inl.h), besides; under
 //         MIXATTN_EMULATED_AMX on CPUs without AMX, slowly: for tests.
 //         AVX-512 under MIXATTN_SIMDE runs on any x86-64 through SIMDe, slowly: for tests of that path.

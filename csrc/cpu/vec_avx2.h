@@ -155,6 +155,23 @@ MIXATTN_INLINE IntVec low_nibbles(IntVec x) {
 MIXATTN_INLINE IntVec high_nibbles(IntVec x) {
   return low_nibbles(_mm256_srli_epi32(x, 4));
 }
+#if defined(MIXATTN_ISA_AVX2_VNNI)
+// The encoding of AVX_VNNI is VEX, which an assembler must be told; that of AVX512_VNNI does the same.
+#if defined(MIXATTN_EMULATED_AVX_VNNI)
+#define MIXATTN_VNNI(name) "%{evex%} " name " %2, %1, %0"
+#else
+#define MIXATTN_VNNI(name) "%{vex%} " name " %2, %1, %0"
+#endif
+MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
+  __asm__(MIXATTN_VNNI("vpdpwssd") : "+x"(sum) : "x"(a), "x"(b));  // as for AVX-512, no intrinsic
+  return sum;
+}
+constexpr int kByteZero = 0;
+MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVec signed_bytes) {
+  __asm__(MIXATTN_VNNI("vpdpbusd") : "+x"(sum) : "x"(unsigned_bytes), "x"(signed_bytes));
+  return sum;
+}
+#else
 MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
   __asm__("" : "+x"(sum));  // or GCC sums up products first, more of them than there are registers for
@@ -181,6 +198,7 @@ MIXATTN_INLINE IntVec add_nibble_products(IntVec sum, IntVec nibbles, IntVec sig
 MIXATTN_INLINE IntVec end_nibble_sums(IntVec sum, int32_t start) {
   return add_int16_products(broadcast_word(start), sum, _mm256_set1_epi16(1));
 }
+#endif
 
 // As for AVX-512.
 template <int kStep>

@@ -247,8 +247,7 @@ MIXATTN_INLINE Vec as_floats(IntVec words) {  // the same bits
   return _mm512_castsi512_ps(words);
 }
 
-#if defined(MIXATTN_ISA_AVX512_BF16)
-#define MIXATTN_HAS_BFLOAT16_DOT
+#if defined(MIXATTN_ISA_AVX512_VNNI)
 MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
   // Not the intrinsic: GCC 12 copies each sum to another register and back around it.
   __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
@@ -257,20 +256,6 @@ MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
 MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVec signed_bytes) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
   return sum;
-}
-MIXATTN_INLINE Vec add_bfloat16_products(Vec sum, IntVec a, IntVec b) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
-// Of 32 floats x, in lane l the bfloat16 of x[i] and x[i + kStep], rounded to nearest even, i as for split_steps.
-template <int kStep>
-MIXATTN_INLINE IntVec bfloat16_pairs(Vec first, Vec second) {
-  if constexpr (kStep == 1) {
-    return (__m512i)_mm512_cvtne2ps_pbh(second, first);
-  } else {
-    split_steps<kStep>(&first, &second);
-    const auto words = [](Vec x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)); };
-    return _mm512_or_si512(words(first), _mm512_slli_epi32(words(second), 16));
-  }
 }
 #else
 MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
@@ -298,6 +283,24 @@ MIXATTN_INLINE IntVec add_nibble_products(IntVec sum, IntVec nibbles, IntVec sig
 }
 MIXATTN_INLINE IntVec end_nibble_sums(IntVec sum, int32_t start) {
   return add_int16_products(broadcast_word(start), sum, _mm512_set1_epi16(1));
+}
+#endif
+
+#if defined(MIXATTN_ISA_AVX512_BF16)
+#define MIXATTN_HAS_BFLOAT16_DOT
+MIXATTN_INLINE Vec add_bfloat16_products(Vec sum, IntVec a, IntVec b) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+// Of 32 floats x, in lane l the bfloat16 of x[i] and x[i + kStep], rounded to nearest even, i as for split_steps.
+template <int kStep>
+MIXATTN_INLINE IntVec bfloat16_pairs(Vec first, Vec second) {
+  if constexpr (kStep == 1) {
+    return (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  } else {
+    split_steps<kStep>(&first, &second);
+    const auto words = [](Vec x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)); };
+    return _mm512_or_si512(words(first), _mm512_slli_epi32(words(second), 16));
+  }
 }
 #endif
 

@@ -12,11 +12,14 @@ from mixattn.ops.backends import backends
 def info_lines() -> list[str]:
     """Name and value, a line each; then every backend, with the reason where it cannot run."""
     cpu = _C.cpu_info()
+    isa, kernels = env.cpu_isa(), f"(this CPU can: {', '.join(cpu['available'])})"
+    if isa is None and cpu["passed_over"] is not None:
+        kernels += f"; not {cpu['passed_over']}"
     rows = {
         "mixattn": __version__,
         "torch": torch.__version__,
         "CPU": cpu["model"],
-        "CPU kernels": f"{env.cpu_isa() or cpu['isa']} (this CPU can: {', '.join(cpu['available'])})",
+        "CPU kernels": f"{isa or cpu['isa']} {kernels}",
         "threads": f"{env.num_threads()} (affinity and cgroup quota; MIXATTN_NUM_THREADS changes it)",
         "OpenMP": cpu["openmp"] or "none loaded: one thread",
         "memory free": f"{free_memory_bytes() / 2**30:.1f} GiB",

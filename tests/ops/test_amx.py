@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +13,7 @@ import torch
 from mixattn import _C, env
 from mixattn.ops.attention import attention
 from tests.cases import CASES, make_inputs
-
-ROOT = Path(__file__).resolve().parents[2]
-RUN_PYTEST = "import sys, mixattn, pytest; mixattn.__path__.insert(0, sys.argv[1]); sys.exit(pytest.main(sys.argv[2:]))"
-"""The first argument is a folder whose _C is taken before mixattn's own."""
+from tests.ops.emulated import ROOT, build_emulated, check_cases_pass
 
 needs_avx512_bf16 = pytest.mark.skipif(
     "avx512_bf16" not in _C.cpu_info()["available"],
@@ -28,13 +23,7 @@ needs_avx512_bf16 = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a _C whose tiles are emulated. Only one file is compiled, if the ordinary build is fresh."""
-    folder = tmp_path_factory.mktemp("emulated_amx")
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder)]
-    environment = {**os.environ, "MIXATTN_BUILD_EMULATED_AMX": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "mixattn"
+    return build_emulated("AMX", tmp_path_factory.mktemp("emulated_amx"))
 
 
 @needs_avx512_bf16
@@ -51,14 +40,7 @@ def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_kernels_over_emulated_tiles_pass_the_cases_of_every_isa(
     package_folder: Path, file: str, cases: str, least: int
 ) -> None:
-    command = [sys.executable, "-c", RUN_PYTEST, str(package_folder), "-q", "-p", "no:cacheprovider"]
-    command += ["-p", "no:xdist", f"tests/ops/{file}", "-k", cases]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    summary = result.stdout.strip().splitlines()[-1]
-    passed = re.match(r"(\d+) passed", summary)
-    assert passed is not None and int(passed[1]) >= least and "skipped" not in summary, summary
+    check_cases_pass(package_folder, file, cases, least)
 
 
 def test_forcing_amx_on_a_cpu_without_says_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
