@@ -23,7 +23,8 @@ namespace cpu {
 namespace {
 
 // 32 registers hold kInt8Rows x 2 sums of integers, as many in float32, two words of weights, one of x. Of 16, those in
-// float32 lie on the stack while a block is multiplied: 5 rows are 1.04 times as fast as 4 (Zen 3).
+// float32 lie on the stack while a block is multiplied: 5 rows are 1.04 times as fast as 4 (Zen 3), and as fast as 6
+// where VNNI leaves registers for them (emulated on a Zen 4, README.md).
 constexpr int kInt8Rows = kNumRegisters > 16 ? 6 : 5;
 constexpr int64_t kInt8Piece = 640;  // most depths of a panel that register tiles pass over: up to 21 KiB of L1
 

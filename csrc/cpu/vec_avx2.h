@@ -156,7 +156,7 @@ MIXATTN_INLINE IntVec high_nibbles(IntVec x) {
   return low_nibbles(_mm256_srli_epi32(x, 4));
 }
 #if defined(MIXATTN_ISA_AVX2_VNNI)
-// The encoding of AVX_VNNI is VEX, which an assembler must be told; that of AVX512_VNNI does the same.
+// AVX_VNNI is what AVX512_VNNI has for 256 bits in another encoding, which the assembler does not take by itself.
 #if defined(MIXATTN_EMULATED_AVX_VNNI)
 #define MIXATTN_VNNI(name) "%{evex%} " name " %2, %1, %0"
 #else
