@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import subprocess
@@ -16,11 +17,14 @@ RUN_PYTEST = "import sys, mixattn, pytest; mixattn.__path__.insert(0, sys.argv[1
 def build_emulated(name: str, folder: Path) -> Path:
     """The package in ``folder`` whose _C has ``name`` emulated (MIXATTN_BUILD_EMULATED_<name>).
 
-    Only one file is compiled, if the ordinary build is fresh.
+    Only one file is compiled, if the ordinary build is fresh. One build at a time: they share its folder, and test
+    processes may ask at once.
     """
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder)]
     environment = {**os.environ, f"MIXATTN_BUILD_EMULATED_{name}": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    with (ROOT / "build" / "emulated.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "mixattn"
 

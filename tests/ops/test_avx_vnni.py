@@ -25,8 +25,8 @@ def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("file", "cases", "least"),
     [
         ("test_linear.py", "avx2_vnni and rounded", 20),
-        ("test_attention.py", "avx2_vnni and int8", 20),
-        ("test_quantized_kv.py", "avx2_vnni and int8", 1),
+        ("test_attention.py", "avx2_vnni and int8", 60),
+        ("test_quantized_kv.py", "avx2_vnni and int8", 90),
     ],
     ids=["linear", "attention", "quantized-kv"],
 )
