@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,9 +26,9 @@ from mixattn.ops.backends import has_triton_for
 from mixattn.types import SamplingParams
 
 _MASK64 = (1 << 64) - 1
-_TOP_P_CANDIDATES = (1 << 10, 1 << 13)
-"""How many of a row's best tokens are sorted before all of them are: sorting 49,152 takes 20 times as long as finding
-the best 1,024 (AVX2, 1 thread, 2026-11-23), and a few dozen to a few thousand tokens make up 0.95 of a real row."""
+_TOP_P_CUTS = (-8.0, -16.0, -math.inf)
+"""Logits over temperature, a row's maximum being 0. What lies below a cut is sorted only if what lies above has too
+little: a few dozen to a few thousand tokens make up 0.95 of a real row."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def _draw(logits: Tensor, row: SamplingRow) -> int:
     if math.isinf(floor):
         waits = _exponential(seed, row.output_idx, _token_hashes(scaled.numel(), scaled.device))
         return int(_argmax(scaled.exp_().div_(waits)))
-    kept = torch.nonzero(scaled >= floor).flatten()
+    kept = _where_at_least(scaled, floor)
     waits = _exponential(seed, row.output_idx, _token_hashes(scaled.numel(), scaled.device)[kept])
     return int(kept[_argmax(scaled[kept].exp_().div_(waits))])
 
@@ -187,14 +188,23 @@ def _filter_floor(scaled: Tensor, params: SamplingParams) -> float:
 
 def _top_p_floor(scaled: Tensor, floor: float, top_p: float) -> float:
     """The last logit of the shortest run of most likely tokens that has ``top_p`` of all that is above ``floor``."""
-    vocab_size = scaled.numel()
-    needed = top_p * float(scaled[scaled >= floor].exp().sum(dtype=torch.float64))
-    for num_candidates in (*_TOP_P_CANDIDATES, vocab_size):
-        best = torch.topk(scaled, min(num_candidates, vocab_size)).values
+    weights = scaled.exp()
+    if floor > -math.inf:
+        weights = weights[_where_at_least(scaled, floor)]
+    needed = top_p * float(weights.sum(dtype=torch.float64))
+    for cut in _TOP_P_CUTS:
+        best = scaled[_where_at_least(scaled, max(cut, floor))].sort(descending=True).values
         reached = torch.nonzero(best.exp().cumsum(0, dtype=torch.float64) >= needed).flatten()
         if reached.numel():
             return float(best[reached[0]])
     return floor  # top_p within rounding of 1
+
+
+def _where_at_least(values: Tensor, bound: float) -> Tensor:
+    """The indices of values [n] that are not below the bound, ascending; int64."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(values.numpy() >= bound))  # 9 us of 49,152; torch.nonzero takes 66
+    return torch.nonzero(values >= bound).flatten()
 
 
 def _exponential(seed: int, output_idx: int, token_hashes: Tensor) -> Tensor:

@@ -64,7 +64,20 @@ def test_filters_random_logits_keep_what_the_definitions_keep(params: dict) -> N
         assert kept_tokens(logits, sampling) == kept_by_definition(logits, sampling)
 
 
-def test_top_p_flat_row_wider_than_the_candidates_sorts_the_whole_row() -> None:
+@pytest.mark.parametrize(("tail", "top_p"), [(-9.0, 0.9), (-17.0, 0.9996)])
+def test_top_p_takes_what_it_needs_from_below_a_cut(tail: float, top_p: float) -> None:
+    """One token and a tail that together have more than the token, none of which lies above the first or second cut."""
+    vocab_size = 10_000
+    logits = tail + torch.linspace(0, 0.3, vocab_size)
+    logits[17] = 0.0
+    weights = logits.double().exp()
+    needed = top_p * weights.sum()
+    expected = 1 + int((weights[torch.arange(vocab_size) != 17].flip(0).cumsum(0) + 1 < needed).sum()) + 1
+    assert 2 < expected < vocab_size
+    assert len(kept_tokens(logits, SamplingParams(top_p=top_p))) == pytest.approx(expected, abs=2)
+
+
+def test_top_p_of_a_flat_row_keeps_that_share_of_it() -> None:
     vocab_size = 10_000
     logits = torch.linspace(0, 1e-3, vocab_size)
     assert len(kept_tokens(logits, SamplingParams(top_p=0.9))) in range(8993, 9001)  # nearly equal weights
