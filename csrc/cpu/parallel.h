@@ -21,8 +21,8 @@ std::string openmp_runtime();
 void parallel_region(int64_t num_threads, void (*body)(void*), void* context);
 
 // Calls run() on this thread; its parallel regions share num_threads - 1 others that do nothing else meanwhile. A
-// region begins and ends in a fifth of the time that the runtime takes for it, and waits for nobody who has not begun
-// when the work is done: on a busy machine a thread may not run for milliseconds. What run throws is thrown here.
+// region begins and ends sooner than by the runtime, and waits for nobody who has not begun when the work is done: on a
+// busy machine a thread may not run for milliseconds. What run throws is thrown here.
 void with_team(int64_t num_threads, const std::function<void()>& run);
 
 // Calls run(begin, end) for [0, count) in pieces of `grain`, drawn by up to num_threads threads.
