@@ -26,6 +26,12 @@ struct NibbleRows {
   float* sums;    // [num_rows, depth / kBlockDepth], of a block's elements of x
 };
 
+// Rows as sums of three bfloat16, in tiles (linear_tiles-inl.h).
+struct PartRows {
+  uint32_t* tiles;     // [num_rows / 16, num_blocks, 3, 16, 16], the first rounded up; nullptr: not split
+  int64_t num_blocks;  // of kBlockDepth elements of a row, the last one filled up with zeros
+};
+
 struct LinearParams {
   WeightForm form;
   const void* panels;     // [num_panels, panel_bytes], written by pack_panels
@@ -38,6 +44,8 @@ struct LinearParams {
   int64_t x_stride, residual_stride, y_stride;
   Int8Rows x_int8;
   NibbleRows x_nibbles;
+  PartRows x_parts;
+  PartRows x_sum_parts;  // of the sums of each kBlockDepth elements of x; q4_1 only
 };
 
 struct RmsNormParams {

@@ -8,8 +8,8 @@
 //         clocks where vdpbf16ps takes 8 per row at best, and one more tile shape would be one more configuration
 // Shapes  as register_tile-inl.h; rows of a are words, b is (depth in words, kTileCols) words
 // Hazard  Tiles belong to the thread. They are configured as long as a TileRegisters lives: a thread that has none in
-//         use has no tiles saved when it is interrupted. GCC's intrinsics of loads do not say that they read memory:
-//         what is to be loaded must have been stored before a finish_stores()
+//         use has no tiles saved when it is interrupted. Loads do not say to the compiler what they read: it must have
+//         been stored before a finish_stores(). Rows of a tile that cross cache lines take twice as long
 // Source  Intel SDM volume 2, volume 1 chapter 18; clocks: Intel Optimization Reference Manual, chapter on AMX
 #pragma once
 
@@ -34,16 +34,16 @@ struct alignas(64) TileConfig {
 };
 
 // Tiles 0 to 3 for c, 4 and 5 for b, 6 and 7 for a, of which one step takes this many words of depth.
-constexpr TileConfig tile_config(int depth) {
+constexpr TileConfig tile_config(int depth, int rows) {
   TileConfig config;
   for (int i = 0; i < 8; ++i) {
     config.row_bytes[i] = static_cast<uint16_t>(i < 6 ? kAmxBytes : 4 * depth);
-    config.rows[i] = static_cast<uint8_t>(i < 4 || i >= 6 ? kAmxRows : depth);
+    config.rows[i] = static_cast<uint8_t>(i < 4 || i >= 6 ? rows : depth);
   }
   return config;
 }
 
-template <int kDepth>
+template <int kDepth, int kRows = kAmxRows>
 class TileRegisters {
  public:
   explicit TileRegisters(bool is_used = true) : is_used_(is_used) {
@@ -56,13 +56,58 @@ class TileRegisters {
   TileRegisters& operator=(const TileRegisters&) = delete;
 
  private:
-  static constexpr TileConfig kConfig = tile_config(kDepth);
+  static constexpr TileConfig kConfig = tile_config(kDepth, kRows);
   bool is_used_;
 };
 
 MIXATTN_INLINE void finish_stores() {
   __asm__ volatile("" ::: "memory");
 }
+
+// The instructions. GCC's intrinsics take the number of a tile as it is written only.
+#if defined(MIXATTN_EMULATED_AMX)
+template <int kTile>
+void zero_tile() {
+  emulated_amx::zero(kTile);
+}
+template <int kTile>
+void load_tile(const void* rows, int64_t stride) {
+  emulated_amx::load(kTile, rows, stride);
+}
+template <int kTile>
+void store_tile(void* rows, int64_t stride) {
+  emulated_amx::store(kTile, rows, stride);
+}
+template <int kC, int kA, int kB>
+void add_bfloat16_tile() {
+  emulated_amx::multiply_bfloat16(kC, kA, kB);
+}
+template <int kC, int kA, int kB>
+void add_byte_tile() {
+  emulated_amx::multiply_signed_unsigned_bytes(kC, kA, kB);
+}
+#else
+template <int kTile>
+MIXATTN_INLINE void zero_tile() {
+  __asm__ volatile("tilezero %%tmm%c0" : : "i"(kTile));
+}
+template <int kTile>
+MIXATTN_INLINE void load_tile(const void* rows, int64_t stride) {
+  __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(kTile), "r"(rows), "r"(stride));
+}
+template <int kTile>
+MIXATTN_INLINE void store_tile(void* rows, int64_t stride) {
+  __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(kTile), "r"(rows), "r"(stride) : "memory");
+}
+template <int kC, int kA, int kB>
+MIXATTN_INLINE void add_bfloat16_tile() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+}
+template <int kC, int kA, int kB>
+MIXATTN_INLINE void add_byte_tile() {
+  __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+}
+#endif
 
 // c (16 kTiles, kTileCols) = or += a b.
 template <int kTiles, bool kIsAdded>
@@ -73,37 +118,37 @@ void multiply_bfloat16_tiles(const float* a, int64_t a_stride, const float* b, i
   float* const c_low = c + kAmxRows * c_stride;
   finish_stores();
   if constexpr (kIsAdded) {
-    _tile_loadd(0, c, c_stride * kWord);
-    _tile_loadd(1, c + kLanes, c_stride * kWord);
+    load_tile<0>(c, c_stride * kWord);
+    load_tile<1>(c + kLanes, c_stride * kWord);
     if constexpr (kTiles == 2) {
-      _tile_loadd(2, c_low, c_stride * kWord);
-      _tile_loadd(3, c_low + kLanes, c_stride * kWord);
+      load_tile<2>(c_low, c_stride * kWord);
+      load_tile<3>(c_low + kLanes, c_stride * kWord);
     }
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
+    zero_tile<0>();
+    zero_tile<1>();
     if constexpr (kTiles == 2) {
-      _tile_zero(2);
-      _tile_zero(3);
+      zero_tile<2>();
+      zero_tile<3>();
     }
   }
   for (int64_t k = 0; k < depth; k += kLanes) {
-    _tile_loadd(4, b + k * kTileCols, kTileCols * kWord);
-    _tile_loadd(5, b + k * kTileCols + kLanes, kTileCols * kWord);
-    _tile_loadd(6, a + k, a_stride * kWord);
-    _tile_dpbf16ps(0, 6, 4);
-    _tile_dpbf16ps(1, 6, 5);
+    load_tile<4>(b + k * kTileCols, kTileCols * kWord);
+    load_tile<5>(b + k * kTileCols + kLanes, kTileCols * kWord);
+    load_tile<6>(a + k, a_stride * kWord);
+    add_bfloat16_tile<0, 6, 4>();
+    add_bfloat16_tile<1, 6, 5>();
     if constexpr (kTiles == 2) {
-      _tile_loadd(7, a_low + k, a_stride * kWord);
-      _tile_dpbf16ps(2, 7, 4);
-      _tile_dpbf16ps(3, 7, 5);
+      load_tile<7>(a_low + k, a_stride * kWord);
+      add_bfloat16_tile<2, 7, 4>();
+      add_bfloat16_tile<3, 7, 5>();
     }
   }
-  _tile_stored(0, c, c_stride * kWord);
-  _tile_stored(1, c + kLanes, c_stride * kWord);
+  store_tile<0>(c, c_stride * kWord);
+  store_tile<1>(c + kLanes, c_stride * kWord);
   if constexpr (kTiles == 2) {
-    _tile_stored(2, c_low, c_stride * kWord);
-    _tile_stored(3, c_low + kLanes, c_stride * kWord);
+    store_tile<2>(c_low, c_stride * kWord);
+    store_tile<3>(c_low + kLanes, c_stride * kWord);
   }
 }
 
@@ -128,15 +173,15 @@ typedef TileRegisters<8> ByteTileRegisters;
 // ones of b. c is for vectors to read, b was stored before a finish_stores().
 MIXATTN_INLINE void multiply_byte_tile(const int8_t* a, int64_t a_stride, const void* b, int32_t* c) {
   constexpr int64_t kStride = kTileCols * sizeof(int32_t);
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_loadd(6, a, a_stride);
-  _tile_loadd(4, b, kStride);
-  _tile_loadd(5, static_cast<const char*>(b) + kAmxBytes, kStride);
-  _tile_dpbsud(0, 6, 4);
-  _tile_dpbsud(1, 6, 5);
-  _tile_stored(0, c, kStride);
-  _tile_stored(1, c + kLanes, kStride);
+  zero_tile<0>();
+  zero_tile<1>();
+  load_tile<6>(a, a_stride);
+  load_tile<4>(b, kStride);
+  load_tile<5>(static_cast<const char*>(b) + kAmxBytes, kStride);
+  add_byte_tile<0, 6, 4>();
+  add_byte_tile<1, 6, 5>();
+  store_tile<0>(c, kStride);
+  store_tile<1>(c + kLanes, kStride);
 }
 
 }  // namespace

@@ -6,6 +6,9 @@
 #include "cpu/kv_cache-inl.h"
 #include "cpu/linear-inl.h"
 #include "cpu/linear_int8-inl.h"
+#if defined(MIXATTN_ISA_AMX)
+#include "cpu/linear_tiles-inl.h"
+#endif
 #include "cpu/merge-inl.h"
 #include "cpu/mixed_attention-inl.h"
 #include "cpu/roof-inl.h"
@@ -30,6 +33,15 @@ const IsaKernels MIXATTN_ISA_KERNELS = {
     scale_for_nibbles,
     linear_int8_panels,
     quantise_rows,
+#if defined(MIXATTN_ISA_AMX)
+    linear_tiles,
+    split_rows,
+    least_tiled_rows,
+#else
+    nullptr,
+    nullptr,
+    nullptr,
+#endif
     kTileCols,
     kTileRows,
     unpack_weight_row,

@@ -53,6 +53,12 @@ struct IsaKernels {
   void (*linear_int8)(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                       int64_t panel_end);
   void (*quantise_rows)(const LinearParams& p, int64_t begin, int64_t end);
+  // The same from p.x_parts and p.x_sum_parts, which split_rows writes for rows [begin, end) of x; row_begin is a
+  // multiple of 16. Faster than linear from least_tiled_rows(p.form) rows on. nullptr: the ISA has no such tiles.
+  void (*linear_tiles)(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                       int64_t panel_end);
+  void (*split_rows)(const LinearParams& p, int64_t begin, int64_t end);
+  int64_t (*least_tiled_rows)(WeightForm form);
   int64_t panel_cols;
   int64_t direct_rows;
   // target [depth] = row `row` of the matrix in these panels.

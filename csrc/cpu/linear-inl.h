@@ -411,21 +411,27 @@ void linear_typed(const LinearParams& p, int64_t row_begin, int64_t row_end, int
   }
 }
 
-void linear_panels(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
-  switch (p.form) {
+// Calls call(Form()) for the form as a type.
+template <typename Call>
+MIXATTN_INLINE void for_form(WeightForm form, const Call& call) {
+  switch (form) {
     case WeightForm::kFloat32:
-      return linear_typed<PlainForm<float>>(p, row_begin, row_end, panel_begin, panel_end);
+      return call(PlainForm<float>());
     case WeightForm::kBFloat16:
-      return linear_typed<PlainForm<BFloat16>>(p, row_begin, row_end, panel_begin, panel_end);
+      return call(PlainForm<BFloat16>());
     case WeightForm::kFloat16:
-      return linear_typed<PlainForm<Float16>>(p, row_begin, row_end, panel_begin, panel_end);
+      return call(PlainForm<Float16>());
     case WeightForm::kQ8_0:
-      return linear_typed<Q8Form>(p, row_begin, row_end, panel_begin, panel_end);
+      return call(Q8Form());
     case WeightForm::kQ4_0:
-      return linear_typed<Q4Form<false>>(p, row_begin, row_end, panel_begin, panel_end);
+      return call(Q4Form<false>());
     case WeightForm::kQ4_1:
-      return linear_typed<Q4Form<true>>(p, row_begin, row_end, panel_begin, panel_end);
+      return call(Q4Form<true>());
   }
+}
+
+void linear_panels(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
+  for_form(p.form, [&](auto form) { linear_typed<decltype(form)>(p, row_begin, row_end, panel_begin, panel_end); });
 }
 
 // ---- unpacking ------------------------------------------------------------------------------------------------------
@@ -445,21 +451,9 @@ void unpack_row(const char* panels, int64_t panel_bytes, int64_t row, int64_t de
 
 void unpack_weight_row(WeightForm form, const void* panels, int64_t panel_bytes, int64_t row, int64_t depth,
                        float* target) {
-  const char* bytes = static_cast<const char*>(panels);
-  switch (form) {
-    case WeightForm::kFloat32:
-      return unpack_row<PlainForm<float>>(bytes, panel_bytes, row, depth, target);
-    case WeightForm::kBFloat16:
-      return unpack_row<PlainForm<BFloat16>>(bytes, panel_bytes, row, depth, target);
-    case WeightForm::kFloat16:
-      return unpack_row<PlainForm<Float16>>(bytes, panel_bytes, row, depth, target);
-    case WeightForm::kQ8_0:
-      return unpack_row<Q8Form>(bytes, panel_bytes, row, depth, target);
-    case WeightForm::kQ4_0:
-      return unpack_row<Q4Form<false>>(bytes, panel_bytes, row, depth, target);
-    case WeightForm::kQ4_1:
-      return unpack_row<Q4Form<true>>(bytes, panel_bytes, row, depth, target);
-  }
+  for_form(form, [&](auto form_type) {
+    unpack_row<decltype(form_type)>(static_cast<const char*>(panels), panel_bytes, row, depth, target);
+  });
 }
 
 }  // namespace

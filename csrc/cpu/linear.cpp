@@ -131,16 +131,41 @@ void unpack_weight_rows(const IsaKernels& kernels, WeightForm form, const void* 
 
 namespace {
 
+struct alignas(64) Line {
+  int32_t words[16];
+};
+
 // Of this thread; lives as long as it does and only grows, so that a step allocates nothing.
 int32_t* scratch_words(int64_t num_words) {
-  static thread_local std::vector<int32_t> scratch;
-  if (static_cast<int64_t>(scratch.size()) < num_words) scratch.resize(static_cast<size_t>(num_words));
-  return scratch.data();
+  static thread_local std::vector<Line> scratch;
+  const int64_t num_lines = (num_words + 15) / 16;
+  if (static_cast<int64_t>(scratch.size()) < num_lines) scratch.resize(static_cast<size_t>(num_lines));
+  return scratch.data()->words;
+}
+
+int64_t ceil_div(int64_t n, int64_t divisor) {
+  return (n + divisor - 1) / divisor;
+}
+
+// Gives p its parts of x, in scratch.
+void split_rows(const IsaKernels& kernels, LinearParams* p, int64_t num_threads) {
+  constexpr int64_t kParts = 3, kTileRows = 16, kTileWords = 256;
+  const int64_t num_blocks = ceil_div(p->depth, kBlockDepth);
+  const int64_t num_sum_blocks = p->form == WeightForm::kQ4_1 ? ceil_div(num_blocks, kBlockDepth) : 0;
+  const int64_t words_per_block = ceil_div(p->num_rows, kTileRows) * kParts * kTileWords;
+  uint32_t* const tiles = reinterpret_cast<uint32_t*>(scratch_words((num_blocks + num_sum_blocks) * words_per_block));
+  p->x_parts = {tiles, num_blocks};
+  p->x_sum_parts = {tiles + num_blocks * words_per_block, num_sum_blocks};
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / p->depth);
+  parallel_for(num_threads, p->num_rows, grain,
+               [&](int64_t begin, int64_t end) { kernels.split_rows(*p, begin, end); });
 }
 
 void multiply_panels(const IsaKernels& kernels, const LinearParams& p, int64_t num_threads) {
-  const int64_t cols = kernels.panel_cols, num_panels = (p.num_cols + cols - 1) / cols;
-  const auto multiply = p.x_int8.values == nullptr ? kernels.linear : kernels.linear_int8;
+  const int64_t cols = kernels.panel_cols, num_panels = ceil_div(p.num_cols, cols);
+  const auto multiply = p.x_int8.values != nullptr   ? kernels.linear_int8
+                        : p.x_parts.tiles != nullptr ? kernels.linear_tiles
+                                                     : kernels.linear;
   // Draws run through all panels for one block of rows, then the next.
   const int64_t num_blocks = (p.num_rows + kRowsPerDraw - 1) / kRowsPerDraw;
   const int64_t grain = p.num_rows <= kernels.direct_rows ? std::max<int64_t>(1, kGrainWeights / (cols * p.depth)) : 1;
@@ -159,6 +184,7 @@ void linear(const IsaKernels& kernels, const LinearParams& params, bool rounds_x
   LinearParams p = params;
   p.x_int8 = {};
   p.x_nibbles = {};
+  p.x_parts = {};
   const bool has_nibbles = p.form == WeightForm::kQ4_0 || p.form == WeightForm::kQ4_1;
   const int64_t num_values = p.num_rows * p.depth, num_blocks = num_values / kBlockDepth;
   const int64_t grain = std::max<int64_t>(1, kGrainElements / p.depth);
@@ -169,6 +195,8 @@ void linear(const IsaKernels& kernels, const LinearParams& params, bool rounds_x
     p.x_int8 = {reinterpret_cast<int8_t*>(sums + 3 * num_blocks), scales, sums, scales + num_blocks};
     parallel_for(num_threads, p.num_rows, grain,
                  [&](int64_t begin, int64_t end) { kernels.quantise_rows(p, begin, end); });
+  } else if (kernels.linear_tiles != nullptr && p.num_rows >= kernels.least_tiled_rows(p.form)) {
+    split_rows(kernels, &p, num_threads);
   } else if (has_nibbles && p.num_rows <= kernels.direct_rows) {
     float* const values = reinterpret_cast<float*>(scratch_words(num_values + num_blocks));
     p.x_nibbles = {values, values + num_values};

@@ -33,7 +33,7 @@ def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("test_attention.py", "amx and bfloat16 and not quantized", 90),
         ("test_attention_invariant.py", "amx and (bfloat16 or named_case)", 60),
-        ("test_linear.py", "amx and rounded", 20),
+        ("test_linear.py", "amx", 40),
     ],
     ids=["attention", "invariant", "linear"],
 )

@@ -75,6 +75,28 @@ def test_linear_of_strided_rows_gives_the_bits_of_contiguous(num_rows: int, isa:
     assert torch.equal(linear(wide[:, 20:84], weight), linear(wide[:, 20:84].contiguous(), weight))
 
 
+@pytest.mark.parametrize("form", WEIGHT_FORMS)
+def test_linear_of_rows_that_are_not_finite_stays_in_these_rows(form: str, isa: str) -> None:
+    weight, values = packed_matrix(form, 33, 64, isa)
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    x[3, 5], x[7, 9], x[11, 2], x[11, 3] = torch.inf, torch.nan, torch.inf, torch.nan
+    x[20] = 0
+    y = linear(x, weight)
+    kept = torch.tensor([row for row in range(40) if row not in (3, 7, 11)])
+    assert_within_rounding(y[kept], x[kept], values)
+    assert torch.equal(y[20], torch.zeros(33))
+    assert bool(y[[7, 11]].isnan().all())
+    assert not bool(y[3].isfinite().any())  # parts of a weight, or its block's d and m, may differ in sign: NaN
+
+
+def test_linear_of_the_smallest_and_largest_rows_is_within_float32_rounding(isa: str) -> None:
+    """Of products by bfloat16 parts the third is 2^-16 of x, and counts as 0 below 2^-126; 3e38 fits in the first."""
+    weight, values = packed_matrix("bfloat16", 40, 64, isa)
+    for scale in (2.0**-100, 1e36):
+        x = scale * torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+        assert_within_rounding(linear(x, weight), x, values)
+
+
 def test_linear_on_several_threads_gives_the_bits_of_one(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _ = packed_matrix("q8_0", 400, 64, isa)
     results = []
