@@ -109,64 +109,6 @@ MIXATTN_INLINE void add_byte_tile() {
 }
 #endif
 
-// c (16 kTiles, kTileCols) = or += a b.
-template <int kTiles, bool kIsAdded>
-void multiply_bfloat16_tiles(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
-                             int64_t c_stride) {
-  constexpr int64_t kWord = sizeof(float);
-  const float* const a_low = a + kAmxRows * a_stride;
-  float* const c_low = c + kAmxRows * c_stride;
-  finish_stores();
-  if constexpr (kIsAdded) {
-    load_tile<0>(c, c_stride * kWord);
-    load_tile<1>(c + kLanes, c_stride * kWord);
-    if constexpr (kTiles == 2) {
-      load_tile<2>(c_low, c_stride * kWord);
-      load_tile<3>(c_low + kLanes, c_stride * kWord);
-    }
-  } else {
-    zero_tile<0>();
-    zero_tile<1>();
-    if constexpr (kTiles == 2) {
-      zero_tile<2>();
-      zero_tile<3>();
-    }
-  }
-  for (int64_t k = 0; k < depth; k += kLanes) {
-    load_tile<4>(b + k * kTileCols, kTileCols * kWord);
-    load_tile<5>(b + k * kTileCols + kLanes, kTileCols * kWord);
-    load_tile<6>(a + k, a_stride * kWord);
-    add_bfloat16_tile<0, 6, 4>();
-    add_bfloat16_tile<1, 6, 5>();
-    if constexpr (kTiles == 2) {
-      load_tile<7>(a_low + k, a_stride * kWord);
-      add_bfloat16_tile<2, 7, 4>();
-      add_bfloat16_tile<3, 7, 5>();
-    }
-  }
-  store_tile<0>(c, c_stride * kWord);
-  store_tile<1>(c + kLanes, c_stride * kWord);
-  if constexpr (kTiles == 2) {
-    store_tile<2>(c_low, c_stride * kWord);
-    store_tile<3>(c_low + kLanes, c_stride * kWord);
-  }
-}
-
-// As register_tile-inl.h's, for a depth of whole tiles and without a factor: c is not in vectors to be multiplied.
-struct BFloat16Tile {
-  typedef TileRegisters<kLanes> Registers;
-  static constexpr int kRowMultiple = kAmxRows;
-  static constexpr bool kTakesFactor = false;
-  MIXATTN_INLINE int next_rows(int64_t rows_left) { return static_cast<int>(clamp(rows_left, 0, 2 * kAmxRows)); }
-  template <bool kIsAdded>
-  MIXATTN_INLINE void multiply(int num_rows, const float* a, int64_t a_stride, const float* b, int64_t depth, float,
-                               float* c, int64_t c_stride) {
-    const auto multiply_rows =
-        num_rows > kAmxRows ? multiply_bfloat16_tiles<2, kIsAdded> : multiply_bfloat16_tiles<1, kIsAdded>;
-    multiply_rows(a, a_stride, b, depth, c, c_stride);
-  }
-};
-
 typedef TileRegisters<8> ByteTileRegisters;
 
 // c (16, kTileCols) = a b over a depth of 8 words, of 4 signed bytes of a, whose stride is in bytes, and 4 unsigned

@@ -4,9 +4,6 @@
 
 #include "cpu/attention_dot-inl.h"
 #include "cpu/attention_rows-inl.h"
-#if defined(MIXATTN_ISA_AMX)
-#include "cpu/amx_tile-inl.h"
-#endif
 
 namespace mixattn {
 namespace cpu {
@@ -37,11 +34,10 @@ void pack_keys(const T* const* k, int64_t num_panels, int64_t head_dim, float* k
 }
 
 // How S = Q K^T is computed from keys as Dot has them: what a panel of K looks like, the product of a register tile,
-// whose rows are those of PackedValues as well, and what is left to do to a row of scores when softmax reads it.
+// whose rows are those of PackedValues as well.
 template <class Dot>
 struct PackedScores {  // float32, from any type
   typedef typename Dot::Key Key;
-  typedef FloatTile Tile;
   static constexpr int kPerWord = 1;  // elements of K in 4 bytes of a panel
   static void start(const AttentionParams&, const WorkItem&, Rows*) {}
   static void pack(const Key* const* k, int64_t num_panels, int64_t head_dim, float* k_packed) {
@@ -51,14 +47,12 @@ struct PackedScores {  // float32, from any type
                                int64_t stride) {
     tile_function<kTileVecs, false>(n)(rows.q + r * rows.q_stride, rows.q_stride, panel, head_dim, scores, stride);
   }
-  MIXATTN_INLINE void finish(const Rows&, float*, int64_t) {}
 };
 
 #if defined(MIXATTN_HAS_BFLOAT16_DOT)
 template <>
 struct PackedScores<BFloat16Dot> {  // pairs of bfloat16 lie in words, of q, of K and of its panels, which take half
   typedef BFloat16 Key;
-  typedef BFloat16Tile Tile;
   static constexpr int kPerWord = 2;
   static void start(const AttentionParams& p, const WorkItem& item, Rows* rows) {
     for (int64_t r = 0; r < rows->num_rows; ++r) {
@@ -70,13 +64,8 @@ struct PackedScores<BFloat16Dot> {  // pairs of bfloat16 lie in words, of q, of 
   }
   MIXATTN_INLINE void multiply(int n, const Rows& rows, int64_t r, const float* panel, int64_t head_dim, float* scores,
                                int64_t stride) {
-    Tile::multiply<false>(n, rows.q + r * rows.q_stride, rows.q_stride, panel, head_dim / 2, rows.factor, scores,
-                          stride);
-  }
-  MIXATTN_INLINE void finish(const Rows& rows, float* scores, int64_t num_keys) {
-    if (Tile::kTakesFactor) return;
-    const Vec factor = broadcast(rows.factor);
-    for (int64_t k = 0; k < num_keys; k += kLanes) store(scores + k, mul(load(scores + k), factor));
+    bfloat16_tile_function<false>(n)(rows.q + r * rows.q_stride, rows.q_stride, panel, head_dim / 2, rows.factor,
+                                     scores, stride);
   }
 };
 #endif
@@ -85,7 +74,6 @@ struct PackedScores<BFloat16Dot> {  // pairs of bfloat16 lie in words, of q, of 
 template <>
 struct PackedScores<Int8Dot> {  // pairs of int16 lie in words, of q, each row's factor behind them, and of panels of K
   typedef Int8 Key;
-  typedef FloatTile Tile;
   static constexpr int kPerWord = 2;
   static void start(const AttentionParams& p, const WorkItem& item, Rows* rows) {
     for (int64_t r = 0; r < rows->num_rows; ++r) {
@@ -110,7 +98,6 @@ struct PackedScores<Int8Dot> {  // pairs of int16 lie in words, of q, each row's
                                int64_t stride) {
     int16_tile_function<false>(n)(rows.q + r * rows.q_stride, rows.q_stride, panel, head_dim / 2, scores, stride);
   }
-  MIXATTN_INLINE void finish(const Rows&, float*, int64_t) {}
 };
 #endif
 
@@ -157,6 +144,11 @@ struct PackedValues {  // float32, from any type
   typedef typename Dot::Key Key;
   static constexpr int kPerWord = 1;  // keys in 4 bytes of a panel, and of weights
   MIXATTN_INLINE void finish_weights(float*, int64_t) {}
+  template <int kVecs>
+  MIXATTN_INLINE void store_weights(const Vec (&x)[kVecs], float* weights) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kVecs; ++i) store(weights + i * kLanes, x[i]);
+  }
   static void pack(const Key* const* v, int64_t num_keys, int64_t v_head_dim, int64_t key_tile, float* v_packed) {
     pack_values(v, num_keys, v_head_dim, key_tile, v_packed);
   }
@@ -177,12 +169,17 @@ struct PackedValues<BFloat16Dot> {  // pairs of keys in bfloat16 lie in words
       store_words(weights + k / 2, bfloat16_pairs<1>(load(weights + k), load(weights + k + kLanes)));
     }
   }
+  template <int kVecs>
+  MIXATTN_INLINE void store_weights(const Vec (&x)[kVecs], float* weights) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVecs; i += 2) store_words(weights + i / 2 * kLanes, bfloat16_pairs<1>(x[i], x[i + 1]));
+  }
   static void pack(const BFloat16* const* v, int64_t num_keys, int64_t v_head_dim, int64_t key_tile, float* v_packed) {
     pack_value_pairs<BFloat16Dot>(v, num_keys, v_head_dim, key_tile, v_packed);
   }
   MIXATTN_INLINE void multiply(int n, bool, const float* weights, int64_t weights_stride, const float* panel,
                                int64_t num_keys, float* o, int64_t o_stride) {
-    BFloat16Tile::multiply<true>(n, weights, weights_stride, panel, num_keys / 2, 1.0f, o, o_stride);
+    bfloat16_tile_function<true>(n)(weights, weights_stride, panel, num_keys / 2, 1.0f, o, o_stride);
   }
 };
 #endif
@@ -208,6 +205,12 @@ struct PackedValues<Int8Dot> {  // pairs of keys in int16 lie in words, the unit
                   int16_pairs<1>(mul(load(weights + k), inverse), mul(load(weights + k + kLanes), inverse)));
     }
     weights[num_keys / 2] = unit;
+  }
+  template <int kVecs>
+  MIXATTN_INLINE void store_weights(const Vec (&x)[kVecs], float* weights) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kVecs; ++i) store(weights + i * kLanes, x[i]);
+    finish_weights(weights, kVecs * kLanes);
   }
   static void pack(const Int8* const* v, int64_t num_keys, int64_t v_head_dim, int64_t key_tile, float* v_packed) {
     pack_value_pairs<Int8Dot>(v, num_keys, v_head_dim, key_tile, v_packed);
@@ -245,10 +248,10 @@ struct PackedTile {
 };
 
 // Calls visit(r, n, span) for the rows [r, r + n) of each register tile and the keys of this tile that they see.
-template <class Tile, typename Visit>
+template <typename Visit>
 MIXATTN_INLINE void for_each_row_tile(const Rows& rows, int64_t first, int64_t num_keys, const Visit& visit) {
   for (int64_t r = 0; r < rows.num_rows;) {
-    const int n = Tile::next_rows(rows.num_rows - r);
+    const int n = tile_rows(rows.num_rows - r);
     visit(r, n, key_span(rows, r, n, first, num_keys));
     r += n;
   }
@@ -269,7 +272,7 @@ void score_tile(const Rows& rows, const PackedTile<T>& tile, const float* k_pack
   const int64_t num_panels = round_up(tile.num_keys, kTileCols) / kTileCols;
   for (int64_t panel = 0; panel < num_panels; ++panel) {
     const int64_t j = panel * kTileCols;
-    for_each_row_tile<typename Scores::Tile>(rows, tile.first, tile.num_keys, [&](int64_t r, int n, KeySpan span) {
+    for_each_row_tile(rows, tile.first, tile.num_keys, [&](int64_t r, int n, KeySpan span) {
       const int64_t step = panel * rows.num_rows + r;
       prefetch_share(tile.v, tile.num_keys, step, step + n, num_panels * rows.num_rows, dims.v);
       if (j < span.begin || j >= span.end) return;
@@ -279,37 +282,87 @@ void score_tile(const Rows& rows, const PackedTile<T>& tile, const float* k_pack
   }
 }
 
-template <class Scores, class Values, typename T>
+// Whether softmax of a tile's scores has nothing to do besides, for rows that see all of its keys.
+template <typename T>
+bool is_plain_softmax(const AttentionParams& p, const Rows& rows, const PackedTile<T>& tile) {
+  return !p.k_scale.is_per_token && !p.v_scale.is_per_token && p.soft_cap <= 0 && p.alibi_slopes == nullptr &&
+         rows.hidden_begin >= tile.first + kPackedKeys;
+}
+
+MIXATTN_INLINE bool sees_whole_tile(const Rows& rows, int64_t r, int64_t first) {
+  return rows.lo[r] <= first && rows.hi[r] >= first + kPackedKeys;
+}
+
+// softmax_step for kPackedKeys scores, which stay in registers: finish(vector) of them as they are read, and
+// store(vectors) takes the weights.
+template <typename Finish, typename Store>
+MIXATTN_INLINE void softmax_whole_row(const Rows& rows, int64_t r, const float* scores, const Finish& finish,
+                                      const Store& store) {
+  constexpr int kVecs = kPackedKeys / kLanes;
+  Vec x[kVecs], largest[kVecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < kVecs; ++i) x[i] = largest[i] = finish(load(scores + i * kLanes));
+#pragma GCC unroll 4
+  for (int n = kVecs / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) largest[i] = max(largest[i], largest[i + n]);
+  }
+  const Vec base =
+      broadcast(raise_max(max_lanes(largest[0]), rows.m + r, rows.l + r, rows.o + r * rows.o_stride, rows.o_stride));
+  Vec sum[2] = {zero(), zero()};
+#pragma GCC unroll 16
+  for (int i = 0; i < kVecs; ++i) {
+    x[i] = exp2_nonpositive(sub(x[i], base));
+    sum[i % 2] = add(sum[i % 2], x[i]);
+  }
+  rows.l[r] += sum_lanes(add(sum[0], sum[1]));
+  store(x);
+}
+
+// Softmax of a row's scores of a tile's keys in span, whatever there is to do.
+template <typename T>
+void softmax_any_row(const AttentionParams& p, const Rows& rows, int64_t r, const PackedTile<T>& tile, KeySpan span,
+                     float* scores) {
+  const int64_t width = span.end - span.begin;
+  if (p.k_scale.is_per_token) scale_scores(scores, tile.k_scale + span.begin, width);
+  if (p.soft_cap > 0) cap_scores(scores, width, p.soft_cap);
+  if (p.alibi_slopes != nullptr) add_alibi<1>(scores, tile.first + span.begin, width, rows, r);
+  const int64_t lo = rows.lo[r] - tile.first - span.begin, hi = rows.hi[r] - tile.first - span.begin;
+  if (lo > 0 || hi < width) mask_scores(scores, 1, width, lo, hi);
+  if (rows.hidden_begin < tile.first + tile.num_keys) hide_scores(scores, 1, tile.first + span.begin, width, rows, r);
+  softmax_step(scores, width, rows.m + r, rows.l + r, rows.o + r * rows.o_stride, rows.o_stride);
+  if (p.v_scale.is_per_token) scale_scores(scores, tile.v_scale + span.begin, width);
+}
+
+template <class Values, typename T>
 void softmax_tile(const AttentionParams& p, const Rows& rows, const PackedTile<T>& tile, float* scores) {
-  for_each_row_tile<typename Scores::Tile>(rows, tile.first, tile.num_keys, [&](int64_t begin, int n, KeySpan span) {
+  constexpr bool kFitsRegisters = kNumRegisters * kLanes >= 4 * kPackedKeys;
+  const bool is_plain = kFitsRegisters && is_plain_softmax(p, rows, tile);
+  for_each_row_tile(rows, tile.first, tile.num_keys, [&](int64_t begin, int n, KeySpan span) {
     if (span.begin == span.end) return;
     const int64_t width = span.end - span.begin;
     for (int64_t r = begin; r < begin + n; ++r) {
       float* row = scores + r * tile.key_tile + span.begin;
-      Scores::finish(rows, row, width);
-      if (p.k_scale.is_per_token) scale_scores(row, tile.k_scale + span.begin, width);
-      if (p.soft_cap > 0) cap_scores(row, width, p.soft_cap);
-      if (p.alibi_slopes != nullptr) add_alibi<1>(row, tile.first + span.begin, width, rows, r);
-      const int64_t lo = rows.lo[r] - tile.first - span.begin, hi = rows.hi[r] - tile.first - span.begin;
-      if (lo > 0 || hi < width) mask_scores(row, 1, width, lo, hi);
-      if (rows.hidden_begin < tile.first + tile.num_keys) {
-        hide_scores(row, 1, tile.first + span.begin, width, rows, r);
+      if (is_plain && width == kPackedKeys && sees_whole_tile(rows, r, tile.first)) {
+        softmax_whole_row(
+            rows, r, row, [](Vec x) __attribute__((always_inline)) { return x; },
+            [&](const auto& x) __attribute__((always_inline)) { Values::store_weights(x, row); });
+        continue;
       }
-      softmax_step(row, width, rows.m + r, rows.l + r, rows.o + r * rows.o_stride, rows.o_stride);
-      if (p.v_scale.is_per_token) scale_scores(row, tile.v_scale + span.begin, width);
+      softmax_any_row(p, rows, r, tile, span, row);
       Values::finish_weights(row, width);
     }
   });
 }
 
 // O += P V. A panel of V (8 KiB at 128 keys, AVX2) stays in L1 while all rows pass by. The next tile's K is on its way.
-template <class Scores, class Values, typename T>
+template <class Values, typename T>
 void value_tile(const Rows& rows, const PackedTile<T>& tile, const PackedTile<T>& next, const float* v_packed,
                 int64_t head_dim, const float* scores) {
   for (int64_t d = 0; d < rows.o_stride; d += kTileCols) {
     const bool is_whole = d + kTileCols <= rows.o_stride;
     const int64_t width = is_whole ? kTileCols : kLanes;
-    for_each_row_tile<typename Scores::Tile>(rows, tile.first, tile.num_keys, [&](int64_t r, int n, KeySpan span) {
+    for_each_row_tile(rows, tile.first, tile.num_keys, [&](int64_t r, int n, KeySpan span) {
       const int64_t step = d / kTileCols * rows.num_rows + r;
       const int64_t num_steps = round_up(rows.o_stride, kTileCols) / kTileCols * rows.num_rows;
       prefetch_share(next.k, next.num_keys, step, step + n, num_steps, head_dim);
@@ -326,14 +379,11 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
   typedef typename Dot::Key T;
   typedef PackedScores<Dot> Scores;
   typedef PackedValues<Dot> Values;
-  typedef typename Scores::Tile Tile;
-  static_assert(kLineFloats % Tile::kRowMultiple == 0, "scratch has the rows that a tile is filled up with");
-  [[maybe_unused]] const typename Tile::Registers registers{};
   Rows rows = carve_rows(num_rows(item), head_dims(p), scratch);
   const int64_t tile_keys = key_tile(head_dims(p));
   float* const scores = scratch + rows_floats(rows.num_rows, head_dims(p));         // (rows, tile_keys)
   float* const packed = scores + round_up(rows.num_rows, kLineFloats) * tile_keys;  // K, and when S is done V
-  start_rows<T>(p, item, round_up(rows.num_rows, Tile::kRowMultiple), &rows);
+  start_rows<T>(p, item, rows.num_rows, &rows);
   Scores::start(p, item, &rows);
 
   PackedTile<T> tiles[2];
@@ -360,9 +410,9 @@ void attend_packed(const AttentionParams& p, const WorkItem& item, float* scratc
     const int64_t padded_keys = round_up(tile.num_keys, kTileCols);
     Scores::pack(tile.k, padded_keys / kTileCols, p.head_dim, packed);
     score_tile<Scores>(rows, tile, packed, head_dims(p), scores);
-    softmax_tile<Scores, Values>(p, rows, tile, scores);
+    softmax_tile<Values>(p, rows, tile, scores);
     Values::pack(tile.v, padded_keys, p.v_head_dim, tile_keys, packed);
-    value_tile<Scores, Values>(rows, tile, next, packed, p.head_dim, scores);
+    value_tile<Values>(rows, tile, next, packed, p.head_dim, scores);
   }
   finish_rows<T>(p, item, rows);
 }

@@ -344,12 +344,9 @@ MIXATTN_INLINE void scale_scores(float* scores, const float* scales, int64_t num
   for (int64_t k = 0; k < num_keys; k += kLanes) store(scores + k, mul(load(scores + k), load(scales + k)));
 }
 
-// One step of online softmax: scores (num_keys, a multiple of kLanes) become 2^(score - m), m and l take them in, and
-// the row o (stride floats) is scaled to the new m.
-MIXATTN_INLINE void softmax_step(float* scores, int64_t num_keys, float* m, float* l, float* o, int64_t stride) {
-  Vec largest = load(scores);
-  for (int64_t k = kLanes; k < num_keys; k += kLanes) largest = max(largest, load(scores + k));
-  const float tile_max = max_lanes(largest);
+// m takes in the largest score of a tile; l and the row o (stride floats) are scaled to the new m. Returns what to take
+// from scores.
+MIXATTN_INLINE float raise_max(float tile_max, float* m, float* l, float* o, int64_t stride) {
   const float old_max = *m;
   if (tile_max > old_max) {
     *m = tile_max;
@@ -358,7 +355,15 @@ MIXATTN_INLINE void softmax_step(float* scores, int64_t num_keys, float* m, floa
     for (int64_t d = 0; d < stride; d += kLanes) store(o + d, mul(load(o + d), factor));
   }
   // While every key so far is masked m is -inf, and -inf - -inf would be NaN; -inf - 0 gives weight 0.
-  const Vec base = broadcast(*m == -INFINITY ? 0.0f : *m);
+  return *m == -INFINITY ? 0.0f : *m;
+}
+
+// One step of online softmax: scores (num_keys, a multiple of kLanes) become 2^(score - m), m and l take them in, and
+// the row o (stride floats) is scaled to the new m.
+MIXATTN_INLINE void softmax_step(float* scores, int64_t num_keys, float* m, float* l, float* o, int64_t stride) {
+  Vec largest = load(scores);
+  for (int64_t k = kLanes; k < num_keys; k += kLanes) largest = max(largest, load(scores + k));
+  const Vec base = broadcast(raise_max(max_lanes(largest), m, l, o, stride));
   Vec sum = zero();
   for (int64_t k = 0; k < num_keys; k += kLanes) {
     const Vec weight = exp2_nonpositive(sub(load(scores + k), base));

@@ -14,40 +14,12 @@
 
 #include <type_traits>
 
-#include "cpu/amx_tile-inl.h"
+#include "cpu/bfloat16_parts-inl.h"
 #include "cpu/linear-inl.h"
 
 namespace mixattn {
 namespace cpu {
 namespace {
-
-constexpr int kXParts = 3;
-constexpr int64_t kTileWords = kAmxRows * kLanes;  // of a whole tile; its words are pairs of bfloat16
-
-MIXATTN_INLINE void widen_bfloat16(IntVec elements, Vec* first, Vec* second) {
-  const auto widen = [](__m256i half) __attribute__((always_inline)) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-  };
-  *first = widen(_mm512_castsi512_si256(elements));
-  *second = widen(_mm512_extracti64x4_epi64(elements, 1));
-}
-
-// parts[i]: 32 elements of bfloat16, those of `first` before those of `second`.
-template <int kParts>
-MIXATTN_INLINE void split_bfloat16(Vec first, Vec second, IntVec (&parts)[kParts]) {
-  constexpr int kInfinities = 0x08 | 0x10;  // of which nothing is left
-  const auto rest = [](Vec x, Vec taken) __attribute__((always_inline)) {
-    return _mm512_maskz_sub_ps(_knot_mask16(_mm512_fpclass_ps_mask(taken, kInfinities)), x, taken);
-  };
-#pragma GCC unroll 3
-  for (int i = 0; i < kParts; ++i) {
-    parts[i] = reinterpret_cast<IntVec>(_mm512_cvtne2ps_pbh(second, first));
-    Vec taken[2];
-    widen_bfloat16(parts[i], &taken[0], &taken[1]);
-    first = rest(first, taken[0]);
-    second = rest(second, taken[1]);
-  }
-}
 
 // How a form's blocks of 32 depths become tiles: kParts of kTileVecs tiles each.
 
@@ -62,8 +34,6 @@ struct PlainTileForm {
   MIXATTN_INLINE IntVec order(IntVec depths) { return depths; }
   // Rows are row_bytes apart, from `depth` on they count as 0.
   MIXATTN_INLINE void unpack(const char* block, int64_t row_bytes, int64_t depth, uint32_t* tiles) {
-    const IntVec by_column = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int64_t k = 0; k < kBlockDepth; k += 2, block += 2 * row_bytes) {
 #pragma GCC unroll 2
       for (int j = 0; j < kTileVecs; ++j) {
@@ -73,8 +43,7 @@ struct PlainTileForm {
         split_bfloat16<kParts>(k < depth ? load(row) : zero(), k + 1 < depth ? load(next) : zero(), parts);
 #pragma GCC unroll 3
         for (int i = 0; i < kParts; ++i) {
-          store_words(tiles + (i * kTileVecs + j) * kTileWords + k / 2 * kLanes,
-                      _mm512_permutexvar_epi16(by_column, parts[i]));
+          store_words(tiles + (i * kTileVecs + j) * kTileWords + k / 2 * kLanes, zip_halves(parts[i]));
         }
       }
     }
@@ -152,7 +121,7 @@ constexpr int64_t kFewTiledRows = 8;  // up to which tiles are half as high, whi
 
 // Tiles of rows lie one behind the other: 16 rows, a block of depths, its parts, then the next block.
 MIXATTN_INLINE uint32_t* tiles_at(const PartRows& x, int64_t row, int64_t block) {
-  return x.tiles + (row / kAmxRows * x.num_blocks + block) * kXParts * kTileWords;
+  return x.tiles + (row / kAmxRows * x.num_blocks + block) * kMaxParts * kTileWords;
 }
 
 // Elements [0, count) of row r to its block.
@@ -160,12 +129,12 @@ template <typename Order>
 MIXATTN_INLINE void split_block(const float* elements, int64_t count, const PartRows& x, int64_t r, int64_t block,
                                 const Order& order) {
   const auto mask = [&](int64_t from) { return static_cast<__mmask16>((1u << clamp(count - from, 0, kLanes)) - 1); };
-  IntVec parts[kXParts];
+  IntVec parts[kMaxParts];
   split_bfloat16(_mm512_maskz_loadu_ps(mask(0), elements), _mm512_maskz_loadu_ps(mask(kLanes), elements + kLanes),
                  parts);
   uint32_t* const target = tiles_at(x, r, block) + r % kAmxRows * kLanes;
 #pragma GCC unroll 3
-  for (int i = 0; i < kXParts; ++i) store_words(target + i * kTileWords, order(parts[i]));
+  for (int i = 0; i < kMaxParts; ++i) store_words(target + i * kTileWords, order(parts[i]));
 }
 
 template <class Form>
@@ -198,7 +167,7 @@ MIXATTN_INLINE void multiply_block(const uint32_t* x, const uint32_t* w) {
   zero_tile<kIndex>();
   load_tile<kB>(w, kAmxBytes);
 #pragma GCC unroll 3
-  for (int i = kXParts - 1; i >= 0; --i) {
+  for (int i = kMaxParts - 1; i >= 0; --i) {
     load_tile<kA>(x + i * kTileWords, kAmxBytes);
     add_bfloat16_tile<kIndex, kA, kB>();
   }
@@ -269,7 +238,7 @@ void multiply_plain_tiles(const uint32_t* tiles, int64_t num_blocks, const PartR
                           float* c) {
   constexpr int64_t kStride = kTileCols * sizeof(float);
   const uint32_t* const x = tiles_at(rows, row, first);
-  const uint32_t* const x_low = x + rows.num_blocks * kXParts * kTileWords;
+  const uint32_t* const x_low = x + rows.num_blocks * kMaxParts * kTileWords;
   float* const c_low = c + kAmxRows * kTileCols;
   if (first > 0) {
     load_tile<0>(c, kStride);
@@ -293,8 +262,8 @@ void multiply_plain_tiles(const uint32_t* tiles, int64_t num_blocks, const PartR
       load_tile<4>(w, kAmxBytes);
       load_tile<5>(w + kTileWords, kAmxBytes);
 #pragma GCC unroll 3
-      for (int k = kXParts - 1 - i; k >= 0; --k) {
-        const int64_t part = (b * kXParts + k) * kTileWords;
+      for (int k = kMaxParts - 1 - i; k >= 0; --k) {
+        const int64_t part = (b * kMaxParts + k) * kTileWords;
         load_tile<6>(x + part, kAmxBytes);
         add_bfloat16_tile<0, 6, 4>();
         add_bfloat16_tile<1, 6, 5>();

@@ -29,6 +29,9 @@
 
 #include "cpu/attention_direct-inl.h"
 #include "cpu/attention_packed-inl.h"
+#if defined(MIXATTN_ISA_AMX)
+#include "cpu/attention_tiles-inl.h"
+#endif
 
 namespace mixattn {
 namespace cpu {
@@ -38,7 +41,10 @@ int64_t attend_scratch_bytes(int64_t max_rows, HeadDims dims) {
   const int64_t rows = round_up(max_rows, kLineFloats);
   const int64_t widest = round_up(dims.k > dims.v ? dims.k : dims.v, kLanes);
   const int64_t direct = kMaxBundle * (rows_floats(kDirectRows, dims) + kDirectRows * kDirectKeys);
-  const int64_t packed = rows_floats(rows, dims) + rows * key_tile(dims) + widest * key_tile(dims);
+  int64_t packed = rows_floats(rows, dims) + rows * key_tile(dims) + widest * key_tile(dims);
+#if defined(MIXATTN_ISA_AMX)
+  if (has_tile_dims(dims)) packed = tile_scratch(rows, dims).end;
+#endif
   return static_cast<int64_t>(sizeof(float)) * (direct > packed ? direct : packed);
 }
 
@@ -53,10 +59,17 @@ void attend_few_rows(const AttentionParams& p, const WorkItem* items, int64_t nu
 // Dots, the fastest first, of which the last takes every call.
 template <class Dot, class... Others>
 void attend_dots(const AttentionParams& p, const WorkItem* items, int64_t num_items, float* scratch) {
+  const bool is_packed = num_rows(items[0]) > kDirectRows || p.invariant;
+#if defined(MIXATTN_ISA_AMX)
+  if (is_packed && has_tile_dims(head_dims(p))) {
+    for (int64_t n = 0; n < num_items; ++n) attend_tiles<typename Dot::Key>(p, items[n], scratch);
+    return;
+  }
+#endif
   if constexpr (sizeof...(Others) > 0) {
     if (!Dot::takes(p)) return attend_dots<Others...>(p, items, num_items, scratch);
   }
-  if (num_rows(items[0]) > kDirectRows || p.invariant) {
+  if (is_packed) {
     for (int64_t n = 0; n < num_items; ++n) attend_packed<Dot>(p, items[n], scratch);
     return;
   }

@@ -51,7 +51,7 @@ void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t dep
   }
 }
 
-#if defined(MIXATTN_HAS_BFLOAT16_DOT) && !defined(MIXATTN_ISA_AMX)
+#if defined(MIXATTN_HAS_BFLOAT16_DOT)
 // c (kRows, kTileCols) = factor a b, or c += a b, for a (kRows, 2 depth) and b (2 depth, kTileCols) in bfloat16, of
 // which two neighbouring depths lie side by side: a's rows are words, b is (depth, kTileCols) words.
 template <int kRows, bool kIsAdded>
@@ -171,24 +171,6 @@ MIXATTN_INLINE int tile_rows(int64_t rows_left) {
   if (rows_left <= kTileRows) return static_cast<int>(rows_left);
   return rows_left < 2 * kTileRows ? static_cast<int>((rows_left + 1) / 2) : kTileRows;
 }
-
-// A register tile of float32, as packed attention asks for it.
-struct FloatTile {
-  struct Registers {};                    // what it needs for as long as it is multiplied
-  static constexpr int kRowMultiple = 1;  // rows of a and c must be there up to a multiple of it
-  MIXATTN_INLINE int next_rows(int64_t rows_left) { return tile_rows(rows_left); }
-};
-
-#if defined(MIXATTN_HAS_BFLOAT16_DOT) && !defined(MIXATTN_ISA_AMX)
-struct BFloat16Tile : FloatTile {
-  static constexpr bool kTakesFactor = true;
-  template <bool kIsAdded>
-  MIXATTN_INLINE void multiply(int num_rows, const float* a, int64_t a_stride, const float* b, int64_t depth,
-                               float factor, float* c, int64_t c_stride) {
-    bfloat16_tile_function<kIsAdded>(num_rows)(a, a_stride, b, depth, factor, c, c_stride);
-  }
-};
-#endif
 
 }  // namespace
 }  // namespace cpu

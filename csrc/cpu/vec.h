@@ -90,6 +90,7 @@ constexpr float nibble_unit() {
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
+#if !defined(MIXATTN_HAS_EXP2)
 // 2^x for x <= 0; 0 below -126, -inf included; NaN stays NaN. 2^x = 2^n 2^f with n = round(x), |f| <= 1/2, and 2^f from
 // a minimax polynomial of degree 6 with value 1 at 0 (Remez, relative error 2.6e-9). In float32 the largest error over
 // all x in [-126, 0] is 1.0 ulp (1.2e-7 relative) with FMA, 1.2 ulp without.
@@ -106,6 +107,7 @@ MIXATTN_INLINE Vec exp2_nonpositive(Vec x) {
   p = fmadd(p, f, broadcast(1.0f));
   return select_less(x, broadcast(-126.0f), zero(), add_to_exponent(p, shifted));
 }
+#endif
 
 // tanh(x): below 0.625 x + x^3 P(x^2), P minimax of degree 4 (Remez, relative error 4.4e-9), so that small arguments
 // keep their relative accuracy; above (1 - e) / (1 + e) with e = exp(-2 |x|).
