@@ -201,9 +201,9 @@ CPU_PACKING_ROWS = 16
 """Per key and head of 128, packed items took 63 ns + 4.4 ns a row in bfloat16, 125 + 5.5 in float32, 60 + 5.2 in int8
 (20 to 128 rows over 1k keys, one thread of a Zen 4, 2026-11)."""
 CPU_AMX_BLOCK_ROWS = (512, 64, 16)
-"""Where tiles multiply, memory and packing set the time of many rows: a chunk of 512 at 4k, 32 / 8 heads of 128, took 66,
-50 and 46 ms with row tiles of 128, 256 and 512 in bfloat16, 194, 178 and 161 ms in float32 (one thread of a Xeon with
-AMX and 2 MiB of L2, which hold the rows' q and o; 2026-11)."""
+"""Where tiles multiply, memory and packing set the time of many rows: a chunk of 512 at 4k, 32 / 8 heads of 128, took
+63, 50 and 47 ms with row tiles of 128, 256 and 512 in bfloat16, 194, 178 and 161 ms in float32 (one thread of a Xeon
+with AMX and 2 MiB of L2, which hold the rows' q and o; 2026-11)."""
 CPU_SPLIT_TOKENS = 64
 """32 KiB of K and V at head_dim 64 in float32: less is not worth an item."""
 CPU_HEADS_PER_BUNDLE = 16
@@ -213,23 +213,23 @@ CPU_HEADS_PER_BUNDLE = 16
 
 @functools.lru_cache(maxsize=64)
 def cpu_hardware(num_threads: int | None = None) -> Hardware:
-    """A CPU whose threads are those of the reference machine; None is this process: its threads, and its kernels' tiles."""
-    tiles = {}
+    """A CPU whose threads are those of the reference machine; None is this process, with its kernels' tiles."""
+    block_rows = Hardware.block_rows
     if num_threads is None:
         num_threads = env.num_threads()
         if (env.cpu_isa() or _C.cpu_info()["isa"]) == "amx":
-            tiles["block_rows"] = CPU_AMX_BLOCK_ROWS
+            block_rows = CPU_AMX_BLOCK_ROWS
     return Hardware(
         name=f"cpu-{num_threads}",
         num_workers=num_threads,
         flops_per_s=CPU_FLOPS_PER_S,
         bytes_per_s=CPU_BYTES_PER_S,
         item_overhead_s=CPU_ITEM_OVERHEAD_S,
+        block_rows=block_rows,
         row_granule=1,
         packing_rows=CPU_PACKING_ROWS,
         split_tokens=CPU_SPLIT_TOKENS,
         heads_per_bundle=CPU_HEADS_PER_BUNDLE,
-        **tiles,
     )
 
 
