@@ -3,8 +3,8 @@
 Run ``python -m bench.serving.bench_step smollm2``.
 A step is executed as the engine does it, over pages that hold
 random K and V. ``step`` is the median of whole steps, wall time, and ``cpu`` the CPU time of all threads, which a busy
-machine disturbs less. The operators are timed in further steps, call by call; what is missing to ``step`` is logits,
-sampling, planning and inputs.
+machine disturbs less. The operators are timed in further steps, call by call; what is missing to ``step`` is sampling,
+planning and inputs.
 """
 
 from __future__ import annotations
@@ -47,8 +47,13 @@ def batch(num_seqs: int, q_len: int, kv_len: int) -> BatchPlan:
 def operators_us(executor: LocalExecutor, plan: BatchPlan) -> dict[str, float]:
     """Microseconds of each operator in one more step."""
     found: dict[str, float] = {}
+
+    def profile(recording: Recording, *size: int) -> None:  # of the forward pass, and of logits
+        for name, us in recording.profile(*size).items():
+            found[name] = found.get(name, 0.0) + us
+
     run = Recording.run
-    Recording.run = lambda recording, *size: found.update(recording.profile(*size))  # type: ignore[method-assign]
+    Recording.run = profile  # type: ignore[method-assign]
     try:
         executor.execute(plan)
     finally:

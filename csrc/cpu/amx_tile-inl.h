@@ -1,12 +1,10 @@
-// amx_tile-inl.h: the matrix products of register_tile-inl.h for many rows, by the tiles of AMX.
-// Math    c = a b, or c += a b, of pairs of bfloat16; c = a b of signed and unsigned bytes, exact
-// Method  8 tiles of up to 16 rows of 16 words: 2 x 2 of c, 2 of a and 2 of b, so that 4 loads (8 clocks each) feed 4
-//         products (16 clocks each). TDPBF16PS sums the even and the odd elements of 16 pairs apart, adds both sums,
-//         then the result to c, where vdpbf16ps adds pair after pair to c: the last bits differ. Both take subnormal
-//         numbers, in and out, for 0. Every row's sums are made so, whatever rows it lies among: a last tile of fewer
-//         than 16 rows is as high as the others and has its rows padded, for which scratch has room. It takes 16
-//         clocks where vdpbf16ps takes 8 per row at best, and one more tile shape would be one more configuration
-// Shapes  as register_tile-inl.h; rows of a are words, b is (depth in words, kTileCols) words
+// amx_tile-inl.h: the tiles of AMX and their instructions, and products of bytes by them.
+// Math    c += a b of pairs of bfloat16; c = a b of signed and unsigned bytes, exact
+// Method  8 tiles of up to 16 rows of 16 words: 4 of c, 2 of a and 2 of b, so that 4 loads (8 clocks each) feed 4 products
+//         (16 clocks each). TDPBF16PS sums the even and the odd elements of 16 pairs apart, adds both sums, then the
+//         result to c, where vdpbf16ps adds pair after pair to c: the last bits differ. Both take subnormal numbers, in
+//         and out, for 0. Every row's sums are made so, whatever rows it lies among
+// Shapes  rows of a are words, b is (depth in words, 16) words, c (rows of a, 16)
 // Hazard  Tiles belong to the thread. They are configured as long as a TileRegisters lives: a thread that has none in
 //         use has no tiles saved when it is interrupted. Loads do not say to the compiler what they read: it must have
 //         been stored before a finish_stores(). Rows of a tile that cross cache lines take twice as long

@@ -1,15 +1,14 @@
-// linear_tiles-inl.h: linear maps by the tiles of AMX, whose products are of bfloat16, in float32's precision.
-// Math    x = x1 + x2 + x3: a float32 is the sum of three bfloat16, each the rest of the last one, rounded. Weights are
-//         one (bfloat16; q of the quantised forms, whose blocks' sums are scaled), two (float16) or three. Products are
-//         exact; those of parts i and j with i + j > 4 are left out, 2^-26 |x w| together. Sums are float32's. A part
-//         below 2^-126 counts as 0, an x that rounds to an infinity in bfloat16 (from 3.39e38 on) as that
+// linear_tiles-inl.h: linear maps by the tiles of AMX, in float32's precision.
+// Math    as linear-inl.h, with products of bfloat16 parts (bfloat16_parts-inl.h): x is three, weights are one (bfloat16; q
+//         of the quantised forms, whose blocks' sums are scaled), two (float16) or three. m of q4_1 is multiplied with sums
+//         of x, in two parts and three
 // Method  x is split once, into tiles as they will be loaded. A piece of a panel is unpacked into tiles in L1, and all
 //         rows pass over it. Quantised: 16 x 16 of c lie in vector registers, and a block of 32 depths is one tile of
-//         sums, scaled and added to them while tiles are at the next. Else 32 x 32 of c lie in tiles
+//         sums, scaled and added to them while tiles are at the next ones. Else 32 x 32 of c lie in tiles
 // Shapes  as LinearParams
 // Memory  as linear-inl.h, x taking 2 bytes per element and part
+// Limits  any number of rows; from least_tiled_rows() on faster than linear-inl.h
 // Twins   truth: float64 products of the dequantised matrix (tests/ops/test_linear.py)
-// Source  products of float32 by three bfloat16: Henry, Tang, Heinecke, https://arxiv.org/abs/1904.06376
 #pragma once
 
 #include <type_traits>

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,22 @@ def test_kernels_over_emulated_tiles_pass_the_cases_of_every_isa(
     package_folder: Path, file: str, cases: str, least: int
 ) -> None:
     check_cases_pass(package_folder, file, cases, least)
+
+
+@pytest.mark.timeout(900)
+def test_emulated_tiles_give_the_bits_of_real_ones(package_folder: Path) -> None:
+    """So that what the emulation shows on other CPUs holds on this kind."""
+    if "amx" not in _C.cpu_info()["available"]:
+        pytest.skip("this CPU has no AMX")
+
+    def digests(*folder: str) -> str:
+        command = [sys.executable, "-m", "tests.ops.amx_digests", *folder]
+        environment = {**os.environ, "MIXATTN_CPU_ISA": "amx"}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+    real = digests()
+    assert len(real.splitlines()) == 11
+    assert real == digests(str(package_folder))
 
 
 def test_forcing_amx_on_a_cpu_without_says_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
