@@ -10,12 +10,12 @@ import mixattn
 if len(sys.argv) > 1:  # a folder whose _C is taken before the package's own
     mixattn.__path__.insert(0, sys.argv[1])
 
-import torch  # noqa: E402 - after the folder
+import torch
 
-from mixattn.ops.linear import WEIGHT_FORMS, linear, pack_weight  # noqa: E402
-from tests.cases import CASES, KvFormat, make_inputs  # noqa: E402
-from tests.ops.test_attention import run  # noqa: E402
-from tests.ops.test_linear import stored_matrix  # noqa: E402
+from mixattn.ops.linear import WEIGHT_FORMS, linear, pack_weight
+from tests.cases import CASES, KvFormat, make_inputs
+from tests.ops.test_attention import run
+from tests.ops.test_linear import stored_matrix
 
 
 def print_digest(name: str, tensor: torch.Tensor) -> None:
