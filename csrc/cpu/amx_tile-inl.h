@@ -1,6 +1,7 @@
 // amx_tile-inl.h: the tiles of AMX and their instructions, and products of bytes by them.
 // Math    c += a b of pairs of bfloat16; c = a b of signed and unsigned bytes, exact
-// Method  8 tiles of up to 16 rows of 16 words: 4 of c, 2 of a and 2 of b, so that 4 loads (8 clocks each) feed 4 products
+// Method  8 tiles of up to 16 rows of 16 words: 4 of c, 2 of a and 2 of b, so that 4 loads (8 clocks each) feed 4
+// products
 //         (16 clocks each). TDPBF16PS sums the even and the odd elements of 16 pairs apart, adds both sums, then the
 //         result to c, where vdpbf16ps adds pair after pair to c: the last bits differ. Both take subnormal numbers, in
 //         and out, for 0. Every row's sums are made so, whatever rows it lies among
