@@ -1,10 +1,9 @@
 // amx_tile-inl.h: the tiles of AMX and their instructions, and products of bytes by them.
 // Math    c += a b of pairs of bfloat16; c = a b of signed and unsigned bytes, exact
 // Method  8 tiles of up to 16 rows of 16 words: 4 of c, 2 of a and 2 of b, so that 4 loads (8 clocks each) feed 4
-// products
-//         (16 clocks each). TDPBF16PS sums the even and the odd elements of 16 pairs apart, adds both sums, then the
-//         result to c, where vdpbf16ps adds pair after pair to c: the last bits differ. Both take subnormal numbers, in
-//         and out, for 0. Every row's sums are made so, whatever rows it lies among
+//         products (16 clocks each). TDPBF16PS sums the even and the odd elements of 16 pairs apart, adds both sums,
+//         then the result to c, where vdpbf16ps adds pair after pair to c: the last bits differ. Both take subnormal
+//         numbers, in and out, for 0. Every row's sums are made so, whatever rows it lies among
 // Shapes  rows of a are words, b is (depth in words, 16) words, c (rows of a, 16)
 // Hazard  Tiles belong to the thread. They are configured as long as a TileRegisters lives: a thread that has none in
 //         use has no tiles saved when it is interrupted. Loads do not say to the compiler what they read: it must have

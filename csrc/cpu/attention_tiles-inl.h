@@ -9,9 +9,8 @@
 //         looks some hundred instructions ahead, and a product takes 16 clocks
 // Shapes  head_dim and v_head_dim multiples of 32
 // Limits  as attention_packed-inl.h
-// Twins   tests/ops/reference
-// Source  tiles: amx_tile-inl.h. Softmax beside products of other rows: FlashAttention-3,
-// https://arxiv.org/abs/2407.08608
+// Twins   as mixed_attention-inl.h
+// Source  tiles: amx_tile-inl.h; softmax beside products of other rows: FlashAttention-3, arXiv:2407.08608
 #pragma once
 
 #include "cpu/attention_packed-inl.h"

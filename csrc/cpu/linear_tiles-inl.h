@@ -1,8 +1,7 @@
 // linear_tiles-inl.h: linear maps by the tiles of AMX, in float32's precision.
 // Math    as linear-inl.h, with products of bfloat16 parts (bfloat16_parts-inl.h): x is three, weights are one
-// (bfloat16; q
-//         of the quantised forms, whose blocks' sums are scaled), two (float16) or three. m of q4_1 is multiplied with
-//         sums of x, in two parts and three
+//         (bfloat16; q of the quantised forms, whose blocks' sums are scaled), two (float16) or three. m of q4_1 is
+//         multiplied with sums of x, in two parts and three
 // Method  x is split once, into tiles as they will be loaded. A piece of a panel is unpacked into tiles in L1, and all
 //         rows pass over it. Quantised: 16 x 16 of c lie in vector registers, and a block of 32 depths is one tile of
 //         sums, scaled and added to them while tiles are at the next ones. Else 32 x 32 of c lie in tiles
