@@ -7,7 +7,7 @@
 // Shapes  rows of a are words, b is (depth in words, 16) words, c (rows of a, 16)
 // Hazard  Tiles belong to the thread. They are configured as long as a TileRegisters lives: a thread that has none in
 //         use has no tiles saved when it is interrupted. Loads do not say to the compiler what they read: it must have
-//         been stored before a finish_stores(). Rows of a tile that cross cache lines take twice as long
+//         been stored before a finish_stores(). Rows of a tile that cross cache lines take longer
 // Source  Intel SDM volume 2, volume 1 chapter 18; clocks: Intel Optimization Reference Manual, chapter on AMX
 #pragma once
 

@@ -309,13 +309,13 @@ MIXATTN_INLINE void softmax_whole_row(const Rows& rows, int64_t r, const float* 
   }
   const Vec base =
       broadcast(raise_max(max_lanes(largest[0]), rows.m + r, rows.l + r, rows.o + r * rows.o_stride, rows.o_stride));
-  Vec sum[2] = {zero(), zero()};
+  Vec sum = zero();  // in softmax_step's order: the bits do not tell which of them it was
 #pragma GCC unroll 16
   for (int i = 0; i < kVecs; ++i) {
     x[i] = exp2_nonpositive(sub(x[i], base));
-    sum[i % 2] = add(sum[i % 2], x[i]);
+    sum = add(sum, x[i]);
   }
-  rows.l[r] += sum_lanes(add(sum[0], sum[1]));
+  rows.l[r] += sum_lanes(sum);
   store(x);
 }
 

@@ -111,7 +111,8 @@ MIXATTN_INLINE Vec fmadd(Vec a, Vec b, Vec c) {
 #if !defined(MIXATTN_SIMDE)
 #define MIXATTN_HAS_EXP2
 // As vec.h's; below -126 subnormal numbers, then 0. 2^x = 2^n 2^f with n = floor(x), which scaling takes itself, and
-// 2^f from a minimax polynomial of degree 6 with value 1 at 0 (Remez, relative error 2.0e-9).
+// 2^f from a minimax polynomial of degree 6 with value 1 at 0 (Remez, relative error 2.0e-9). In float32 the largest
+// error found over [-126, 0] is 1.4 ulp, 8.3e-8 relative.
 MIXATTN_INLINE Vec exp2_nonpositive(Vec x) {
   const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // of -inf 0
   Vec p = _mm512_set1_ps(2.16129159441e-4f);

@@ -116,6 +116,18 @@ def test_invariant_rows_of_every_chunking_have_the_bits_of_the_whole(
         assert_same_bits(in_chunks(sequence, chunks, **options), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_invariant_rows_do_not_show_what_a_tree_mask_hides_from_their_company(dtype: torch.dtype, isa: str) -> None:
+    """The last rows see a whole tile of 128 keys, of which row 5 does not see one."""
+    sequence = Sequence.random(384, dtype, seed=1)
+    masks = torch.full((2, 20), -1)
+    masks[1, 5] = ~(1 << 3)
+    results = [attend([(sequence, 364, 384)], tree_mask=mask) for mask in masks]
+    others = torch.arange(20) != 5
+    assert_same_bits(*((out[others], lse[others]) for out, lse in results))
+    assert not torch.equal(results[0][0][5], results[1][0][5])
+
+
 def test_default_rows_of_another_chunking_have_other_bits() -> None:
     """What the tests here look for is there to be found."""
     sequence = Sequence.random(NUM_TOKENS, torch.float32, seed=1)
