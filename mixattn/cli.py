@@ -22,7 +22,6 @@ from mixattn.config import (
     QUANTIZATIONS,
     CacheConfig,
     EngineConfig,
-    PolicyName,
     SchedulerConfig,
     ServerConfig,
 )
@@ -196,6 +195,18 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="prompts in chunks beside the decodes; without, in steps of their own while decodes wait",
     )
     group.add_argument(
+        "--tbt-slo-ms",
+        type=float,
+        metavar="MS",
+        help="cut chunks so that running requests wait no longer than this for their next tokens (any time)",
+    )
+    group.add_argument(
+        "--max-slowdown",
+        type=float,
+        metavar="X",
+        help="cut chunks so that a step takes no longer than X times what its decodes would take alone",
+    )
+    group.add_argument(
         "--block-size",
         "--page-size",
         type=int,
@@ -256,6 +267,8 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
     budget, max_num_seqs = arguments.max_num_batched_tokens, arguments.max_num_seqs
     if max_num_seqs is None:
         max_num_seqs = min(SchedulerConfig.max_num_seqs, budget)
+    tbt_slo_s = None if arguments.tbt_slo_ms is None else arguments.tbt_slo_ms / 1e3
+    max_slowdown = arguments.max_slowdown
     return EngineConfig(
         model=arguments.model,
         dtype=arguments.dtype,
@@ -273,7 +286,9 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
             max_num_batched_tokens=budget,
             max_num_seqs=max_num_seqs,
             max_num_queued_reqs=arguments.max_num_queued_reqs,
-            policy=PolicyName.SARATHI if arguments.enable_chunked_prefill else PolicyName.PREFILL_FIRST,
+            policy=SchedulerConfig.policy_for(arguments.enable_chunked_prefill, tbt_slo_s, max_slowdown),
+            tbt_slo_s=tbt_slo_s,
+            max_slowdown=max_slowdown,
         ),
         attention_backend=arguments.attention_backend,
         load_format=arguments.load_format,

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from mixattn import _C, cli, env
+from mixattn.config import PolicyName
 from mixattn.engine import info
 
 TINY = ["tiny-llama", "--load-format", "dummy", "--max-model-len", "512"]
@@ -92,6 +93,12 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", *TINY, "--port", "70000"], "port must be in [0, 65535], got 70000"),
         (["serve", *TINY, "--api-key-file", "/no/such/file"], "/no/such/file"),
         (["demo", *TINY], "prompt_len must be < 512, the context, got 1500"),
+        (["generate", *TINY, "--prompt", "a", "--tbt-slo-ms", "0"], "tbt_slo_s must be > 0, got 0.0"),
+        (["generate", *TINY, "--prompt", "a", "--max-slowdown", "1"], "max_slowdown must be > 1, got 1.0"),
+        (
+            ["generate", *TINY, "--prompt", "a", "--no-enable-chunked-prefill", "--tbt-slo-ms", "5"],
+            "go with policy time_budget, and one of them must; policy is prefill_first",
+        ),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -185,12 +192,30 @@ def test_info_kernels_lists_the_compiled_kernels_or_says_why_there_are_none(caps
     assert re.match(r"built without CUDA kernels|kernels for .*\nkernel +for +registers", out)
 
 
+@pytest.mark.parametrize(
+    ("flags", "policy", "limits"),
+    [
+        ([], PolicyName.SARATHI, (None, None)),
+        (["--no-enable-chunked-prefill"], PolicyName.PREFILL_FIRST, (None, None)),
+        (["--tbt-slo-ms", "40"], PolicyName.TIME_BUDGET, (0.04, None)),
+        (["--max-slowdown", "2.5"], PolicyName.TIME_BUDGET, (None, 2.5)),
+        (["--tbt-slo-ms", "40", "--max-slowdown", "3"], PolicyName.TIME_BUDGET, (0.04, 3.0)),
+    ],
+)
+def test_flags_choose_the_policy(
+    flags: list[str], policy: PolicyName, limits: tuple[float | None, float | None]
+) -> None:
+    arguments = cli.build_parser().parse_args(["serve", *TINY, *flags])
+    scheduler = cli._engine_config(arguments).scheduler
+    assert (scheduler.policy, (scheduler.tbt_slo_s, scheduler.max_slowdown)) == (policy, limits)
+
+
 def test_demo_prints_a_row_for_each_way_of_batching(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "demo", *TINY, "--num-streams", "2", "--prompt-len", "300")
     assert status == 0
     assert "While 2 streams decode, a prompt of 300 tokens arrives" in out
     assert max(map(len, out.splitlines())) <= 80
-    for label in ("chunked, budget 64", "chunked, budget 256", "not chunked"):
+    for label in ("chunked, at most 3x", "chunked, budget 64", "chunked, budget 256", "not chunked"):
         assert re.search(rf"{label}(\W+\d+){{5}}\W*$", out, re.MULTILINE)
 
 

@@ -66,7 +66,12 @@ def make_peer(args: argparse.Namespace) -> drive.Peer:
         activation_dtype=args.activation_dtype,
         max_model_len=2304,
         cache=CacheConfig(kv_cache_dtype=args.kv_cache_dtype),
-        scheduler=SchedulerConfig(max_num_batched_tokens=args.budget, max_num_seqs=min(64, args.budget)),
+        scheduler=SchedulerConfig(
+            max_num_batched_tokens=args.budget,
+            max_num_seqs=min(64, args.budget),
+            policy=SchedulerConfig.policy_for(True, None, args.max_slowdown),
+            max_slowdown=args.max_slowdown,
+        ),
     )
     loaded = load_model(config, show_progress=False)
     engine = Engine(config, loaded)
@@ -85,4 +90,5 @@ if __name__ == "__main__":
     parser.add_argument("--activation-dtype", choices=ACTIVATION_DTYPES, default="float32")
     parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     parser.add_argument("--budget", type=int, default=workloads.STALL_BUDGET)
+    parser.add_argument("--max-slowdown", type=float)
     drive.main(make_peer, START_S, parser)

@@ -48,9 +48,11 @@ class Batching:
     label: str
     policy: PolicyName
     token_budget: int
+    max_slowdown: float | None = None
 
 
 BATCHINGS = (
+    Batching("chunked, at most 3x", PolicyName.TIME_BUDGET, 256, max_slowdown=3.0),
     Batching("chunked, budget 64", PolicyName.SARATHI, 64),
     Batching("chunked, budget 256", PolicyName.SARATHI, 256),
     Batching("not chunked", PolicyName.PREFILL_FIRST, 256),
@@ -76,7 +78,10 @@ class Observation:
 def observe(config: EngineConfig, loaded: LoadedModel, scenario: Scenario, batching: Batching) -> Observation:
     """Runs the scenario on the wall clock, in this process, on an engine of its own around ``loaded``."""
     scheduler = SchedulerConfig(
-        max_num_batched_tokens=batching.token_budget, max_num_seqs=scenario.num_streams + 1, policy=batching.policy
+        max_num_batched_tokens=batching.token_budget,
+        max_num_seqs=scenario.num_streams + 1,
+        policy=batching.policy,
+        max_slowdown=batching.max_slowdown,
     )
     driver = build_engine(replace(config, scheduler=scheduler), loaded).driver
     rng = random.Random(scenario.seed)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mixattn.config import CacheConfig, EngineConfig, PolicyName, SchedulerConfig
+from mixattn.config import CacheConfig, EngineConfig, SchedulerConfig
 from mixattn.engine.build import Engine, build_engine
 from mixattn.engine.detokenize import IncrementalDetokenizer
 from mixattn.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -75,6 +75,10 @@ class LLM:
         kv_cache_dtype: what K and V are stored as: ``auto`` (as the model), ``float32``, ``bfloat16``, ``float16``,
             ``int8``, ``fp8_e4m3``, ``fp8_e5m2`` or ``int4``; the last four with a scale per token and head.
         enable_chunked_prefill: False runs whole prompts in steps of their own while decodes wait.
+        tbt_slo_ms: milliseconds that a running request may wait for its next token: chunks of prompts are cut so that
+            steps keep it, by times learned while serving; None leaves it to the token budget.
+        max_slowdown: how many times as long as its decodes alone a step may take, likewise. With either, how a prompt
+            is cut depends on the clock, and so may the last bits of logits.
         attention_backend: ``cpu``, ``triton`` or ``reference``; None is the fastest here.
         load_format: ``auto``, ``safetensors``, ``gguf`` or ``dummy``.
         chat_template: Jinja text in place of the model's own.
@@ -96,12 +100,15 @@ class LLM:
         kv_cache_memory_bytes: int | None = None,
         kv_cache_dtype: str = CacheConfig.kv_cache_dtype,
         enable_chunked_prefill: bool = True,
+        tbt_slo_ms: float | None = None,
+        max_slowdown: float | None = None,
         attention_backend: str | None = None,
         load_format: str = "auto",
         chat_template: str | None = None,
     ) -> None:
         if max_num_seqs is None:
             max_num_seqs = min(SchedulerConfig.max_num_seqs, max_num_batched_tokens)
+        tbt_slo_s = None if tbt_slo_ms is None else tbt_slo_ms / 1e3
         config = EngineConfig(
             model=model,
             dtype=dtype,
@@ -111,7 +118,9 @@ class LLM:
             scheduler=SchedulerConfig(
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_num_seqs=max_num_seqs,
-                policy=PolicyName.SARATHI if enable_chunked_prefill else PolicyName.PREFILL_FIRST,
+                policy=SchedulerConfig.policy_for(enable_chunked_prefill, tbt_slo_s, max_slowdown),
+                tbt_slo_s=tbt_slo_s,
+                max_slowdown=max_slowdown,
             ),
             attention_backend=attention_backend,
             load_format=load_format,

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from mixattn.config import PolicyName, SchedulerConfig
 from mixattn.kv.page_pool import PagePool
 from mixattn.metrics import SchedulerStats
-from mixattn.sched.policy import POLICIES, StepView
+from mixattn.sched.policy import POLICIES, StepTiming, StepView
+from mixattn.sched.step_times import StepLoad, StepTimes
 from mixattn.sched.tracked import Tracked
 from mixattn.types import BatchPlan, FinishReason, Request, Slice, StepResult, TokenEvent
 
@@ -32,10 +33,14 @@ class QueueFull(RuntimeError):  # noqa: N818
 
 @dataclass(frozen=True)
 class _Uncommitted:
-    """A plan and the requests of its slices. Not looked up by id: an id may belong to a new request by then."""
+    """A plan, the requests of its slices, and when it was made.
+
+    The requests are not looked up by id: an id may belong to a new request by then.
+    """
 
     plan: BatchPlan
     tracked: list[Tracked]
+    begin_s: float
 
 
 class Scheduler:
@@ -54,6 +59,9 @@ class Scheduler:
         self._running: dict[str, Tracked] = {}
         self._uncommitted: deque[_Uncommitted] = deque()
         self._now = float("-inf")
+        self._busy_since_s: float | None = None
+        """When the step before ended, if there was something to do then."""
+        self._step_times = StepTimes()
         self._num_steps = 0
         self._num_accepted = 0
         self._num_preemptions = 0
@@ -167,6 +175,7 @@ class Scheduler:
                     num_growing=self._num_growing() if self._waiting else 0,
                     num_admissible=self._config.max_num_seqs - len(self._running),
                     num_free_pages=self._pool.num_free - len(full),
+                    timing=self._timing(decodes, partials),
                 )
             )
             if not shape.has_decodes or len(full) <= self._pool.num_free:
@@ -196,7 +205,7 @@ class Scheduler:
             return None
         plan = BatchPlan(step_idx, tuple(slices))
         self._num_steps += 1
-        self._uncommitted.append(_Uncommitted(plan, planned))
+        self._uncommitted.append(_Uncommitted(plan, planned, now))
         return plan
 
     def commit(self, plan: BatchPlan, result: StepResult, now: float) -> list[TokenEvent]:
@@ -221,7 +230,8 @@ class Scheduler:
         self._advance(now)
         new_tokens = iter(token_ids)
         events: list[TokenEvent] = []
-        for tracked, part in zip(self._uncommitted.popleft().tracked, plan.slices, strict=True):
+        uncommitted = self._uncommitted.popleft()
+        for tracked, part in zip(uncommitted.tracked, plan.slices, strict=True):
             token_id = next(new_tokens) if part.is_sampled else None
             if tracked.is_ended:
                 if not self._is_planned(tracked):
@@ -231,6 +241,7 @@ class Scheduler:
                 if reason is not None:
                     self._end(tracked)
                 events.append(TokenEvent(tracked.request_id, token_id, reason, now))
+        self._observe(uncommitted, now)
         return events
 
     def fail(self, plan: BatchPlan, reason: str, now: float) -> list[TokenEvent]:
@@ -250,6 +261,7 @@ class Scheduler:
                 tracked.withdraw(part)
         involved = dict.fromkeys(tracked for uncommitted in self._uncommitted for tracked in uncommitted.tracked)
         self._uncommitted.clear()
+        self._busy_since_s = None
         for tracked in involved:
             if tracked.is_ended:
                 self._release(tracked)
@@ -309,6 +321,29 @@ class Scheduler:
             else:
                 partials.append(tracked)
         return decodes, partials, full
+
+    def _timing(self, decodes: list[Tracked], partials: list[Tracked]) -> StepTiming | None:
+        """What a policy that limits the time of a step needs to know."""
+        config = self._config
+        if config.policy is not PolicyName.TIME_BUDGET:
+            return None
+        return StepTiming(
+            self._step_times,
+            StepLoad(len(decodes), sum(tracked.num_tokens for tracked in decodes)),
+            [tracked.num_computed for tracked in partials],
+            config.tbt_slo_s,
+            config.max_slowdown,
+        )
+
+    def _observe(self, ended: _Uncommitted, now: float) -> None:
+        """Learns how long a step took: from one token of a decode to the next, what is between steps included."""
+        if self._config.policy is PolicyName.TIME_BUDGET:
+            num_decodes = ended.plan.num_decodes
+            load = StepLoad(num_decodes, sum(part.kv_len for part in ended.plan.slices[:num_decodes]))
+            for part in ended.plan.slices[num_decodes:]:
+                load = load.with_chunk(part.q_len, part.kv_len - part.q_len)
+            self._step_times.observe(load, now - (ended.begin_s if self._busy_since_s is None else self._busy_since_s))
+        self._busy_since_s = now if self.has_work else None
 
     def _num_growing(self) -> int:
         """Running requests that may come to need more pages; the last token of an output needs no slot."""

@@ -67,6 +67,11 @@ def reference_output(request: Request, max_context_tokens: int) -> tuple[list[in
             return output, reason
 
 
+def limits_for(policy_name: PolicyName) -> dict[str, float]:
+    """The limits of time that a configuration with this policy needs."""
+    return {"max_slowdown": 1.5} if policy_name is PolicyName.TIME_BUDGET else {}
+
+
 def is_decode(part: Slice) -> bool:
     return part.q_len == 1 and part.output_idx > 0 and part.is_sampled
 
@@ -135,14 +140,18 @@ class Session:
     Args:
         config, num_pages, page_size: of the scheduler.
         is_eager: execute a plan when it is made, not when it is committed.
+        tick_s: from one call to the next.
     """
 
-    def __init__(self, config: SchedulerConfig, num_pages: int, page_size: int, is_eager: bool = False) -> None:
+    def __init__(
+        self, config: SchedulerConfig, num_pages: int, page_size: int, is_eager: bool = False, tick_s: float = 1.0
+    ) -> None:
         self.config = config
         self.pool = PagePool(num_pages, page_size)
         self.scheduler = Scheduler(config, self.pool)
         self.executor = FakeExecutor(num_pages, page_size)
         self.is_eager = is_eager
+        self.tick_s = tick_s
         self.now = 0.0
         self.mirrors: dict[str, Mirror] = {}
         self.waiting: list[str] = []
@@ -164,7 +173,7 @@ class Session:
         self.check_state()
 
     def schedule(self) -> BatchPlan | None:
-        self.now += 1.0
+        self.now += self.tick_s
         before = self.scheduler.stats()
         plan = self.scheduler.schedule(self.now)
         after = self.scheduler.stats()
@@ -180,8 +189,8 @@ class Session:
         self.check_state()
         return plan
 
-    def commit(self) -> None:
-        self.now += 1.0
+    def commit(self, step_s: float | None = None) -> None:
+        self.now += self.tick_s if step_s is None else step_s
         plan, result = self.outstanding.popleft()
         result = result or self.executor.execute(plan)
         expected = []
@@ -201,7 +210,7 @@ class Session:
         self.check_state()
 
     def fail(self) -> None:
-        self.now += 1.0
+        self.now += self.tick_s
         plan, _ = self.outstanding.popleft()
         for withdrawn, _ in self.outstanding:
             for part in withdrawn.slices:
@@ -266,13 +275,13 @@ class Session:
 
     def _check_plan(self, plan: BatchPlan, num_stalls: int) -> None:
         limit = self.scheduler.max_context_tokens
-        is_sarathi = self.config.policy is PolicyName.SARATHI
+        is_stall_free = self.config.policy is not PolicyName.PREFILL_FIRST
         ids = [part.request_id for part in plan.slices]
         assert ids and len(set(ids)) == len(ids)
         assert plan.num_tokens == sum(part.q_len for part in plan.slices)
-        assert plan.num_tokens <= self.config.max_num_batched_tokens or (not is_sarathi and len(ids) == 1)
+        assert plan.num_tokens <= self.config.max_num_batched_tokens or (not is_stall_free and len(ids) == 1)
 
-        # Decodes come first, and all of them or (never with sarathi) none.
+        # Decodes come first, and all of them or (only with prefill_first) none.
         decodes = [
             i for i in self.running if self.mirrors[i].is_decoding and not self.mirrors[i].is_last_under_way(limit)
         ]
@@ -280,7 +289,7 @@ class Session:
         if ids[: plan.num_decodes] == decodes:
             assert num_stalls == 0
         else:
-            assert not is_sarathi and plan.num_decodes == 0
+            assert not is_stall_free and plan.num_decodes == 0
             assert num_stalls == len(decodes)
 
         # Then running requests, then the queue, both in the order of arrival.
@@ -296,7 +305,7 @@ class Session:
         for part in plan.slices:
             self._check_slice(part)
         self._check_pages_are_apart([*(p for p, _ in self.outstanding), plan])
-        if is_sarathi:
+        if is_stall_free:
             self._check_no_room_is_left(plan)
         self._check_oldest(plan)
 
@@ -327,8 +336,15 @@ class Session:
                     assert owner.setdefault(page, id(part.history)) == id(part.history), f"page {page} has two owners"
 
     def _check_no_room_is_left(self, plan: BatchPlan) -> None:
-        """A step below the budget has all rows of all running requests, and the head of the queue could not come in."""
+        """A step below the budget has all rows of all running requests, and the head of the queue could not come in.
+
+        Or, with time_budget, its time is up: beside decodes, and after the first prompt got the least, or all its rows.
+        """
         if plan.num_tokens == self.config.max_num_batched_tokens:
+            return
+        chunks = plan.slices[plan.num_decodes :]
+        if self.config.policy is PolicyName.TIME_BUDGET and plan.num_decodes and chunks:
+            assert chunks[0].is_sampled or chunks[0].q_len >= policy.LEAST_CHUNK
             return
         assert all(self.mirrors[i].num_computed >= self.mirrors[i].num_tokens - 1 for i in self.running)
         if self.waiting and len(self.running) < self.config.max_num_seqs:

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from mixattn.config import PolicyName, SchedulerConfig
 from mixattn.sched import policy
 from mixattn.sched.scheduler import QueueFull
-from tests.sched.harness import VOCAB_SIZE, Session, make_request
+from tests.sched.harness import VOCAB_SIZE, Session, limits_for, make_request
 
 MAX_QUEUED = 6
 
@@ -37,7 +37,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_pages: int,
         is_eager: bool,
     ) -> None:
-        config = SchedulerConfig(max_num_seqs + spare_budget, max_num_seqs, MAX_QUEUED, 40, policy_name)
+        limits = limits_for(policy_name)
+        config = SchedulerConfig(max_num_seqs + spare_budget, max_num_seqs, MAX_QUEUED, 40, policy_name, **limits)
         self.session = Session(config, num_pages, page_size, is_eager)
         self.num_requests = 0
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 
 import pytest
 
 from mixattn.config import PolicyName
-from mixattn.sched.policy import GROWTH_TOKENS, POLICIES, StepShape, StepView, prefill_first, sarathi
+from mixattn.sched.policy import (
+    GROWTH_TOKENS,
+    LEAST_CHUNK,
+    POLICIES,
+    StepShape,
+    StepTiming,
+    StepView,
+    prefill_first,
+    sarathi,
+    time_budget,
+)
+from mixattn.sched.step_times import StepLoad, StepTimes
 
 
 def view(
@@ -19,8 +31,26 @@ def view(
     growing: int = 0,
     admissible: int = 8,
     free_pages: int = 1000,
+    contexts: Sequence[int] = (),
+    tbt_slo_s: float | None = 0.010,
+    max_slowdown: float | None = None,
 ) -> StepView:
-    return StepView(budget, 16, decodes, partial, waiting, growing, admissible, free_pages)
+    timing = StepTiming(
+        TIMES, StepLoad(decodes, 100 * decodes), contexts or [0] * len(partial), tbt_slo_s, max_slowdown
+    )
+    return StepView(budget, 16, decodes, partial, waiting, growing, admissible, free_pages, timing)
+
+
+def known_times() -> StepTimes:
+    """Of a machine that takes 1 ms for each row, and 1 us for each key of a chunk's row, and has shown it often."""
+    times, rng = StepTimes(), random.Random(0)
+    for _ in range(300):
+        load = StepLoad(decodes := rng.randrange(9), 100 * decodes).with_chunk(rng.randrange(64), rng.randrange(2000))
+        times.observe(load, 1e-3 * (load.num_decodes + load.chunk_rows) + 1e-6 * load.chunk_keys)
+    return times
+
+
+TIMES = known_times()
 
 
 def test_every_policy_name_has_a_policy() -> None:
@@ -69,9 +99,55 @@ def test_prefill_first_takes_whole_prompts_or_decodes(case: dict[str, object], e
     assert prefill_first(view(**case)) == expected  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("policy", [sarathi, prefill_first], ids=lambda p: p.__name__)
+class TestTimeBudget:
+    """Two deviations below 10 ms leave some 9 rows of a machine that is known to 2 %."""
+
+    @pytest.mark.parametrize(
+        ("case", "expected"),
+        [
+            ({"decodes": 4}, ([], [])),
+            ({"decodes": 4, "partial": [3]}, ([3], [])),
+            ({"decodes": 2, "partial": [3], "waiting": [2]}, ([3], [2])),
+            ({"decodes": 1, "waiting": [100]}, ([], [8])),
+            ({"decodes": 1, "partial": [12, 100], "waiting": [1], "tbt_slo_s": 0.020}, ([12, 6], [])),
+            ({"decodes": 1, "waiting": [100], "tbt_slo_s": 0.020}, ([], [18])),
+            ({"decodes": 1, "waiting": [100], "tbt_slo_s": None, "max_slowdown": 20}, ([], [18])),
+            ({"decodes": 1, "waiting": [100], "tbt_slo_s": 0.020, "max_slowdown": 100}, ([], [18])),
+            ({"decodes": 1, "waiting": [100], "tbt_slo_s": 1.0}, ([], [31])),
+        ],
+    )
+    def test_gives_prompts_what_the_time_leaves(self, case: dict[str, object], expected: object) -> None:
+        shape = time_budget(view(**case))  # type: ignore[arg-type]
+        assert shape.has_decodes
+        chunks, wanted = (shape.partial_chunks, shape.admitted_chunks), expected
+        for got, want in zip(chunks, wanted, strict=True):  # type: ignore[call-overload]
+            assert got == pytest.approx(want, abs=1.1)
+
+    def test_counts_the_keys_before_a_chunk(self) -> None:
+        near, far = (
+            time_budget(view(decodes=1, partial=[100], contexts=[context], tbt_slo_s=0.020)).partial_chunks[0]
+            for context in (0, 1000)
+        )
+        assert far == pytest.approx(near / 2, abs=1)
+
+    def test_lets_a_prompt_go_on_where_decodes_take_all_the_time(self) -> None:
+        shape = time_budget(view(decodes=20, partial=[100, 100], waiting=[50]))
+        assert (shape.partial_chunks, shape.admitted_chunks) == ([LEAST_CHUNK], [])
+        shape = time_budget(view(decodes=20, waiting=[50]))
+        assert (shape.partial_chunks, shape.admitted_chunks) == ([], [LEAST_CHUNK])
+
+    def test_has_no_limit_but_the_token_budget_without_decodes(self) -> None:
+        assert time_budget(view(partial=[20, 50], waiting=[1])).partial_chunks == [20, 12]
+
+    def test_before_the_first_step_is_careful(self) -> None:
+        timing = StepTiming(StepTimes(), StepLoad(4, 400), [0], 10.0, None)
+        case = StepView(32, 16, 4, [100], [], 0, 8, 1000, timing)
+        assert time_budget(case).partial_chunks == [LEAST_CHUNK]
+
+
+@pytest.mark.parametrize("policy", [sarathi, prefill_first, time_budget], ids=lambda p: p.__name__)
 class TestAdmission:
-    """What both policies have in common; page_size is 16."""
+    """What all policies have in common; page_size is 16."""
 
     def admitted(self, policy: object, **case: object) -> list[int]:
         return policy(view(budget=1000, **case)).admitted_chunks  # type: ignore[operator,arg-type,no-any-return]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import random
+import statistics
+
 import pytest
 
 from mixattn.config import PolicyName, SchedulerConfig
 from mixattn.kv.page_pool import PagePool
 from mixattn.sched.scheduler import QueueFull, Scheduler
+from mixattn.sched.step_times import StepLoad
 from mixattn.types import BatchPlan, FinishReason, StepResult
 from tests.sched.harness import Session, is_decode, make_request
 
@@ -19,9 +24,11 @@ def session(
     page_size: int = 4,
     max_len: int = 200,
     queued: int = 16,
+    tick_s: float = 1.0,
     **rest: object,
 ) -> Session:
-    return Session(SchedulerConfig(budget, seqs, queued, max_len, **rest), pages, page_size)  # type: ignore[arg-type]
+    config = SchedulerConfig(budget, seqs, queued, max_len, **rest)  # type: ignore[arg-type]
+    return Session(config, pages, page_size, tick_s=tick_s)
 
 
 def rows(plan: BatchPlan | None) -> list[tuple[str, int, int]]:
@@ -411,6 +418,98 @@ def test_time_that_goes_back_is_refused() -> None:
     s.schedule()
     with pytest.raises(ValueError, match="now must not go back"):
         s.scheduler.schedule(s.now - 0.5)
+
+
+# Time
+
+
+class Machine:
+    """A clock, and a step time that grows with rows and keys; what happens between steps takes a millisecond."""
+
+    def __init__(self, s: Session, noise: float = 0.0) -> None:
+        self.s = s
+        self.noise, self.rng = noise, random.Random(0)
+        self.steps: list[tuple[float, int, int]] = []
+        """(seconds, decodes, rows of chunks) of each step."""
+
+    def step(self) -> None:
+        plan = self.s.schedule()
+        assert plan is not None
+        keys = sum(part.q_len * part.kv_len for part in plan.slices)
+        step_s = (0.004 + 1e-3 * plan.num_tokens + 1e-6 * keys) * math.exp(self.rng.gauss(0.0, self.noise))
+        self.steps.append((step_s, plan.num_decodes, plan.num_tokens - plan.num_decodes))
+        self.s.commit(step_s)
+
+
+def timed_session(**limits: float) -> Session:
+    s = session(budget=256, seqs=8, pages=1000, max_len=3000, policy=PolicyName.TIME_BUDGET, tick_s=0.001, **limits)
+    for idx in range(4):
+        s.add(make_request(f"stream-{idx}", 32, max_tokens=400))
+    return s
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_time_budget_keeps_the_slo_while_a_long_prompt_is_read(noise: float) -> None:
+    s = timed_session(tbt_slo_s=0.040)
+    machine = Machine(s, noise)
+    for _ in range(20):
+        machine.step()
+    s.add(make_request("long", 2000))
+    machine.steps.clear()
+    while "long" in s.waiting or not s.mirrors["long"].output:
+        machine.step()
+    mixed = machine.steps
+    assert all(num_decodes == 4 for _, num_decodes, _ in mixed)
+    late = [step_s for step_s, _, _ in mixed if step_s + 0.001 > 0.040]
+    assert len(late) <= (0 if noise == 0.0 else 0.05 * len(mixed))
+    # It does not keep it by giving prompts nothing: once steps are known, they take most of what they may.
+    settled = [step_s for step_s, _, _ in mixed[10:-1]]
+    assert statistics.mean(settled) > (0.9 if noise == 0.0 else 0.8) * 0.039
+    # The longer the context, the shorter the chunk.
+    assert mixed[-2][2] < mixed[10][2]
+
+
+def test_time_budget_max_slowdown_is_of_the_decodes_alone() -> None:
+    s = timed_session(max_slowdown=3.0)
+    machine = Machine(s)
+    for _ in range(20):
+        machine.step()
+    alone_s = machine.steps[-1][0] + 0.001
+    s.add(make_request("long", 1000))
+    machine.steps.clear()
+    while "long" in s.waiting or not s.mirrors["long"].output:
+        machine.step()
+    slowdowns = [(step_s + 0.001) / alone_s for step_s, _, _ in machine.steps]
+    assert max(slowdowns) < 3.2  # its decodes' keys grow meanwhile, and so does what they take alone
+    assert statistics.median(slowdowns) > 2.6
+
+
+def test_time_budget_learns_nothing_from_idle_time() -> None:
+    s = timed_session(tbt_slo_s=0.040)
+    machine = Machine(s)
+    while s.scheduler.has_work:
+        machine.step()
+    for idx in range(40):
+        s.now += 3600.0
+        s.add(make_request(f"late-{idx}", 32, max_tokens=3))
+        while s.scheduler.has_work:
+            machine.step()
+    prompt_s = next(step_s for step_s, num_decodes, _ in reversed(machine.steps) if num_decodes == 0)
+    assert s.scheduler._step_times.estimate(StepLoad(0, 0).with_chunk(32, 0))[0] == pytest.approx(prompt_s, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"policy": PolicyName.TIME_BUDGET}, "one of them must; policy is time_budget"),
+        ({"tbt_slo_s": 1.0}, "go with policy time_budget, and one of them must; policy is sarathi"),
+        ({"policy": PolicyName.TIME_BUDGET, "tbt_slo_s": 0.0}, "tbt_slo_s must be > 0, got 0.0"),
+        ({"policy": PolicyName.TIME_BUDGET, "max_slowdown": 1.0}, "max_slowdown must be > 1, got 1.0"),
+    ],
+)
+def test_limits_of_time_are_checked(limits: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        session(**limits)
 
 
 # Failure

@@ -10,7 +10,7 @@ import pytest
 from mixattn.config import PolicyName, SchedulerConfig
 from mixattn.sched import policy
 from mixattn.types import Request
-from tests.sched.harness import VOCAB_SIZE, Session, make_request
+from tests.sched.harness import VOCAB_SIZE, Session, limits_for, make_request
 
 NUM_BATCHES = 10
 SCRIPTS_PER_BATCH = 100
@@ -67,12 +67,14 @@ def play(script: Script, session: Session, is_ahead: bool) -> None:
 def random_session(rng: random.Random) -> Session:
     page_size = rng.choice([1, 2, 3, 4, 16])
     max_num_seqs = rng.choice([1, 3, 8, 8])
+    policy_name = rng.choice(list(PolicyName))
     config = SchedulerConfig(
         max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 3, 10, 1000]),
         max_num_seqs=max_num_seqs,
         max_num_queued_reqs=100,
         max_model_len=rng.choice([24, 80]),
-        policy=rng.choice(list(PolicyName)),
+        policy=policy_name,
+        **limits_for(policy_name),
     )
     num_pages = -(-rng.choice([20, 50, 60, 80, 300]) // page_size)
     return Session(config, num_pages, page_size, is_eager=rng.random() < 0.5)
@@ -107,7 +109,8 @@ def test_outputs_do_not_depend_on_budget_pool_policy_or_lookahead(seed: int, mon
     for policy_name in PolicyName:
         for budget, page_size, num_pages in [(8, 1, 300), (11, 4, 20), (1000, 16, 5), (1000, 16, 30)]:
             for is_ahead, is_eager in [(False, False), (True, False), (True, True)]:
-                config = SchedulerConfig(budget, max_num_seqs=8, max_model_len=80, policy=policy_name)
+                limits = limits_for(policy_name)
+                config = SchedulerConfig(budget, max_num_seqs=8, max_model_len=80, policy=policy_name, **limits)
                 session = Session(config, num_pages, page_size, is_eager)
                 play(script, session, is_ahead)
                 outputs.append(session.outputs())

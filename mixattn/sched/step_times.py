@@ -1,0 +1,143 @@
+"""How long a step will take: learned from the steps that an engine has taken, while it serves.
+
+A step takes some time however little it has, some for every row and some for every key that its rows see:
+
+    t = base + a * decodes + b * keys of decodes + c * rows of chunks + d * keys of the chunks' rows
+
+The five numbers differ from machine to machine and model to model, and from hour to hour where a machine is shared, so
+they are filtered from the times of the steps (a Kalman filter with a random walk of the numbers): the estimate
+follows the machine, and comes with a deviation, which is large for loads unlike any seen. Numbers that the steps so far
+cannot tell apart may have any share of their sum, even below zero; the sum is what counts.
+
+Source: the features are those that chunked prefill's costs are linear in (arXiv:2403.02310, section 3.2; the keys of a
+chunk, its attention, are the part of it that grows with the prompt); the filter is R. E. Kalman, "A new approach to
+linear filtering and prediction problems", 1960, gains limited as P. J. Huber's estimates are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+_DRIFT = 0.01
+"""Standard deviation of what a step changes each of the five numbers by, as a share of it."""
+_FIRST_NOISE = 0.1
+_LEAST_NOISE, _MOST_NOISE = 0.02, 0.5
+"""Standard deviation of a step's time around the model, as a share of it: at first, and its bounds."""
+_NOISE_MEMORY = 0.95
+_OUTLIER_DEVIATIONS = 3.0
+"""A step further off than so many deviations counts as if it were so far off, and all that is known becomes less sure:
+one such step moves the numbers little; when the next are as far off, the machine has changed, and they move fast."""
+_SURPRISE = 2.0
+"""What the variances are multiplied with then."""
+_PRIOR_SHARES = (1.0, 1.0, 1 / 128, 1.0, 1 / 512)
+"""Deviation of the five numbers before anything is known, as shares of the first step's time: a row costs no more
+than that step; a key of a decode, which is read from memory for it, less than a row, and one of a chunk's row, which is
+read for many, still less: with h hidden units a row takes some 6 h times the arithmetic of one key."""
+
+
+class StepLoad(NamedTuple):
+    """What a step's time depends on.
+
+    Args:
+        num_decodes: rows of decodes.
+        decode_keys: keys that they see, all together.
+        chunk_rows: rows of chunks.
+        chunk_keys: keys that these see: a row sees all before it, and itself.
+    """
+
+    num_decodes: int
+    decode_keys: int
+    chunk_rows: int = 0
+    chunk_keys: int = 0
+
+    def with_chunk(self, num_rows: int, context: int) -> StepLoad:
+        """And ``num_rows`` more of a request that has ``context`` keys before them."""
+        num_keys = num_rows * context + num_rows * (num_rows + 1) // 2
+        return StepLoad(self.num_decodes, self.decode_keys, self.chunk_rows + num_rows, self.chunk_keys + num_keys)
+
+
+class StepTimes:
+    """Estimates of steps' times, from those observed."""
+
+    def __init__(self) -> None:
+        self._theta = [0.0] * 5
+        self._prior: list[float] = []
+        """Variances before anything is known; empty until the first step, which gives the scale."""
+        self._covariance: list[list[float]] = []
+        self._noise = _FIRST_NOISE**2
+
+    def observe(self, load: StepLoad, step_s: float) -> None:
+        """A step of ``load`` has taken ``step_s`` seconds."""
+        if step_s <= 0:
+            return  # below the clock's resolution: nothing to learn
+        if not self._prior:
+            self._prior = [(share * step_s) ** 2 for share in _PRIOR_SHARES]
+            self._covariance = [[v if i == j else 0.0 for j in range(5)] for i, v in enumerate(self._prior)]
+        self._drift()
+        x = (1.0, *map(float, load))
+        spread = [sum(p * xi for p, xi in zip(row, x, strict=True)) for row in self._covariance]
+        model_variance = sum(s * xi for s, xi in zip(spread, x, strict=True))
+        error = step_s - sum(t * xi for t, xi in zip(self._theta, x, strict=True))
+        noise_variance = self._noise * step_s**2
+        variance = model_variance + noise_variance
+        is_outlier = error**2 > variance * _OUTLIER_DEVIATIONS**2
+        if is_outlier:
+            variance = (error / _OUTLIER_DEVIATIONS) ** 2
+        if model_variance < noise_variance:  # else the error says more of the model than of the machine
+            seen = min((error / step_s) ** 2, self._noise * _OUTLIER_DEVIATIONS**2)
+            noise = _NOISE_MEMORY * self._noise + (1 - _NOISE_MEMORY) * seen
+            self._noise = min(max(noise, _LEAST_NOISE**2), _MOST_NOISE**2)
+        for i in range(5):
+            gain = spread[i] / variance
+            self._theta[i] += gain * error
+            row = self._covariance[i]
+            for j in range(5):
+                row[j] -= gain * spread[j]
+                row[j] *= _SURPRISE if is_outlier else 1.0
+
+    def estimate(self, load: StepLoad) -> tuple[float, float]:
+        """Seconds that a step of ``load`` will take, and their standard deviation; (0, inf) before the first step."""
+        if not self._prior:
+            return 0.0, math.inf
+        x = (1.0, *map(float, load))
+        mean = sum(t * xi for t, xi in zip(self._theta, x, strict=True))
+        variance = sum(
+            xi * sum(p * xj for p, xj in zip(row, x, strict=True)) for xi, row in zip(x, self._covariance, strict=True)
+        )
+        return mean, math.sqrt(max(0.0, variance) + self._noise * mean**2)
+
+    def longest_chunk(self, load: StepLoad, num_rows: int, context: int, limit_s: float, num_deviations: float) -> int:
+        """The most rows, up to ``num_rows``, with which a step of ``load`` and a chunk still takes ``limit_s`` at most.
+
+        Args:
+            load: what the step has already.
+            num_rows: rows that there are.
+            context: keys before them.
+            limit_s: seconds.
+            num_deviations: how far above its estimate the step's time may come to lie.
+        """
+
+        def fits(rows: int) -> bool:
+            mean, deviation = self.estimate(load.with_chunk(rows, context))
+            return mean + num_deviations * deviation <= limit_s
+
+        if fits(num_rows):
+            return num_rows
+        fitting, too_many = 0, num_rows
+        while too_many - fitting > 1:
+            rows = (fitting + too_many) // 2
+            fitting, too_many = (rows, too_many) if fits(rows) else (fitting, rows)
+        return fitting
+
+    def _drift(self) -> None:
+        """The machine may have changed since the step before, but never is less known than at first."""
+        for i in range(5):
+            row = self._covariance[i]
+            row[i] += (_DRIFT * self._theta[i]) ** 2
+            if row[i] > self._prior[i]:
+                # Scaling the row and the column keeps the matrix one of covariances.
+                shrink = math.sqrt(self._prior[i] / row[i])
+                for j in range(5):
+                    row[j] *= shrink
+                    self._covariance[j][i] *= shrink
