@@ -30,10 +30,10 @@ _OUTLIER_DEVIATIONS = 3.0
 one such step moves the numbers little; when the next are as far off, the machine has changed, and they move fast."""
 _SURPRISE = 2.0
 """What the variances are multiplied with then."""
-_PRIOR_SHARES = (1.0, 1.0, 1 / 128, 1.0, 1 / 512)
-"""Deviation of the five numbers before anything is known, as shares of the first step's time: a row costs no more
-than that step; a key of a decode, which is read from memory for it, less than a row, and one of a chunk's row, which is
-read for many, still less: with h hidden units a row takes some 6 h times the arithmetic of one key."""
+_PRIOR_ROWS = (4.0, 1 / 128, 4.0, 1 / 512)
+"""Deviation of the last four numbers before anything is known, in times of a row of the first step: a key of a decode,
+which is read from memory for it, costs less than a row, and one of a chunk's row, which is read for many, still less:
+with h hidden units a row takes some 6 h times the arithmetic of one key. That of the first number is the first step."""
 
 
 class StepLoad(NamedTuple):
@@ -72,7 +72,8 @@ class StepTimes:
         if step_s <= 0:
             return  # below the clock's resolution: nothing to learn
         if not self._prior:
-            self._prior = [(share * step_s) ** 2 for share in _PRIOR_SHARES]
+            row_s = step_s / max(1, load.num_decodes + load.chunk_rows)
+            self._prior = [step_s**2, *((rows * row_s) ** 2 for rows in _PRIOR_ROWS)]
             self._covariance = [[v if i == j else 0.0 for j in range(5)] for i, v in enumerate(self._prior)]
         self._drift()
         x = (1.0, *map(float, load))
