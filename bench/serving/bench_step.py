@@ -1,4 +1,4 @@
-"""Where a step's time goes: decodes at several batch sizes, and a prefill chunk.
+"""Where a step's time goes: decodes at several batch sizes, a prefill chunk, and decodes with small chunks beside them.
 
 Run ``python -m bench.serving.bench_step smollm2``.
 A step is executed as the engine does it, over pages that hold
@@ -12,12 +12,14 @@ from __future__ import annotations
 import statistics
 import time
 from array import array
+from dataclasses import dataclass
 
 import torch
 
 from bench.lib.measure import Record, append_json, parser, timing_of
 from mixattn import env
-from mixattn.config import EngineConfig
+from mixattn.config import ACTIVATION_DTYPES, EngineConfig
+from mixattn.executor import kv_pool
 from mixattn.executor.executor import LocalExecutor
 from mixattn.models.loader import LoadedModel, load_model
 from mixattn.ops.recording import Recording
@@ -27,20 +29,40 @@ _PAGE_SIZE = 16
 _OPERATORS = ("weight_rows", "rms_norm", "linear", "append_kv", "attention", "silu_mul")
 
 
-def cases() -> dict[str, tuple[int, int, int]]:
-    """By name: sequences, rows and keys of each."""
-    return {"decode-1": (1, 1, 256), "decode-8": (8, 1, 256), "decode-32": (32, 1, 256), "prefill-512": (1, 512, 512)}
+@dataclass(frozen=True)
+class Part:
+    """``count`` slices of ``q_len`` rows that end at key ``kv_len``; a prompt that goes on gives no token."""
+
+    count: int
+    q_len: int
+    kv_len: int
+    is_sampled: bool = True
 
 
-def batch(num_seqs: int, q_len: int, kv_len: int) -> BatchPlan:
-    """A step of equal slices, greedy."""
-    num_pages = -(-kv_len // _PAGE_SIZE)
-    slices = []
-    for idx in range(num_seqs):
-        pages = array("i", range(idx * num_pages, (idx + 1) * num_pages))
-        tokens = [100 + idx] * q_len
-        params = SamplingParams(temperature=0)
-        slices.append(Slice(f"r{idx}", q_len, kv_len, tokens, pages, True, params, 0, tokens, kv_len))
+def cases() -> dict[str, list[Part]]:
+    """Decodes alone, a whole prompt, and decodes with chunks beside them."""
+    decodes = {f"decode-{count}": [Part(count, 1, 256)] for count in (1, 8, 32)}
+    mixed = {
+        f"mixed-8+{rows}-at-{kv_len}": [Part(8, 1, 256), Part(1, rows, kv_len, is_sampled=False)]
+        for rows in (8, 16, 32)
+        for kv_len in (64, 1024)
+    }
+    return {**decodes, "prefill-512": [Part(1, 512, 512)], **mixed}
+
+
+def batch(parts: list[Part]) -> BatchPlan:
+    """A greedy step of these slices."""
+    slices: list[Slice] = []
+    num_pages = 0
+    for part in parts:
+        for _ in range(part.count):
+            pages = array("i", range(num_pages, num_pages + -(-part.kv_len // _PAGE_SIZE)))
+            num_pages += len(pages)
+            tokens = [100 + len(slices)] * part.q_len
+            name, params = f"r{len(slices)}", SamplingParams(temperature=0)
+            slices.append(
+                Slice(name, part.q_len, part.kv_len, tokens, pages, part.is_sampled, params, 0, tokens, part.kv_len)
+            )
     return BatchPlan(0, tuple(slices))
 
 
@@ -61,23 +83,22 @@ def operators_us(executor: LocalExecutor, plan: BatchPlan) -> dict[str, float]:
     return found
 
 
-def run(name: str, loaded: LoadedModel, repeats: int) -> Record:
+def run(name: str, loaded: LoadedModel, kv_dtype: torch.dtype, repeats: int) -> Record:
     """The record of one case."""
-    num_seqs, q_len, kv_len = cases()[name]
+    plan = batch(cases()[name])
     executor = LocalExecutor(
         loaded.model,
         loaded.config,
-        num_pages=num_seqs * -(-kv_len // _PAGE_SIZE),
+        num_pages=sum(len(part.page_ids) for part in plan.slices),
         page_size=_PAGE_SIZE,
-        max_model_len=kv_len,
-        kv_dtype=loaded.dtype,
+        max_model_len=max(part.kv_len for part in plan.slices),
+        kv_dtype=kv_dtype,
         device=loaded.device,
         is_recorded=True,
     )
     for kv in executor._kv:
-        kv.k_cache.normal_()
-        kv.v_cache.normal_()
-    plan = batch(num_seqs, q_len, kv_len)
+        for cache in (kv.k_cache, kv.v_cache):
+            cache.copy_(torch.randn(cache.shape).mul_(16 if cache.dtype == torch.int8 else 1))
     executor.execute(plan)  # records the forward pass
     wall_us, cpu_us = [], []
     for _ in range(repeats):
@@ -95,16 +116,19 @@ def main() -> None:
     args_parser = parser(__doc__ or "")
     args_parser.set_defaults(repeats=9)
     args_parser.add_argument("model", nargs="?", default="smollm2")
+    args_parser.add_argument("--activation-dtype", choices=ACTIVATION_DTYPES, default="float32")
+    args_parser.add_argument("--kv-cache-dtype", choices=("auto", "bfloat16", "float16", "int8"), default="auto")
     args = args_parser.parse_args()
     torch.set_num_threads(env.num_threads())
-    loaded = load_model(EngineConfig(args.model, dtype="float32"))
-    print(f"{'ms':12} {'step':>8} {'cpu':>8}" + "".join(f"{op:>12}" for op in _OPERATORS))
+    loaded = load_model(EngineConfig(args.model, dtype="float32", activation_dtype=args.activation_dtype))
+    dtype = kv_pool.kv_dtype(args.kv_cache_dtype, loaded.dtype)
+    print(f"{'ms':18} {'step':>8} {'cpu':>8}" + "".join(f"{op:>12}" for op in _OPERATORS))
     records = []
     for name in cases():
-        record = run(name, loaded, args.repeats)
+        record = run(name, loaded, dtype, args.repeats)
         records.append(record)
         parts = "".join(f"{us / 1e3:12.2f}" for us in record.extra["operators_us"].values())
-        print(f"{name:12} {record.timing.median_us / 1e3:8.2f} {record.extra['cpu_us'] / 1e3:8.2f}{parts}", flush=True)
+        print(f"{name:18} {record.timing.median_us / 1e3:8.2f} {record.extra['cpu_us'] / 1e3:8.2f}{parts}", flush=True)
     append_json(args.json, records)
 
 
