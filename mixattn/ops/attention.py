@@ -268,22 +268,39 @@ def _default_plan(call: AttentionCall, backend: str, layout: AttentionLayout, ou
     else:
         hardware = cpu_hardware()
     has_groups = not q.is_cuda and call.alibi_slopes is None
-    work_plan = make_plan(
-        call.cu_seqlens_q.cpu(),
-        call.seq_lens.cpu(),
-        num_q_heads=q.shape[1],
-        num_kv_heads=call.k_cache.shape[2],
-        head_dim=q.shape[2],
-        v_head_dim=v_head_dim(call.v_cache),
-        kv_element_bytes=call.k_cache.element_size(),
-        causal=call.causal,
-        window_left=call.window_left,
-        invariant=call.invariant,
-        hardware=hardware,
-        block_table=call.block_table if has_groups else None,
-        page_size=call.k_cache.shape[1] if has_groups else None,
-    )
-    return torch.from_numpy(work_plan.buffer)
+    indices: dict[str, Any] = {"cu_seqlens_q": call.cu_seqlens_q.cpu().numpy(), "seq_lens": call.seq_lens.cpu().numpy()}
+    terms: dict[str, Any] = {
+        "num_q_heads": q.shape[1],
+        "num_kv_heads": call.k_cache.shape[2],
+        "head_dim": q.shape[2],
+        "v_head_dim": v_head_dim(call.v_cache),
+        "kv_element_bytes": call.k_cache.element_size(),
+        "causal": call.causal,
+        "window_left": call.window_left,
+        "invariant": call.invariant,
+        "hardware": hardware,
+    }
+    if has_groups:
+        indices["block_table"] = call.block_table.numpy()
+        terms["page_size"] = call.k_cache.shape[1]
+    return _remembered_plan(indices, terms)
+
+
+_last_plan: tuple[tuple[Any, ...], Tensor] | None = None
+"""What ``_remembered_plan`` was asked last, and the answer."""
+
+
+def _remembered_plan(indices: dict[str, Any], terms: dict[str, Any]) -> Tensor:
+    """The words of ``plan(**indices, **terms)``, ``indices`` being numpy arrays: the last call's if it asked the same.
+
+    So layers that are called one after the other without a plan, as drop-ins are, share that of the first.
+    """
+    global _last_plan
+    question = (*terms.items(), *((name, array.shape, array.tobytes()) for name, array in indices.items()))
+    last = _last_plan
+    if last is None or last[0] != question:
+        last = _last_plan = (question, torch.from_numpy(make_plan(**indices, **terms).buffer))
+    return last[1]
 
 
 def _triton_tiles(call: AttentionCall) -> TileChoice:

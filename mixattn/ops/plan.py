@@ -214,11 +214,14 @@ CPU_HEADS_PER_BUNDLE = 16
 @functools.lru_cache(maxsize=64)
 def cpu_hardware(num_threads: int | None = None) -> Hardware:
     """A CPU whose threads are those of the reference machine; None is this process, with its kernels' tiles."""
-    block_rows = Hardware.block_rows
-    if num_threads is None:
-        num_threads = env.num_threads()
-        if (env.cpu_isa() or _C.cpu_info()["isa"]) == "amx":
-            block_rows = CPU_AMX_BLOCK_ROWS
+    if num_threads is not None:
+        return _hardware_of(num_threads, Hardware.block_rows)
+    has_amx = (env.cpu_isa() or _C.cpu_info()["isa"]) == "amx"
+    return _hardware_of(env.num_threads(), CPU_AMX_BLOCK_ROWS if has_amx else Hardware.block_rows)
+
+
+@functools.cache
+def _hardware_of(num_threads: int, block_rows: tuple[int, int, int]) -> Hardware:
     return Hardware(
         name=f"cpu-{num_threads}",
         num_workers=num_threads,
