@@ -51,9 +51,9 @@ def contenders(has_compiled: bool) -> list[Contender]:
         stall = Run(("--budget", "256", *flags), ("stall",))
         return Contender(name, True, "vllm", "vllm_driver", "float32", (throughput, stall), is_once)
 
-    def mixattn(name: str, stall_budget: int, *flags: str) -> Contender:
+    def mixattn(name: str, max_slowdown: float, *flags: str) -> Contender:
         throughput = Run(flags, ("prefill", "decode", "offline", "quality"))
-        stall = Run(("--budget", str(stall_budget), *flags), ("stall",))
+        stall = Run(("--max-slowdown", str(max_slowdown), *flags), ("stall",))
         return Contender(f"mixattn-{name}", not flags, None, "mixattn_driver", name, (throughput, stall))
 
     def openvino(weights: str, is_exact: bool) -> Contender:
@@ -66,12 +66,12 @@ def contenders(has_compiled: bool) -> list[Contender]:
 
     compiled = [vllm("vllm-f32-compiled", "--compiled", is_once=True)] if has_compiled else []
     return [
-        mixattn("auto", 48),
+        mixattn("auto", 3.0),
         vllm("vllm-f32-eager"),
         *compiled,
         openvino("f32", True),
         llamacpp("f32", "f32"),
-        mixattn("a8", 24, "--activation-dtype", "int8", "--kv-cache-dtype", "bfloat16"),
+        mixattn("a8", 2.5, "--activation-dtype", "int8", "--kv-cache-dtype", "bfloat16"),
         openvino("int8", False),
         *(llamacpp(weights, "f16") for weights in ("q8_0", "q4_0", "q4_1")),
     ]
