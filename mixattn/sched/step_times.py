@@ -1,17 +1,18 @@
 """How long a step will take: learned from the steps that an engine has taken, while it serves.
 
-A step takes some time however little it has, some for every row and some for every key that its rows see:
+A step takes some time however little it has, some for each row, some for each key that is read for a sequence, and, in a
+chunk, some for each pair of a row and a key that it sees:
 
-    t = base + a * decodes + b * keys of decodes + c * rows of chunks + d * keys of the chunks' rows
+    t = base + a * decodes + b * keys + c * rows of chunks + d * pairs of chunks
 
 The five numbers differ from machine to machine and model to model, and from hour to hour where a machine is shared, so
 they are filtered from the times of the steps (a Kalman filter with a random walk of the numbers): the estimate
 follows the machine, and comes with a deviation, which is large for loads unlike any seen. Numbers that the steps so far
 cannot tell apart may have any share of their sum, even below zero; the sum is what counts.
 
-Source: the features are those that chunked prefill's costs are linear in (arXiv:2403.02310, section 3.2; the keys of a
-chunk, its attention, are the part of it that grows with the prompt); the filter is R. E. Kalman, "A new approach to
-linear filtering and prediction problems", 1960, gains limited as P. J. Huber's estimates are.
+Source: what depends on rows alone and what on keys, as Vidur tells operators apart (arXiv:2405.05465); the filter is
+R. E. Kalman, "A new approach to linear filtering and prediction problems", 1960, gains limited as P. J. Huber's
+estimates are.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ one such step moves the numbers little; when the next are as far off, the machin
 _SURPRISE = 2.0
 """What the variances are multiplied with then."""
 _PRIOR_ROWS = (4.0, 1 / 128, 4.0, 1 / 512)
-"""Deviation of the last four numbers before anything is known, in times of a row of the first step: a key of a decode,
-which is read from memory for it, costs less than a row, and one of a chunk's row, which is read for many, still less:
-with h hidden units a row takes some 6 h times the arithmetic of one key. That of the first number is the first step."""
+"""Deviation of the last four numbers before anything is known, in times of a row of the first step: a key, which is read
+from memory, costs less than a row, and a pair still less: with h hidden units a row takes some 6 h times the arithmetic of
+a pair. That of the first number is the first step."""
 
 
 class StepLoad(NamedTuple):
@@ -41,20 +42,24 @@ class StepLoad(NamedTuple):
 
     Args:
         num_decodes: rows of decodes.
-        decode_keys: keys that they see, all together.
+        num_keys: of all sequences in the step.
         chunk_rows: rows of chunks.
-        chunk_keys: keys that these see: a row sees all before it, and itself.
+        chunk_pairs: of such a row and a key that it sees: all before it, and itself.
     """
 
     num_decodes: int
-    decode_keys: int
+    num_keys: int
     chunk_rows: int = 0
-    chunk_keys: int = 0
+    chunk_pairs: int = 0
 
     def with_chunk(self, num_rows: int, context: int) -> StepLoad:
         """And ``num_rows`` more of a request that has ``context`` keys before them."""
-        num_keys = num_rows * context + num_rows * (num_rows + 1) // 2
-        return StepLoad(self.num_decodes, self.decode_keys, self.chunk_rows + num_rows, self.chunk_keys + num_keys)
+        return StepLoad(
+            self.num_decodes,
+            self.num_keys + context + num_rows,
+            self.chunk_rows + num_rows,
+            self.chunk_pairs + num_rows * context + num_rows * (num_rows + 1) // 2,
+        )
 
 
 class StepTimes:

@@ -46,7 +46,7 @@ def known_times() -> StepTimes:
     times, rng = StepTimes(), random.Random(0)
     for _ in range(300):
         load = StepLoad(decodes := rng.randrange(9), 100 * decodes).with_chunk(rng.randrange(64), rng.randrange(2000))
-        times.observe(load, 1e-3 * (load.num_decodes + load.chunk_rows) + 1e-6 * load.chunk_keys)
+        times.observe(load, 1e-3 * (load.num_decodes + load.chunk_rows) + 1e-6 * load.chunk_pairs)
     return times
 
 

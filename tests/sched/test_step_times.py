@@ -20,9 +20,9 @@ def machine(scale: float = 1.0) -> Machine:
         return scale * (
             0.004
             + 1.2e-3 * load.num_decodes
-            + 2e-6 * load.decode_keys
+            + 2e-6 * load.num_keys
             + 1.3e-3 * load.chunk_rows
-            + 4e-7 * load.chunk_keys
+            + 4e-7 * load.chunk_pairs
         )
 
     return step_s
@@ -42,9 +42,9 @@ def trained(step_s: Machine, num_steps: int, noise: float = 0.0, seed: int = 0) 
     return times
 
 
-def test_with_chunk_counts_the_keys_that_each_row_sees() -> None:
+def test_with_chunk_counts_its_keys_and_what_each_row_sees_of_them() -> None:
     load = StepLoad(2, 30).with_chunk(3, 10).with_chunk(2, 0)
-    assert load == StepLoad(2, 30, 5, (11 + 12 + 13) + (1 + 2))
+    assert load == StepLoad(2, 30 + 13 + 2, 5, (11 + 12 + 13) + (1 + 2))
 
 
 def test_estimate_before_the_first_step_knows_nothing() -> None:
