@@ -1,7 +1,7 @@
 """How long a step will take: learned from the steps that an engine has taken, while it serves.
 
-A step takes some time however little it has, some for each row, some for each key that is read for a sequence, and, in a
-chunk, some for each pair of a row and a key that it sees:
+A step takes some time however little it has, some for each row, some for each key that is read for a sequence, and some
+for each pair of a chunk's row and a key that it sees:
 
     t = base + a * decodes + b * keys + c * rows of chunks + d * pairs of chunks
 
@@ -33,8 +33,8 @@ _SURPRISE = 2.0
 """What the variances are multiplied with then."""
 _PRIOR_ROWS = (4.0, 1 / 128, 4.0, 1 / 512)
 """Deviation of the last four numbers before anything is known, in times of a row of the first step: a key, which is read
-from memory, costs less than a row, and a pair still less: with h hidden units a row takes some 6 h times the arithmetic of
-a pair. That of the first number is the first step."""
+from memory, costs less than a row, and a pair still less: with h hidden units a row takes some 6 h times the arithmetic
+of a pair. That of the first number is the first step."""
 
 
 class StepLoad(NamedTuple):
