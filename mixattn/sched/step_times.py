@@ -32,9 +32,9 @@ one such step moves the numbers little; when the next are as far off, the machin
 _SURPRISE = 2.0
 """What the variances are multiplied with then."""
 _PRIOR_ROWS = (4.0, 1 / 128, 4.0, 1 / 512)
-"""Deviation of the last four numbers before anything is known, in times of a row of the first step: a key, which is read
-from memory, costs less than a row, and a pair still less: with h hidden units a row takes some 6 h times the arithmetic
-of a pair. That of the first number is the first step."""
+"""Deviation of the last four numbers before anything is known, in times of a row of the first step: a key, which is
+read from memory, costs less than a row, and a pair still less: with h hidden units a row takes some 6 h times the
+arithmetic of a pair. That of the first number is the first step."""
 
 
 class StepLoad(NamedTuple):
