@@ -75,7 +75,7 @@ def test_hub_name_that_cannot_be_had_is_file_not_found(name: str, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    "name", ["smollm3", "./nowhere", "/nowhere/at/all", "a/b/c", "owner/file.gguf", "x y/z", "../x", "~nobody/x"]
+    "name", ["smollm3", "./nowhere", "/nowhere/at/all", "a/b/c", "owner/file.gguf", "x y/z", "../nowhere", "~nobody/x"]
 )
 def test_unknown_model_is_file_not_found_without_a_download(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
