@@ -18,6 +18,7 @@ estimates are.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _DRIFT = 0.01
@@ -62,6 +63,11 @@ class StepLoad(NamedTuple):
         )
 
 
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    """Written out: to size a chunk takes some sixty of these."""
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4]
+
+
 class StepTimes:
     """Estimates of steps' times, from those observed."""
 
@@ -81,36 +87,32 @@ class StepTimes:
             self._prior = [step_s**2, *((rows * row_s) ** 2 for rows in _PRIOR_ROWS)]
             self._covariance = [[v if i == j else 0.0 for j in range(5)] for i, v in enumerate(self._prior)]
         self._drift()
-        x = (1.0, *map(float, load))
-        spread = [sum(p * xi for p, xi in zip(row, x, strict=True)) for row in self._covariance]
-        model_variance = sum(s * xi for s, xi in zip(spread, x, strict=True))
-        error = step_s - sum(t * xi for t, xi in zip(self._theta, x, strict=True))
+        x = (1, *load)
+        spread = [_dot(row, x) for row in self._covariance]
+        model_variance = _dot(spread, x)
+        error = step_s - _dot(self._theta, x)
         noise_variance = self._noise * step_s**2
         variance = model_variance + noise_variance
         is_outlier = error**2 > variance * _OUTLIER_DEVIATIONS**2
         if is_outlier:
-            variance = (error / _OUTLIER_DEVIATIONS) ** 2
+            variance = math.sqrt(variance) * abs(error) / _OUTLIER_DEVIATIONS
         if model_variance < noise_variance:  # else the error says more of the model than of the machine
             seen = min((error / step_s) ** 2, self._noise * _OUTLIER_DEVIATIONS**2)
             noise = _NOISE_MEMORY * self._noise + (1 - _NOISE_MEMORY) * seen
             self._noise = min(max(noise, _LEAST_NOISE**2), _MOST_NOISE**2)
-        for i in range(5):
+        growth = _SURPRISE if is_outlier else 1.0
+        for i, row in enumerate(self._covariance):
             gain = spread[i] / variance
             self._theta[i] += gain * error
-            row = self._covariance[i]
-            for j in range(5):
-                row[j] -= gain * spread[j]
-                row[j] *= _SURPRISE if is_outlier else 1.0
+            self._covariance[i] = [growth * (p - gain * s) for p, s in zip(row, spread, strict=True)]
 
     def estimate(self, load: StepLoad) -> tuple[float, float]:
         """Seconds that a step of ``load`` will take, and their standard deviation; (0, inf) before the first step."""
         if not self._prior:
             return 0.0, math.inf
-        x = (1.0, *map(float, load))
-        mean = sum(t * xi for t, xi in zip(self._theta, x, strict=True))
-        variance = sum(
-            xi * sum(p * xj for p, xj in zip(row, x, strict=True)) for xi, row in zip(x, self._covariance, strict=True)
-        )
+        x = (1, *load)
+        mean = _dot(self._theta, x)
+        variance = _dot([_dot(row, x) for row in self._covariance], x)
         return mean, math.sqrt(max(0.0, variance) + self._noise * mean**2)
 
     def longest_chunk(self, load: StepLoad, num_rows: int, context: int, limit_s: float, num_deviations: float) -> int:

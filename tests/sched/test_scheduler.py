@@ -484,18 +484,22 @@ def test_time_budget_max_slowdown_is_of_the_decodes_alone() -> None:
     assert statistics.median(slowdowns) > 2.6
 
 
-def test_time_budget_learns_nothing_from_idle_time() -> None:
+def test_time_budget_learns_from_token_to_token_but_not_from_idle_time(monkeypatch: pytest.MonkeyPatch) -> None:
     s = timed_session(tbt_slo_s=0.040)
+    seen: list[float] = []
+    monkeypatch.setattr(s.scheduler._step_times, "observe", lambda load, step_s: seen.append(step_s))
     machine = Machine(s)
     while s.scheduler.has_work:
         machine.step()
-    for idx in range(40):
-        s.now += 3600.0
-        s.add(make_request(f"late-{idx}", 32, max_tokens=3))
-        while s.scheduler.has_work:
-            machine.step()
-    prompt_s = next(step_s for step_s, num_decodes, _ in reversed(machine.steps) if num_decodes == 0)
-    assert s.scheduler._step_times.estimate(StepLoad(0, 0).with_chunk(32, 0))[0] == pytest.approx(prompt_s, rel=0.1)
+    s.now += 3600.0
+    s.add(make_request("late", 32, max_tokens=2))
+    machine.step()
+    machine.step()
+    between_s = 0.001
+    expected = [step_s + between_s for step_s, _, _ in machine.steps]
+    expected[0] -= between_s  # nothing was before the first step, nor, for an hour, before the prompt that is late
+    expected[-2] -= between_s
+    assert seen == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
