@@ -11,7 +11,6 @@ import pytest
 from mixattn.config import PolicyName, SchedulerConfig
 from mixattn.kv.page_pool import PagePool
 from mixattn.sched.scheduler import QueueFull, Scheduler
-from mixattn.sched.step_times import StepLoad
 from mixattn.types import BatchPlan, FinishReason, StepResult
 from tests.sched.harness import Session, is_decode, make_request
 
