@@ -267,8 +267,6 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
     budget, max_num_seqs = arguments.max_num_batched_tokens, arguments.max_num_seqs
     if max_num_seqs is None:
         max_num_seqs = min(SchedulerConfig.max_num_seqs, budget)
-    tbt_slo_s = None if arguments.tbt_slo_ms is None else arguments.tbt_slo_ms / 1e3
-    max_slowdown = arguments.max_slowdown
     return EngineConfig(
         model=arguments.model,
         dtype=arguments.dtype,
@@ -286,9 +284,11 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
             max_num_batched_tokens=budget,
             max_num_seqs=max_num_seqs,
             max_num_queued_reqs=arguments.max_num_queued_reqs,
-            policy=SchedulerConfig.policy_for(arguments.enable_chunked_prefill, tbt_slo_s, max_slowdown),
-            tbt_slo_s=tbt_slo_s,
-            max_slowdown=max_slowdown,
+            policy=SchedulerConfig.policy_for(
+                arguments.enable_chunked_prefill, arguments.tbt_slo_ms, arguments.max_slowdown
+            ),
+            tbt_slo_ms=arguments.tbt_slo_ms,
+            max_slowdown=arguments.max_slowdown,
         ),
         attention_backend=arguments.attention_backend,
         load_format=arguments.load_format,

@@ -146,17 +146,17 @@ class SchedulerConfig:
     """Requests that may wait; one more is refused."""
     max_model_len: int = 2048
     policy: PolicyName = PolicyName.SARATHI
-    tbt_slo_s: float | None = None
-    """``TIME_BUDGET``: seconds that a decode may wait for its next token, as far as chunks have a say in it."""
+    tbt_slo_ms: float | None = None
+    """``TIME_BUDGET``: milliseconds that a decode may wait for its next token, as far as chunks have a say in it."""
     max_slowdown: float | None = None
     """``TIME_BUDGET``: how many times as long as its decodes alone a step may take. The lower of both limits counts."""
 
     @staticmethod
-    def policy_for(is_chunked: bool, tbt_slo_s: float | None, max_slowdown: float | None) -> PolicyName:
+    def policy_for(is_chunked: bool, tbt_slo_ms: float | None, max_slowdown: float | None) -> PolicyName:
         """The policy that is meant by whoever names no policy."""
         if not is_chunked:
             return PolicyName.PREFILL_FIRST
-        return PolicyName.SARATHI if tbt_slo_s is None and max_slowdown is None else PolicyName.TIME_BUDGET
+        return PolicyName.SARATHI if tbt_slo_ms is None and max_slowdown is None else PolicyName.TIME_BUDGET
 
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_num_queued_reqs", "max_model_len"):
@@ -166,14 +166,14 @@ class SchedulerConfig:
             f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be >= max_num_seqs ({self.max_num_seqs}): "
             "every running decode needs a token of every step",
         )
-        _require(self.tbt_slo_s is None or self.tbt_slo_s > 0, f"tbt_slo_s must be > 0, got {self.tbt_slo_s}")
+        _require(self.tbt_slo_ms is None or self.tbt_slo_ms > 0, f"tbt_slo_ms must be > 0, got {self.tbt_slo_ms}")
         _require(
             self.max_slowdown is None or self.max_slowdown > 1, f"max_slowdown must be > 1, got {self.max_slowdown}"
         )
-        has_limit = self.tbt_slo_s is not None or self.max_slowdown is not None
+        has_limit = self.tbt_slo_ms is not None or self.max_slowdown is not None
         _require(
             has_limit == (self.policy is PolicyName.TIME_BUDGET),
-            "tbt_slo_s or max_slowdown go with policy time_budget, and one of them must; "
+            "tbt_slo_ms or max_slowdown go with policy time_budget, and one of them must; "
             f"policy is {self.policy.value}",
         )
 

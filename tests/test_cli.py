@@ -93,7 +93,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", *TINY, "--port", "70000"], "port must be in [0, 65535], got 70000"),
         (["serve", *TINY, "--api-key-file", "/no/such/file"], "/no/such/file"),
         (["demo", *TINY], "prompt_len must be < 512, the context, got 1500"),
-        (["generate", *TINY, "--prompt", "a", "--tbt-slo-ms", "0"], "tbt_slo_s must be > 0, got 0.0"),
+        (["generate", *TINY, "--prompt", "a", "--tbt-slo-ms", "0"], "tbt_slo_ms must be > 0, got 0.0"),
         (["generate", *TINY, "--prompt", "a", "--max-slowdown", "1"], "max_slowdown must be > 1, got 1.0"),
         (
             ["generate", *TINY, "--prompt", "a", "--no-enable-chunked-prefill", "--tbt-slo-ms", "5"],
@@ -197,9 +197,9 @@ def test_info_kernels_lists_the_compiled_kernels_or_says_why_there_are_none(caps
     [
         ([], PolicyName.SARATHI, (None, None)),
         (["--no-enable-chunked-prefill"], PolicyName.PREFILL_FIRST, (None, None)),
-        (["--tbt-slo-ms", "40"], PolicyName.TIME_BUDGET, (0.04, None)),
+        (["--tbt-slo-ms", "40"], PolicyName.TIME_BUDGET, (40.0, None)),
         (["--max-slowdown", "2.5"], PolicyName.TIME_BUDGET, (None, 2.5)),
-        (["--tbt-slo-ms", "40", "--max-slowdown", "3"], PolicyName.TIME_BUDGET, (0.04, 3.0)),
+        (["--tbt-slo-ms", "40", "--max-slowdown", "3"], PolicyName.TIME_BUDGET, (40.0, 3.0)),
     ],
 )
 def test_flags_choose_the_policy(
@@ -207,7 +207,7 @@ def test_flags_choose_the_policy(
 ) -> None:
     arguments = cli.build_parser().parse_args(["serve", *TINY, *flags])
     scheduler = cli._engine_config(arguments).scheduler
-    assert (scheduler.policy, (scheduler.tbt_slo_s, scheduler.max_slowdown)) == (policy, limits)
+    assert (scheduler.policy, (scheduler.tbt_slo_ms, scheduler.max_slowdown)) == (policy, limits)
 
 
 def test_demo_prints_a_row_for_each_way_of_batching(capsys: pytest.CaptureFixture[str]) -> None:

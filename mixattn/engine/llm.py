@@ -108,7 +108,6 @@ class LLM:
     ) -> None:
         if max_num_seqs is None:
             max_num_seqs = min(SchedulerConfig.max_num_seqs, max_num_batched_tokens)
-        tbt_slo_s = None if tbt_slo_ms is None else tbt_slo_ms / 1e3
         config = EngineConfig(
             model=model,
             dtype=dtype,
@@ -118,8 +117,8 @@ class LLM:
             scheduler=SchedulerConfig(
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_num_seqs=max_num_seqs,
-                policy=SchedulerConfig.policy_for(enable_chunked_prefill, tbt_slo_s, max_slowdown),
-                tbt_slo_s=tbt_slo_s,
+                policy=SchedulerConfig.policy_for(enable_chunked_prefill, tbt_slo_ms, max_slowdown),
+                tbt_slo_ms=tbt_slo_ms,
                 max_slowdown=max_slowdown,
             ),
             attention_backend=attention_backend,

@@ -60,7 +60,7 @@ class Scheduler:
         self._uncommitted: deque[_Uncommitted] = deque()
         self._now = float("-inf")
         self._busy_since_s: float | None = None
-        """When the step before ended, if there was something to do then."""
+        """When the step before ended, if there has been something to do ever since."""
         self._step_times = StepTimes()
         self._num_steps = 0
         self._num_accepted = 0
@@ -121,6 +121,8 @@ class Scheduler:
         self._check_length(len(tokens))
         if len(self._waiting) >= self._config.max_num_queued_reqs:
             raise QueueFull(f"max_num_queued_reqs ({self._config.max_num_queued_reqs}) requests are waiting")
+        if not self.has_work:
+            self._busy_since_s = None
         self._waiting[request_id] = Tracked(request, tokens, self._num_accepted, self.max_context_tokens)
         self._num_accepted += 1
 
@@ -331,7 +333,7 @@ class Scheduler:
             self._step_times,
             StepLoad(len(decodes), sum(tracked.num_tokens for tracked in decodes)),
             [tracked.num_computed for tracked in partials],
-            config.tbt_slo_s,
+            None if config.tbt_slo_ms is None else config.tbt_slo_ms / 1e3,
             config.max_slowdown,
         )
 
@@ -343,7 +345,7 @@ class Scheduler:
             for part in ended.plan.slices[num_decodes:]:
                 load = load.with_chunk(part.q_len, part.kv_len - part.q_len)
             self._step_times.observe(load, now - (ended.begin_s if self._busy_since_s is None else self._busy_since_s))
-        self._busy_since_s = now if self.has_work else None
+        self._busy_since_s = now
 
     def _num_growing(self) -> int:
         """Running requests that may come to need more pages; the last token of an output needs no slot."""

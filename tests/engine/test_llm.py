@@ -160,11 +160,11 @@ def test_generate_unchunked_policy_gives_the_same_tokens(loaded: LoadedModel) ->
 
 
 def test_generate_with_limits_of_time_gives_the_same_tokens(loaded: LoadedModel) -> None:
-    llm = make_llm(loaded, policy=PolicyName.TIME_BUDGET, tbt_slo_s=1e-6)
+    llm = make_llm(loaded, policy=PolicyName.TIME_BUDGET, tbt_slo_ms=1e-3)
     assert tokens(llm, PROMPTS, GREEDY) == tokens(make_llm(loaded), PROMPTS, GREEDY)
     with LLM("tiny-llama", load_format="dummy", max_slowdown=3.0, tbt_slo_ms=20.0) as other:
         limits = other.engine.scheduler_config
-    assert (limits.policy, limits.max_slowdown, limits.tbt_slo_s) == (PolicyName.TIME_BUDGET, 3.0, 0.02)
+    assert (limits.policy, limits.max_slowdown, limits.tbt_slo_ms) == (PolicyName.TIME_BUDGET, 3.0, 20.0)
 
 
 @pytest.mark.parametrize("name", KV_CACHE_DTYPES)

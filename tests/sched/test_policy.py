@@ -100,7 +100,7 @@ def test_prefill_first_takes_whole_prompts_or_decodes(case: dict[str, object], e
 
 
 class TestTimeBudget:
-    """Two deviations below 10 ms leave some 9 rows of a machine that is known to 2 %."""
+    """The machine is known to 2 %: two deviations below 10 ms leave 9 rows, below 20 ms 18."""
 
     @pytest.mark.parametrize(
         ("case", "expected"),
@@ -109,19 +109,17 @@ class TestTimeBudget:
             ({"decodes": 4, "partial": [3]}, ([3], [])),
             ({"decodes": 2, "partial": [3], "waiting": [2]}, ([3], [2])),
             ({"decodes": 1, "waiting": [100]}, ([], [8])),
-            ({"decodes": 1, "partial": [12, 100], "waiting": [1], "tbt_slo_s": 0.020}, ([12, 6], [])),
-            ({"decodes": 1, "waiting": [100], "tbt_slo_s": 0.020}, ([], [18])),
-            ({"decodes": 1, "waiting": [100], "tbt_slo_s": None, "max_slowdown": 20}, ([], [18])),
-            ({"decodes": 1, "waiting": [100], "tbt_slo_s": 0.020, "max_slowdown": 100}, ([], [18])),
+            ({"decodes": 1, "partial": [12, 100], "waiting": [1], "tbt_slo_s": 0.020}, ([12, 5], [])),
+            ({"decodes": 1, "waiting": [100], "tbt_slo_s": 0.020}, ([], [17])),
+            ({"decodes": 1, "waiting": [100], "tbt_slo_s": None, "max_slowdown": 20}, ([], [17])),
+            ({"decodes": 1, "waiting": [100], "tbt_slo_s": 0.020, "max_slowdown": 100}, ([], [17])),
             ({"decodes": 1, "waiting": [100], "tbt_slo_s": 1.0}, ([], [31])),
         ],
     )
     def test_gives_prompts_what_the_time_leaves(self, case: dict[str, object], expected: object) -> None:
         shape = time_budget(view(**case))  # type: ignore[arg-type]
         assert shape.has_decodes
-        chunks, wanted = (shape.partial_chunks, shape.admitted_chunks), expected
-        for got, want in zip(chunks, wanted, strict=True):  # type: ignore[call-overload]
-            assert got == pytest.approx(want, abs=1.1)
+        assert (shape.partial_chunks, shape.admitted_chunks) == expected
 
     def test_counts_the_keys_before_a_chunk(self) -> None:
         near, far = (

@@ -449,7 +449,7 @@ def timed_session(**limits: float) -> Session:
 
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_time_budget_keeps_the_slo_while_a_long_prompt_is_read(noise: float) -> None:
-    s = timed_session(tbt_slo_s=0.040)
+    s = timed_session(tbt_slo_ms=40.0)
     machine = Machine(s, noise)
     for _ in range(20):
         machine.step()
@@ -484,7 +484,7 @@ def test_time_budget_max_slowdown_is_of_the_decodes_alone() -> None:
 
 
 def test_time_budget_learns_from_token_to_token_but_not_from_idle_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    s = timed_session(tbt_slo_s=0.040)
+    s = timed_session(tbt_slo_ms=40.0)
     seen: list[float] = []
     monkeypatch.setattr(s.scheduler._step_times, "observe", lambda load, step_s: seen.append(step_s))
     machine = Machine(s)
@@ -493,11 +493,15 @@ def test_time_budget_learns_from_token_to_token_but_not_from_idle_time(monkeypat
     s.now += 3600.0
     s.add(make_request("late", 32, max_tokens=2))
     machine.step()
+    s.abort("late")  # idle without a commit that says so
+    s.now += 3600.0
+    s.add(make_request("later", 32, max_tokens=2))
+    machine.step()
     machine.step()
     between_s = 0.001
     expected = [step_s + between_s for step_s, _, _ in machine.steps]
-    expected[0] -= between_s  # nothing was before the first step, nor, for an hour, before the prompt that is late
-    expected[-2] -= between_s
+    for first in (0, -3, -2):  # nothing was before the first step, nor, for an hour, before the prompts that are late
+        expected[first] -= between_s
     assert seen == pytest.approx(expected)
 
 
@@ -505,8 +509,8 @@ def test_time_budget_learns_from_token_to_token_but_not_from_idle_time(monkeypat
     ("limits", "message"),
     [
         ({"policy": PolicyName.TIME_BUDGET}, "one of them must; policy is time_budget"),
-        ({"tbt_slo_s": 1.0}, "go with policy time_budget, and one of them must; policy is sarathi"),
-        ({"policy": PolicyName.TIME_BUDGET, "tbt_slo_s": 0.0}, "tbt_slo_s must be > 0, got 0.0"),
+        ({"tbt_slo_ms": 1.0}, "go with policy time_budget, and one of them must; policy is sarathi"),
+        ({"policy": PolicyName.TIME_BUDGET, "tbt_slo_ms": 0.0}, "tbt_slo_ms must be > 0, got 0.0"),
         ({"policy": PolicyName.TIME_BUDGET, "max_slowdown": 1.0}, "max_slowdown must be > 1, got 1.0"),
     ],
 )
