@@ -27,6 +27,7 @@
 // Source  online softmax, arXiv:1805.02867; tiling, arXiv:2205.14135; register tiles, doi 10.1145/1356052.1356053
 #pragma once
 
+#include "cpu/attention_bytes-inl.h"
 #include "cpu/attention_direct-inl.h"
 #include "cpu/attention_packed-inl.h"
 #if defined(MIXATTN_ISA_AMX)
@@ -90,6 +91,14 @@ void attend(const AttentionParams& p, const WorkItem* items, int64_t num_items, 
     case KvDType::kFloat16:
       return attend_dots<FloatDot<Float16>>(p, items, num_items, floats);
     case KvDType::kInt8:
+#if defined(MIXATTN_HAS_BYTE_ROWS)
+      if (takes_bytes(p, items[0])) {
+        const int32_t rows = num_rows(items[0]);
+        if (rows == 2) return attend_bytes<2>(p, items, num_items, floats);
+        if (rows == 3) return attend_bytes<3>(p, items, num_items, floats);
+        return attend_bytes<4>(p, items, num_items, floats);
+      }
+#endif
 #if defined(MIXATTN_HAS_INT16_DOT)
       return attend_dots<Int8Dot, FloatDot<Int8>>(p, items, num_items, floats);
 #else

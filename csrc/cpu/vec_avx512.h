@@ -275,6 +275,53 @@ MIXATTN_INLINE IntVec add_byte_products(IntVec sum, IntVec unsigned_bytes, IntVe
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
   return sum;
 }
+
+// What attention_bytes-inl.h needs. A quarter of a register has 128 bits.
+#define MIXATTN_HAS_BYTE_ROWS
+MIXATTN_INLINE IntVec flip_signs(IntVec x) {  // b + 128 of each signed byte b, unsigned
+  return _mm512_xor_si512(x, _mm512_set1_epi32(static_cast<int>(0x80808080)));
+}
+MIXATTN_INLINE int32_t sum_words(IntVec x) {
+  return _mm512_reduce_add_epi32(x);
+}
+MIXATTN_INLINE bool has_only_finite(Vec x) {
+  return _mm512_fpclass_ps_mask(x, 0x99) == 0;  // no NaN of either kind, no infinity of either sign
+}
+// Within each quarter x[j] becomes word j of each of the four.
+MIXATTN_INLINE void transpose_quarters(IntVec (&x)[4]) {
+  const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+  const __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+  x[0] = _mm512_unpacklo_epi64(a, c);
+  x[1] = _mm512_unpackhi_epi64(a, c);
+  x[2] = _mm512_unpacklo_epi64(b, d);
+  x[3] = _mm512_unpackhi_epi64(b, d);
+}
+// p[i], p[4 + i] = the sum of the lanes 4 c + i, c the quarter, of a, and of b.
+MIXATTN_INLINE void store_quarter_sums(float* p, IntVec a, IntVec b) {
+  // Two quarters that add up to the sum of a's four, then two of b's.
+  const __m512i halves = _mm512_add_epi32(_mm512_mask_blend_epi32(0xff00, a, b), _mm512_shuffle_i64x2(a, b, 0x4e));
+  const __m512i even = _mm512_shuffle_i64x2(halves, halves, 0x88), odd = _mm512_shuffle_i64x2(halves, halves, 0xdd);
+  _mm256_storeu_ps(p, _mm256_cvtepi32_ps(_mm512_castsi512_si256(_mm512_add_epi32(even, odd))));
+}
+// x becomes words of one byte of each x: quarter c of x[i] has those of the bytes 16 c + 4 i + [0, 4).
+MIXATTN_INLINE void zip_bytes(IntVec (&x)[4]) {
+  const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpacklo_epi8(x[2], x[3]);
+  const __m512i c = _mm512_unpackhi_epi8(x[0], x[1]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+  x[0] = _mm512_unpacklo_epi16(a, b);
+  x[1] = _mm512_unpackhi_epi16(a, b);
+  x[2] = _mm512_unpacklo_epi16(c, d);
+  x[3] = _mm512_unpackhi_epi16(c, d);
+}
+// The 64 floats x that were computed from zip_bytes' words, in the order of the bytes.
+MIXATTN_INLINE void restore_zipped_bytes(float* x) {
+  const Vec a = load(x), b = load(x + 16), c = load(x + 32), d = load(x + 48);
+  const Vec ab_low = _mm512_shuffle_f32x4(a, b, 0x44), ab_high = _mm512_shuffle_f32x4(a, b, 0xee);
+  const Vec cd_low = _mm512_shuffle_f32x4(c, d, 0x44), cd_high = _mm512_shuffle_f32x4(c, d, 0xee);
+  store(x, _mm512_shuffle_f32x4(ab_low, cd_low, 0x88));
+  store(x + 16, _mm512_shuffle_f32x4(ab_low, cd_low, 0xdd));
+  store(x + 32, _mm512_shuffle_f32x4(ab_high, cd_high, 0x88));
+  store(x + 48, _mm512_shuffle_f32x4(ab_high, cd_high, 0xdd));
+}
 #else
 MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {
   return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));

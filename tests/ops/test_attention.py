@@ -15,6 +15,7 @@ from torch import Tensor
 import mixattn
 from mixattn import env
 from mixattn.ops.plan import Hardware, WorkPlan, cpu_hardware
+from mixattn.ops.reference import attention_reference, dequantize_reference
 from tests.cases import (
     CASES,
     PREFIX_CASES,
@@ -133,13 +134,27 @@ def test_attention_that_rounds_a_q_of_bfloat16s_gives_what_it_gives_for_q_in_bfl
     case: AttentionCase, dtype: torch.dtype, kv: KvFormat, isa: str
 ) -> None:
     inputs = make_inputs(case, torch.bfloat16, kv=kv)
-    expected, expected_lse = run(case, inputs)
+    expected, expected_lse = run(case, inputs, rounds_q=True)
     wide = dataclasses.replace(inputs, q=inputs.q.to(dtype))
     assert torch.equal(wide.q.to(torch.bfloat16), inputs.q)
     out, lse = run(case, wide, rounds_q=True)
     assert out.dtype == dtype and torch.equal(lse, expected_lse)
     if dtype == torch.float32:  # float16 has not the range to be rounded once more
         assert torch.equal(out.to(torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("case", CASES + SCORE_CASES + PREFIX_CASES + V_HEAD_DIM_CASES, ids=lambda case: case.id)
+def test_attention_that_may_round_beside_int8_is_off_by_little(case: AttentionCase, isa: str) -> None:
+    """Masks, splits, groups and heads, whatever the rounding is: 2^-8 of q and of weights, or 2^-16."""
+    inputs = make_inputs(case, torch.float32, kv=KvFormat(torch.int8, "token"))
+    out, lse = run(case, inputs, rounds_q=True)
+    options = {**inputs.index_tensors, **inputs.score_tensors, **inputs.scales, **case.options}
+    true_out, true_lse = attention_reference(
+        inputs.q, inputs.k_cache, inputs.v_cache, **options, compute_dtype=torch.float64
+    )
+    torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=0.1)
+    largest = dequantize_reference(inputs.v_cache, inputs.v_scale).nan_to_num().abs().max() if out.numel() else 1.0
+    torch.testing.assert_close(out.double(), true_out, rtol=0, atol=0.03 * float(largest))
 
 
 def test_attention_rounds_q_only_on_request_and_only_where_pairs_are_faster(isa: str) -> None:
