@@ -1,18 +1,20 @@
-// attention_bytes-inl.h: items of few rows, as attention_direct-inl.h, over int8 K and V where the CPU multiplies four
-// bytes in one instruction. Formulas and sources are in mixed_attention-inl.h.
+// attention_bytes-inl.h: items over int8 K and V where the CPU multiplies four bytes in one instruction: of few rows, as
+// attention_direct-inl.h, and of many, as attention_packed-inl.h. Formulas and sources are in mixed_attention-inl.h.
 // Math    A row of q becomes round(q 127 / max |q|), off by at most 2^-8 of the row's largest element, as K's elements
 //         are of theirs; a row's weights of a tile, times their keys' scales, likewise (but not for their sum). K and V
 //         become k + 128 and v + 128, unsigned as the instruction wants one side, and 128 times the other side's sum is
 //         taken off again. Sums of products are exact, in int32
-// Method  Tile by tile of kDirectKeys keys, and in a tile head by head: scores, softmax, P V, while the next head's rows
+// Method  Few rows: tile by tile of kDirectKeys keys, and in a tile head by head: scores, softmax, P V, while the next head's rows
 //         are prefetched line by line. Scores have keys in their lanes: the words of 4 keys, of 4 elements each, are
 //         transposed within quarters of a register, so that lane 4 c + i has key i's word of quarter c, whose sums over
 //         c come last; q lies in memory as those lanes want it. P V goes by 4 keys, whose bytes are zipped to words
-// Limits  calls that allow it (rounds_q); head_dim and v_head_dim multiples of 64; 2 rows or more, and keys that lie close
-//         together (takes_bytes)
+//         Many rows: words of 4 elements of K, or of 4 keys of V, stand where attention_packed-inl.h has a float32
+// Limits  calls that allow it (rounds_q); head_dim and v_head_dim multiples of 64; few rows are 2 or more, over keys that
+//         lie close together (takes_few_rows)
 #pragma once
 
 #include "cpu/attention_direct-inl.h"
+#include "cpu/attention_packed-inl.h"
 
 #if defined(MIXATTN_HAS_BYTE_ROWS)
 
@@ -26,6 +28,41 @@ constexpr int kGroupKeys = 4;          // keys that are transposed, or zipped, t
 // Bytes from one key of a head to the next, at most: what lies further apart comes from memory no faster than
 // attend_direct walks over it, several heads at a time (README.md).
 constexpr int64_t kMostStride = 512;
+
+struct ByteDot {
+  typedef Int8 Key;
+  static bool takes(const AttentionParams& p) {
+    return p.rounds_q && p.head_dim % kByteDims == 0 && p.v_head_dim % kByteDims == 0;
+  }
+  static bool takes_few_rows(const AttentionParams& p, int64_t num_rows) {
+    const bool is_dense = p.k_token_stride <= kMostStride && p.v_token_stride <= kMostStride;
+    return takes(p) && is_dense && num_rows > 1 && num_rows <= kDirectRows && !p.invariant;
+  }
+};
+
+// x becomes bytes of a unit of its own, which is returned: NaN if an infinity or NaN is among x, for which no integer
+// stands. num_elements is a multiple of kLanes.
+MIXATTN_INLINE float round_to_bytes(const float* x, int64_t num_elements, int8_t* bytes, int32_t* sum) {
+  Vec largest = zero();
+  bool is_finite = true;
+  for (int64_t i = 0; i < num_elements; i += kLanes) {
+    largest = max(largest, abs(load(x + i)));
+    is_finite &= has_only_finite(load(x + i));
+  }
+  const float most = max_lanes(largest);
+  const float unit = most > kMinRowScale ? most / kMostByte : 1.0f;
+  const Vec inverse = broadcast(1.0f / unit);
+  IntVec total = broadcast_word(0);
+  for (int64_t i = 0; i < num_elements; i += kLanes) {
+    const IntVec integers = round_to_int(mul(load(x + i), inverse));
+    total = add_words(total, integers);
+    store_low_bytes(bytes + i, integers);
+  }
+  *sum = sum_words(total);
+  return is_finite ? unit : NAN;
+}
+
+// ---- few rows -------------------------------------------------------------------------------------------------------
 
 // A row of q as bytes: what they are in units of, and what each lane's sum of products with k + 128 starts at. Four
 // lanes make a score.
@@ -67,35 +104,6 @@ MIXATTN_INLINE void prefetch_lines(LinesAhead* a, int num_lines) {
     a->d = 0;
     ++a->now.row;
   }
-}
-
-bool takes_bytes(const AttentionParams& p, const WorkItem& item) {
-  const int32_t rows = num_rows(item);
-  const bool is_dense = p.k_token_stride <= kMostStride && p.v_token_stride <= kMostStride;
-  return p.rounds_q && is_dense && rows > 1 && rows <= kDirectRows && !p.invariant && p.head_dim % kByteDims == 0 &&
-         p.v_head_dim % kByteDims == 0;
-}
-
-// x becomes bytes of a unit of its own, which is returned: NaN if an infinity or NaN is among x, for which no integer
-// stands. num_elements is a multiple of kLanes.
-MIXATTN_INLINE float round_to_bytes(const float* x, int64_t num_elements, int8_t* bytes, int32_t* sum) {
-  Vec largest = zero();
-  bool is_finite = true;
-  for (int64_t i = 0; i < num_elements; i += kLanes) {
-    largest = max(largest, abs(load(x + i)));
-    is_finite &= has_only_finite(load(x + i));
-  }
-  const float most = max_lanes(largest);
-  const float unit = most > kMinRowScale ? most / kMostByte : 1.0f;
-  const Vec inverse = broadcast(1.0f / unit);
-  IntVec total = broadcast_word(0);
-  for (int64_t i = 0; i < num_elements; i += kLanes) {
-    const IntVec integers = round_to_int(mul(load(x + i), inverse));
-    total = add_words(total, integers);
-    store_low_bytes(bytes + i, integers);
-  }
-  *sum = sum_words(total);
-  return is_finite ? unit : NAN;
 }
 
 // A row of q becomes vectors of 16 words, as many bytes as it has as float32: of chunk c of kByteDims elements vector
@@ -276,11 +284,120 @@ void attend_bytes(const AttentionParams& p, const WorkItem* items, int64_t num_i
   }
   for (int64_t n = 0; n < num_items; ++n) {
     for (int64_t r = 0; r < item_rows; ++r) {
-      for (int64_t d = 0; d < p.v_head_dim; d += kByteDims) restore_zipped_bytes(rows[n].o + r * rows[n].o_stride + d);
+      for (int64_t d = 0; d < p.v_head_dim; d += kByteDims) {
+        float* const o = rows[n].o + r * rows[n].o_stride + d;
+        Vec x[4] = {load(o), load(o + kLanes), load(o + 2 * kLanes), load(o + 3 * kLanes)};
+        restore_zipped_bytes(x);
+        for (int i = 0; i < 4; ++i) store(o + i * kLanes, x[i]);
+      }
     }
     finish_rows<Int8>(p, items[n], rows[n]);
   }
 }
+
+// ---- many rows ------------------------------------------------------------------------------------------------------
+
+// Of a row of q, or of weights: words of 4 bytes in place of the floats, and behind them a ByteRow.
+MIXATTN_INLINE void round_in_place(float* x, int64_t num_elements) {
+  int8_t bytes[kMaxHeadDim];
+  static_assert(kMaxHeadDim >= kPackedKeys, "keys, or dimensions");
+  int32_t sum;
+  const float unit = round_to_bytes(x, num_elements, bytes, &sum);
+  const ByteRow row{unit, -128 * sum};
+  memcpy(x, bytes, static_cast<size_t>(num_elements));
+  memcpy(x + num_elements / 4, &row, sizeof(row));
+}
+
+// As multiply_int16_tile, a being rows as round_in_place leaves them and b unsigned bytes.
+template <int kRows, bool kIsAdded>
+void multiply_byte_rows(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
+  ByteRow rows[kRows];
+  IntVec acc[kRows][kTileVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    memcpy(&rows[r], a + r * a_stride + depth, sizeof(rows[r]));
+    acc[r][0] = acc[r][1] = broadcast_word(rows[r].first_sum);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    const IntVec column[kTileVecs] = {load_words(b + k * kTileCols), load_words(b + k * kTileCols + kLanes)};
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const SharedWord x = load_shared_word(a + r * a_stride + k);
+#pragma GCC unroll 2
+      for (int j = 0; j < kTileVecs; ++j) acc[r][j] = add_byte_products(acc[r][j], column[j], x);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const Vec unit = broadcast(rows[r].unit);
+#pragma GCC unroll 2
+    for (int j = 0; j < kTileVecs; ++j) {
+      float* const target = c + r * c_stride + j * kLanes;
+      store(target, fmadd(int_to_float(acc[r][j]), unit, kIsAdded ? load(target) : zero()));
+    }
+  }
+}
+
+template <bool kIsAdded>
+TileFunction byte_tile_function(int num_rows) {
+  static_assert(kTileRows == 8, "one entry per number of rows");
+  static constexpr TileFunction kFunctions[] = {multiply_byte_rows<1, kIsAdded>, multiply_byte_rows<2, kIsAdded>,
+                                                multiply_byte_rows<3, kIsAdded>, multiply_byte_rows<4, kIsAdded>,
+                                                multiply_byte_rows<5, kIsAdded>, multiply_byte_rows<6, kIsAdded>,
+                                                multiply_byte_rows<7, kIsAdded>, multiply_byte_rows<8, kIsAdded>};
+  return kFunctions[num_rows - 1];
+}
+
+template <>
+struct PackedScores<ByteDot> {
+  typedef Int8 Key;
+  static constexpr int kPerWord = 4;
+  static void start(const AttentionParams& p, const WorkItem&, Rows* rows) {
+    for (int64_t r = 0; r < rows->num_rows; ++r) round_in_place(rows->q + r * rows->q_stride, p.head_dim);
+  }
+  static void pack(const Int8* const* k, int64_t num_panels, int64_t head_dim, float* k_packed) {
+    pack_keys(reinterpret_cast<const float* const*>(k), num_panels, head_dim / 4, k_packed);
+    for (int64_t i = 0; i < num_panels * kTileCols * head_dim / 4; i += kLanes) {
+      store_words(k_packed + i, flip_signs(load_words(k_packed + i)));
+    }
+  }
+  MIXATTN_INLINE void multiply(int n, const Rows& rows, int64_t r, const float* panel, int64_t head_dim, float* scores,
+                               int64_t stride) {
+    byte_tile_function<false>(n)(rows.q + r * rows.q_stride, rows.q_stride, panel, head_dim / 4, scores, stride);
+  }
+};
+
+template <>
+struct PackedValues<ByteDot> {
+  typedef Int8 Key;
+  static constexpr int kPerWord = 4;
+  MIXATTN_INLINE void finish_weights(float* weights, int64_t num_keys) { round_in_place(weights, num_keys); }
+  template <int kVecs>
+  MIXATTN_INLINE void store_weights(const Vec (&x)[kVecs], float* weights) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kVecs; ++i) store(weights + i * kLanes, x[i]);
+    finish_weights(weights, kVecs * kLanes);
+  }
+  static void pack(const Int8* const* v, int64_t num_keys, int64_t v_head_dim, int64_t key_tile, float* v_packed) {
+    for (int64_t group = 0; group < num_keys / kGroupKeys; ++group) {
+      for (int64_t d = 0; d < v_head_dim; d += kByteDims) {
+        IntVec words[kGroupKeys];
+        for (int i = 0; i < kGroupKeys; ++i) words[i] = flip_signs(load_words(v[group * kGroupKeys + i] + d));
+        zip_bytes(words);
+        Vec x[4] = {as_floats(words[0]), as_floats(words[1]), as_floats(words[2]), as_floats(words[3])};
+        restore_zipped_bytes(x);
+        for (int i = 0; i < 4; ++i) {  // kTileVecs of them to a panel
+          const int64_t panel = d + i / kTileVecs * kTileCols;
+          store(v_packed + panel * key_tile / 4 + group * kTileCols + i % kTileVecs * kLanes, x[i]);
+        }
+      }
+    }
+  }
+  MIXATTN_INLINE void multiply(int n, bool, const float* weights, int64_t weights_stride, const float* panel,
+                               int64_t num_keys, float* o, int64_t o_stride) {
+    byte_tile_function<true>(n)(weights, weights_stride, panel, num_keys / 4, o, o_stride);
+  }
+};
 
 }  // namespace
 }  // namespace cpu

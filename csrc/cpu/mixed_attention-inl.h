@@ -57,6 +57,15 @@ void attend_few_rows(const AttentionParams& p, const WorkItem* items, int64_t nu
   return attend_direct<Dot, 4>(p, items, num_items, scratch);
 }
 
+#if defined(MIXATTN_HAS_BYTE_ROWS)
+void attend_few_bytes(const AttentionParams& p, const WorkItem* items, int64_t num_items, float* scratch) {
+  const int32_t rows = num_rows(items[0]);
+  if (rows == 2) return attend_bytes<2>(p, items, num_items, scratch);
+  if (rows == 3) return attend_bytes<3>(p, items, num_items, scratch);
+  return attend_bytes<4>(p, items, num_items, scratch);
+}
+#endif
+
 // Dots, the fastest first, of which the last takes every call.
 template <class Dot, class... Others>
 void attend_dots(const AttentionParams& p, const WorkItem* items, int64_t num_items, float* scratch) {
@@ -92,11 +101,12 @@ void attend(const AttentionParams& p, const WorkItem* items, int64_t num_items, 
       return attend_dots<FloatDot<Float16>>(p, items, num_items, floats);
     case KvDType::kInt8:
 #if defined(MIXATTN_HAS_BYTE_ROWS)
-      if (takes_bytes(p, items[0])) {
-        const int32_t rows = num_rows(items[0]);
-        if (rows == 2) return attend_bytes<2>(p, items, num_items, floats);
-        if (rows == 3) return attend_bytes<3>(p, items, num_items, floats);
-        return attend_bytes<4>(p, items, num_items, floats);
+      if (ByteDot::takes_few_rows(p, num_rows(items[0]))) return attend_few_bytes(p, items, num_items, floats);
+#endif
+#if defined(MIXATTN_HAS_BYTE_ROWS) && !defined(MIXATTN_ISA_AMX)  // which has tiles
+      if (ByteDot::takes(p) && (num_rows(items[0]) > kDirectRows || p.invariant)) {
+        for (int64_t n = 0; n < num_items; ++n) attend_packed<ByteDot>(p, items[n], floats);
+        return;
       }
 #endif
 #if defined(MIXATTN_HAS_INT16_DOT)

@@ -312,15 +312,14 @@ MIXATTN_INLINE void zip_bytes(IntVec (&x)[4]) {
   x[2] = _mm512_unpacklo_epi16(c, d);
   x[3] = _mm512_unpackhi_epi16(c, d);
 }
-// The 64 floats x that were computed from zip_bytes' words, in the order of the bytes.
-MIXATTN_INLINE void restore_zipped_bytes(float* x) {
-  const Vec a = load(x), b = load(x + 16), c = load(x + 32), d = load(x + 48);
-  const Vec ab_low = _mm512_shuffle_f32x4(a, b, 0x44), ab_high = _mm512_shuffle_f32x4(a, b, 0xee);
-  const Vec cd_low = _mm512_shuffle_f32x4(c, d, 0x44), cd_high = _mm512_shuffle_f32x4(c, d, 0xee);
-  store(x, _mm512_shuffle_f32x4(ab_low, cd_low, 0x88));
-  store(x + 16, _mm512_shuffle_f32x4(ab_low, cd_low, 0xdd));
-  store(x + 32, _mm512_shuffle_f32x4(ab_high, cd_high, 0x88));
-  store(x + 48, _mm512_shuffle_f32x4(ab_high, cd_high, 0xdd));
+// What zip_bytes made, or what was computed from it, in the order of the bytes.
+MIXATTN_INLINE void restore_zipped_bytes(Vec (&x)[4]) {
+  const Vec ab_low = _mm512_shuffle_f32x4(x[0], x[1], 0x44), ab_high = _mm512_shuffle_f32x4(x[0], x[1], 0xee);
+  const Vec cd_low = _mm512_shuffle_f32x4(x[2], x[3], 0x44), cd_high = _mm512_shuffle_f32x4(x[2], x[3], 0xee);
+  x[0] = _mm512_shuffle_f32x4(ab_low, cd_low, 0x88);
+  x[1] = _mm512_shuffle_f32x4(ab_low, cd_low, 0xdd);
+  x[2] = _mm512_shuffle_f32x4(ab_high, cd_high, 0x88);
+  x[3] = _mm512_shuffle_f32x4(ab_high, cd_high, 0xdd);
 }
 #else
 MIXATTN_INLINE IntVec add_int16_products(IntVec sum, IntVec a, IntVec b) {

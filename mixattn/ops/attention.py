@@ -162,8 +162,8 @@ def attention(
             (docs/decisions/0005-invariant-attention.md).
         rounds_q: whether a kernel may round q, and the weights that V is multiplied with, to what its products with K
             and V as they are stored are fastest in: on CPUs that have such products, bfloat16 beside bfloat16, and
-            beside int8 16-bit integers, or for a decode's few rows 8-bit ones (each row of q, and of weights, in a
-            unit of its own), whatever q's dtype is. Sums are in float32 as always. Other backends make no use of it.
+            beside int8 integers of 16 bits or, with AVX512_VNNI, 8 (each row of q, and of weights, in a unit of its
+            own), whatever q's dtype is. Sums are in float32 as always. Other backends make no use of it.
         sm_margin: SMs of a GPU that the launch leaves free, for kernels that run beside it (communication); at least
             one must be left. Means nothing where there are no SMs: on a CPU it is accepted and changes nothing.
         plan: from ``mixattn.plan`` for these very lengths and options, made once per step and shared by its layers

@@ -223,7 +223,7 @@ def test_queries_that_are_rounded_beside_int8_lose_little(
     head_dim: int, q_lens: tuple[int, ...], options: dict[str, Any], isa: str
 ) -> None:
     """Decodes and chunks, rows and scales of very different sizes. 2^-16 of a row's largest element came to 1.4e-4 of
-    the largest value in the worst of these, 2^-8 to 1.7e-2, where float32 loses 3e-6."""
+    the largest value in the worst of these, 2^-8 to 3.1e-2, where float32 loses 3e-6."""
     generator = torch.Generator().manual_seed(head_dim)
     num_seqs, pages = len(q_lens), 13
     shape = (num_seqs * pages, 16, 2, head_dim)
@@ -238,8 +238,8 @@ def test_queries_that_are_rounded_beside_int8_lose_little(
     }  # fmt: skip
     out = mixattn.attention(q, k_cache, v_cache, **batch, rounds_q=True)
     exact = mixattn.attention(q, k_cache, v_cache, **batch, backend="reference")
-    has_bytes = isa in BYTE_ISAS and head_dim % 64 == 0 and max(q_lens) == 1
-    torch.testing.assert_close(out, exact, rtol=0, atol=(3e-2 if has_bytes else 2e-4) * float(exact.abs().max()))
+    has_bytes = isa in BYTE_ISAS and head_dim % 64 == 0
+    torch.testing.assert_close(out, exact, rtol=0, atol=(5e-2 if has_bytes else 2e-4) * float(exact.abs().max()))
     plain = mixattn.attention(q, k_cache, v_cache, **batch)
     has_pairs = isa.startswith(("avx", "amx")) and head_dim % 32 == 0
     assert torch.equal(out, plain) != has_pairs
@@ -251,15 +251,18 @@ def to_bytes(x: Tensor) -> Tensor:
     return torch.where(unit > 0, (x / unit).round() * unit, x)
 
 
-@pytest.mark.parametrize("num_rows", [2, 3, 4, 7, 16])
+@pytest.mark.parametrize("num_rows", [2, 3, 4, 7, 16, 43])
 @pytest.mark.parametrize(("head_dim", "v_head_dim"), [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)
 @pytest.mark.parametrize("seq_len", [1, 63, 200, 517])
 @pytest.mark.parametrize("isa", [name for name in BYTE_ISAS if name in _C.cpu_info()["available"]], indirect=True)
-def test_few_rows_beside_int8_multiply_bytes_as_they_are_rounded(
+def test_rows_beside_int8_multiply_bytes_as_they_are_rounded(
     seq_len: int, head_dim: int, v_head_dim: int, num_rows: int, isa: str
 ) -> None:
-    """A twin in float64 that rounds q per row, and weights times scales per row and tile of 64 keys: tight, where the
+    """A twin in float64 that rounds q per row, and weights times scales per row and tile of keys: tight, where the
     distance to exact attention is loose."""
+    if isa == "amx" and num_rows > 16:
+        pytest.skip("many rows go by tiles of bfloat16 there")
+    tile = 128 if num_rows > 16 and head_dim <= 128 else 64
     generator = torch.Generator().manual_seed(seq_len * head_dim + num_rows)
     pages, num_kv_heads = -(-seq_len // 16), 2
     caches = [
@@ -278,9 +281,10 @@ def test_few_rows_beside_int8_multiply_bytes_as_they_are_rounded(
     k, v = (cache.flatten(0, 1)[:seq_len].double().transpose(0, 1) for cache in caches)
     scales = [scale.flatten(0, 1)[:seq_len].double().T[:, None] for scale in (k_scale, v_scale)]
     weights = (rows @ k.transpose(1, 2) * scales[0] * head_dim**-0.5).softmax(dim=-1)
-    rounded = torch.cat([to_bytes(part) for part in (weights * scales[1]).split(64, dim=-1)], dim=-1)
+    rounded = torch.cat([to_bytes(part) for part in (weights * scales[1]).split(tile, dim=-1)], dim=-1)
     expected = (rounded @ v).view(1, -1, v_head_dim).float()
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    # A float32 now and then rounds to the other side of a half than a float64: one element of q is 4e-4 of the result.
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_rows_of_bytes_keep_what_is_not_finite_to_themselves(isa: str) -> None:
