@@ -1,16 +1,16 @@
-// attention_bytes-inl.h: items over int8 K and V where the CPU multiplies four bytes in one instruction: of few rows, as
-// attention_direct-inl.h, and of many, as attention_packed-inl.h. Formulas and sources are in mixed_attention-inl.h.
+// attention_bytes-inl.h: items over int8 K and V where the CPU multiplies four bytes in one instruction: of few rows,
+// as attention_direct-inl.h, and of many, as attention_packed-inl.h. Formulas and sources are in mixed_attention-inl.h.
 // Math    A row of q becomes round(q 127 / max |q|), off by at most 2^-8 of the row's largest element, as K's elements
 //         are of theirs; a row's weights of a tile, times their keys' scales, likewise (but not for their sum). K and V
 //         become k + 128 and v + 128, unsigned as the instruction wants one side, and 128 times the other side's sum is
 //         taken off again. Sums of products are exact, in int32
-// Method  Few rows: tile by tile of kDirectKeys keys, and in a tile head by head: scores, softmax, P V, while the next head's rows
-//         are prefetched line by line. Scores have keys in their lanes: the words of 4 keys, of 4 elements each, are
-//         transposed within quarters of a register, so that lane 4 c + i has key i's word of quarter c, whose sums over
-//         c come last; q lies in memory as those lanes want it. P V goes by 4 keys, whose bytes are zipped to words
-//         Many rows: words of 4 elements of K, or of 4 keys of V, stand where attention_packed-inl.h has a float32
-// Limits  calls that allow it (rounds_q); head_dim and v_head_dim multiples of 64; few rows are 2 or more, over keys that
-//         lie close together (takes_few_rows)
+// Method  Few rows: tile by tile of kDirectKeys keys, and in a tile head by head: scores, softmax, P V, while the next
+//         head's rows are prefetched line by line. Scores have keys in their lanes: the words of 4 keys, of 4 elements
+//         each, are transposed within quarters of a register, so that lane 4 c + i has key i's word of quarter c, whose
+//         sums over c come last; q lies in memory as those lanes want it. P V goes by 4 keys, whose bytes are zipped to
+//         words. Many rows: words of 4 elements of K, or of 4 keys of V, stand where attention_packed-inl.h has float32
+// Limits  calls that allow it (rounds_q); head_dim and v_head_dim multiples of 64; few rows are 2 or more, over keys
+//         that lie close together (takes_few_rows)
 #pragma once
 
 #include "cpu/attention_direct-inl.h"
@@ -49,8 +49,8 @@ MIXATTN_INLINE float round_to_bytes(const float* x, int64_t num_elements, int8_t
     largest = max(largest, abs(load(x + i)));
     is_finite &= has_only_finite(load(x + i));
   }
-  const float most = max_lanes(largest);
-  const float unit = most > kMinRowScale ? most / kMostByte : 1.0f;
+  const float largest_unit = max_lanes(largest) / kMostByte;
+  const float unit = largest_unit > kMinRowScale ? largest_unit : 1.0f;  // else 1 / unit might be infinite
   const Vec inverse = broadcast(1.0f / unit);
   IntVec total = broadcast_word(0);
   for (int64_t i = 0; i < num_elements; i += kLanes) {
