@@ -71,7 +71,7 @@ def contenders(has_compiled: bool) -> list[Contender]:
         *compiled,
         openvino("f32", True),
         llamacpp("f32", "f32"),
-        mixattn("a8", 3.0, "--activation-dtype", "int8", "--kv-cache-dtype", "int8"),
+        mixattn("a8", 3.0, "--activation-dtype", "int8", "--kv-cache-dtype", "bfloat16"),
         openvino("int8", False),
         *(llamacpp(weights, "f16") for weights in ("q8_0", "q4_0", "q4_1")),
     ]
