@@ -152,9 +152,10 @@ def test_attention_that_may_round_beside_int8_is_off_by_little(case: AttentionCa
     true_out, true_lse = attention_reference(
         inputs.q, inputs.k_cache, inputs.v_cache, **options, compute_dtype=torch.float64
     )
-    torch.testing.assert_close(lse.double(), true_lse, rtol=0.01, atol=0.1)
+    loss = 1.0 if isa in ("amx", "avx512_bf16", "avx512_vnni") else 0.02  # they round to bytes
+    torch.testing.assert_close(lse.double(), true_lse, rtol=0.01 * loss, atol=0.1 * loss)
     largest = dequantize_reference(inputs.v_cache, inputs.v_scale).nan_to_num().abs().max() if out.numel() else 1.0
-    torch.testing.assert_close(out.double(), true_out, rtol=0, atol=0.05 * float(largest))
+    torch.testing.assert_close(out.double(), true_out, rtol=0, atol=0.05 * loss * float(largest))
 
 
 def test_attention_rounds_q_only_on_request_and_only_where_pairs_are_faster(isa: str) -> None:

@@ -19,7 +19,7 @@ from mixattn.ops.rope import rope_cos_sin
 DTYPES = list(QUANTIZED)
 NUM_PAGES, PAGE_SIZE = 3, 16
 BYTE_ISAS = ("amx", "avx512_bf16", "avx512_vnni")
-"""Whose products of four bytes attention uses for a few rows, csrc/cpu/attention_bytes-inl.h."""
+"""Whose products of four bytes attention uses: for few rows, and but for amx for many (attention_bytes-inl.h)."""
 
 
 def one_split(seq_len: int, num_q_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int) -> WorkPlan:
@@ -308,8 +308,10 @@ def test_rows_of_bytes_keep_what_is_not_finite_to_themselves(isa: str) -> None:
     assert bool(attend().isnan().all())
 
 
-def test_a_chunk_over_int8_is_invariant_and_keeps_non_finite_rows_to_themselves(isa: str) -> None:
-    """In 16 bits, whose units are of a row and a tile of keys: neither other rows nor where a chunk ends may show."""
+@pytest.mark.parametrize("rounds_q", [False, True])
+def test_a_chunk_over_int8_is_invariant_and_keeps_non_finite_rows_to_themselves(rounds_q: bool, isa: str) -> None:
+    """In 16 bits or 8, whose units are of a row and a tile of keys: neither other rows nor where a chunk ends may
+    show."""
     generator = torch.Generator().manual_seed(1)
     caches = [torch.randint(-127, 128, (4, 16, 1, 64), generator=generator, dtype=torch.int8) for _ in "kv"]
     scales = {"k_scale": torch.full((4, 16, 1), 0.01), "v_scale": torch.rand(4, 16, 1, generator=generator)}
@@ -317,8 +319,9 @@ def test_a_chunk_over_int8_is_invariant_and_keeps_non_finite_rows_to_themselves(
 
     def attend(begin: int, end: int, **options: bool) -> Tensor:
         return mixattn.attention(
-            q[begin:end], *caches, **scales, **options, cu_seqlens_q=torch.tensor([0, end - begin]).int(),
-            seq_lens=torch.tensor([20 + end]).int(), block_table=torch.arange(4).view(1, 4).int(),
+            q[begin:end], *caches, **scales, **options, rounds_q=rounds_q,
+            cu_seqlens_q=torch.tensor([0, end - begin]).int(), seq_lens=torch.tensor([20 + end]).int(),
+            block_table=torch.arange(4).view(1, 4).int(),
         )  # fmt: skip
 
     parts = [attend(begin, end, invariant=True) for begin, end in ((0, 17), (17, 18), (18, 40))]
