@@ -211,13 +211,14 @@ def linear(
     x: int,  # [num_rows, depth]
     bias: int,  # [num_cols]; 0: none
     residual: int,  # [num_rows, num_cols]; 0: none
-    y: int,  # [num_rows, num_cols]
+    y: int,  # [num_rows, num_cols], or half of the columns if is_gated
     num_rows: int,
     num_cols: int,
     depth: int,
     x_stride: int,
     residual_stride: int,
     y_stride: int,
+    is_gated: bool,
     rounds_x: bool,
     num_threads: int,
     isa: str | None = None,

@@ -26,7 +26,7 @@ from mixattn.ops.recording import Recording
 from mixattn.types import BatchPlan, SamplingParams, Slice
 
 _PAGE_SIZE = 16
-_OPERATORS = ("weight_rows", "rms_norm", "linear", "append_kv", "attention", "silu_mul")
+_OPERATORS = ("weight_rows", "rms_norm", "linear", "gated_linear", "append_kv", "attention")
 
 
 @dataclass(frozen=True)

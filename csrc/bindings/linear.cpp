@@ -73,7 +73,7 @@ void unpack_weight_rows(const std::string& form, uintptr_t panels, int64_t num_r
 
 void linear(const std::string& form, uintptr_t panels, uintptr_t x, uintptr_t bias, uintptr_t residual, uintptr_t y,
             int64_t num_rows, int64_t num_cols, int64_t depth, int64_t x_stride, int64_t residual_stride,
-            int64_t y_stride, bool rounds_x, int64_t num_threads, const Isa& isa) {
+            int64_t y_stride, bool is_gated, bool rounds_x, int64_t num_threads, const Isa& isa) {
   const IsaKernels& kernels = kernels_for(isa);
   mixattn::LinearParams p;
   p.form = form_named(form);
@@ -89,10 +89,12 @@ void linear(const std::string& form, uintptr_t panels, uintptr_t x, uintptr_t bi
   p.x_stride = x_stride;
   p.residual_stride = residual_stride;
   p.y_stride = y_stride;
-  mixattn::run_or_record("linear", {num_rows, kAnyNumSeqs}, [=, &kernels](StepSize size) mutable {
-    p.num_rows = size.num_rows;
-    mixattn::cpu::linear(kernels, p, rounds_x, num_threads);
-  });
+  p.is_gated = is_gated;
+  mixattn::run_or_record(is_gated ? "gated_linear" : "linear", {num_rows, kAnyNumSeqs},
+                         [=, &kernels](StepSize size) mutable {
+                           p.num_rows = size.num_rows;
+                           mixattn::cpu::linear(kernels, p, rounds_x, num_threads);
+                         });
 }
 
 void rms_norm(uintptr_t x, uintptr_t weight, uintptr_t y, int64_t num_rows, int64_t num_groups, int64_t size,
@@ -146,7 +148,8 @@ void bind_linear(py::module_& m) {
         "Rows of a matrix in panels, as float32.");
   m.def("linear", &linear, py::kw_only(), arg("form"), arg("panels"), arg("x"), arg("bias"), arg("residual"), arg("y"),
         arg("num_rows"), arg("num_cols"), arg("depth"), arg("x_stride"), arg("residual_stride"), arg("y_stride"),
-        arg("rounds_x"), arg("num_threads"), arg("isa") = py::none(), "y = x W^T + bias + residual over panels of W.");
+        arg("is_gated"), arg("rounds_x"), arg("num_threads"), arg("isa") = py::none(),
+        "y = x W^T + bias + residual over panels of W; if is_gated silu(g) * u of its columns, first all g.");
   m.def("rms_norm", &rms_norm, py::kw_only(), arg("x"), arg("weight"), arg("y"), arg("num_rows"), arg("num_groups"),
         arg("size"), arg("x_row_stride"), arg("x_group_stride"), arg("eps"), arg("num_threads"),
         arg("isa") = py::none());

@@ -38,10 +38,11 @@ struct LinearParams {
   const float* x;         // [num_rows, depth]
   const float* bias;      // [num_cols] or nullptr
   const float* residual;  // [num_rows, num_cols] or nullptr; may be y
-  float* y;               // [num_rows, num_cols]
+  float* y;               // [num_rows, num_cols]; if is_gated [num_rows, num_cols / 2]
   int64_t num_rows, num_cols, depth;
   int64_t panel_bytes;
   int64_t x_stride, residual_stride, y_stride;
+  bool is_gated;  // the columns are gates, then as many that they are for: y = silu(gate) * column; no residual
   Int8Rows x_int8;
   NibbleRows x_nibbles;
   PartRows x_parts;

@@ -44,7 +44,8 @@ struct IsaKernels {
   void (*append_kv)(const AppendKvParams& p, int64_t begin, int64_t end);
   void (*merge_states)(const MergeStatesParams& p, int64_t begin, int64_t end);
 
-  // Rows [row_begin, row_end) and panels [panel_begin, panel_end) of a linear map; a panel is panel_cols columns of y.
+  // Rows [row_begin, row_end) and panels [panel_begin, panel_end) of a linear map; a panel is panel_cols columns. Of a
+  // gated map, num_cols a multiple of 2 panel_cols, gates come before the columns that they are for.
   // If the map has at most direct_rows rows, weights are widened in registers and never written; nibbles are not even
   // scaled then, but multiplied with p.x_nibbles, which scale_for_nibbles writes for rows [begin, end).
   void (*linear)(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);

@@ -1,5 +1,6 @@
 // linear-inl.h: y = x W^T + bias + residual in float32, W as it is stored, for one ISA.
-// Math    y[r][n] = sum_k x[r][k] w[n][k] (+ bias[n]) (+ residual[r][n]), every w exactly what its form says
+// Math    y[r][n] = sum_k x[r][k] w[n][k] (+ bias[n]) (+ residual[r][n]), every w exactly what its form says; or, of
+//         such columns g and u, silu(g) u
 // Method  W lies in panels of kTileCols columns of y (rows of W), deep first, so that a register tile reads one from
 //         front to back. Few rows (up to one register tile, a small decode batch): direct. Each vector of weights is
 //         widened in registers and serves all rows; bound by memory. Nibbles are multiplied as the integers they are,
@@ -17,6 +18,7 @@
 #pragma once
 
 #include "common/linear_params.h"
+#include "cpu/elementwise-inl.h"
 #include "cpu/kernels.h"
 #include "cpu/register_tile-inl.h"
 #include "cpu/vec.h"
@@ -333,10 +335,18 @@ MIXATTN_INLINE void prefetch_share(const char* source, int64_t num_bytes, int64_
   }
 }
 
+// The first column of y that a panel is for. Of a gated map the panels of gates write them there, which stay in a cache
+// until the panels of the others have come.
+MIXATTN_INLINE int64_t first_col(const LinearParams& p, int64_t panel) {
+  const int64_t col = panel * kTileCols;
+  return p.is_gated && col >= p.num_cols / 2 ? col - p.num_cols / 2 : col;
+}
+
 // Sends for the lines that finish_panel is to write and to read. All at once, when it runs, they would be waited for.
 MIXATTN_INLINE void prefetch_finish(const LinearParams& p, int64_t row, int64_t num_rows, int64_t panel) {
+  const int64_t begin = first_col(p, panel);
   for (int64_t r = row; r < row + num_rows; ++r) {
-    for (int64_t col = panel * kTileCols; col < (panel + 1) * kTileCols; col += 16) {
+    for (int64_t col = begin; col < begin + kTileCols; col += 16) {
       prefetch_far(p.y + r * p.y_stride + col);
       if (p.residual != nullptr) prefetch_far(p.residual + r * p.residual_stride + col);
     }
@@ -369,11 +379,13 @@ void multiply_many_rows(const LinearParams& p, int64_t panel, int64_t row, int64
   }
 }
 
-// y = c + bias + residual for the rows from `row` on and the columns of the panel.
+// y = c + bias + residual for the rows from `row` on and the columns of the panel; where gates are in y, what they let
+// through. Panels of a gated map are full.
 MIXATTN_INLINE void finish_panel(const LinearParams& p, const float* c, int64_t row, int64_t num_rows, int64_t panel) {
   const int64_t col = panel * kTileCols, width = clamp(p.num_cols - col, 0, kTileCols);
+  const bool has_gates = first_col(p, panel) != col;
   for (int64_t r = 0; r < num_rows; ++r, c += kTileCols) {
-    float* y = p.y + (row + r) * p.y_stride + col;
+    float* y = p.y + (row + r) * p.y_stride + first_col(p, panel);
     const float* residual = p.residual == nullptr ? nullptr : p.residual + (row + r) * p.residual_stride + col;
     if (width == kTileCols) {
 #pragma GCC unroll 2
@@ -381,6 +393,7 @@ MIXATTN_INLINE void finish_panel(const LinearParams& p, const float* c, int64_t 
         Vec sum = load(c + j);
         if (p.bias != nullptr) sum = add(sum, load(p.bias + col + j));
         if (residual != nullptr) sum = add(sum, load(residual + j));
+        if (has_gates) sum = mul(silu(load(y + j)), sum);
         store(y + j, sum);
       }
       continue;

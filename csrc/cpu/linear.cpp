@@ -166,12 +166,17 @@ void multiply_panels(const IsaKernels& kernels, const LinearParams& p, int64_t n
   const auto multiply = p.x_int8.values != nullptr   ? kernels.linear_int8
                         : p.x_parts.tiles != nullptr ? kernels.linear_tiles
                                                      : kernels.linear;
-  // Draws run through all panels for one block of rows, then the next.
+  // Draws run through all panels for one block of rows, then the next; a draw of gates has what they are for, too.
   const int64_t num_blocks = (p.num_rows + kRowsPerDraw - 1) / kRowsPerDraw;
-  const int64_t grain = p.num_rows <= kernels.direct_rows ? std::max<int64_t>(1, kGrainWeights / (cols * p.depth)) : 1;
-  parallel_for_stretches(num_threads, num_blocks * num_panels, grain, [&](int64_t begin, int64_t end) {
-    const int64_t row = begin / num_panels * kRowsPerDraw, panel = begin % num_panels;
-    multiply(p, row, std::min(row + kRowsPerDraw, p.num_rows), panel, panel + (end - begin));
+  const int64_t panels_per_draw = p.is_gated ? 2 : 1, num_drawn = num_panels / panels_per_draw;
+  const int64_t draw_weights = panels_per_draw * cols * p.depth;
+  const int64_t grain = p.num_rows <= kernels.direct_rows ? std::max<int64_t>(1, kGrainWeights / draw_weights) : 1;
+  parallel_for_stretches(num_threads, num_blocks * num_drawn, grain, [&](int64_t begin, int64_t end) {
+    const int64_t row = begin / num_drawn * kRowsPerDraw, row_end = std::min(row + kRowsPerDraw, p.num_rows);
+    for (int64_t n = 0; n < panels_per_draw; ++n) {
+      const int64_t panel = begin % num_drawn + n * num_drawn;
+      multiply(p, row, row_end, panel, panel + (end - begin));
+    }
   });
 }
 
@@ -181,6 +186,10 @@ void linear(const IsaKernels& kernels, const LinearParams& params, bool rounds_x
   check_range("num_threads", num_threads, 1, INT_MAX);
   check_range("num_rows", params.num_rows, 0, INT32_MAX);
   check_matrix(params.form, params.num_cols, params.depth);
+  if (params.is_gated && params.num_cols % (2 * kernels.panel_cols) != 0) {
+    throw std::invalid_argument("num_cols of a gated map must be a multiple of " +
+                                std::to_string(2 * kernels.panel_cols) + ", got " + std::to_string(params.num_cols));
+  }
   LinearParams p = params;
   p.x_int8 = {};
   p.x_nibbles = {};

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixattn.ops.elementwise import rms_norm, silu_mul
-from mixattn.ops.linear import PLAIN_FORMS, QUANTISED_FORMS, PackedWeight, linear, pack_weight, row_bytes, weight_rows
+from mixattn.ops.linear import (
+    PLAIN_FORMS,
+    QUANTISED_FORMS,
+    PackedWeight,
+    gated_linear,
+    linear,
+    pack_weight,
+    row_bytes,
+    weight_rows,
+)
 
 WeightSlots = Iterator[tuple[str, Tensor]]
 """Names of a checkpoint's tensors, each with the view of a parameter that it is written to; of a packed matrix, which
@@ -56,6 +65,10 @@ class Linear(nn.Module):
         assert self.weight is not None
         y = F.linear(x, self.weight, self.bias)
         return y if residual is None else residual + y
+
+    def gated(self, x: Tensor) -> Tensor:
+        """``silu_mul`` of ``forward``'s rows."""
+        return silu_mul(self(x)) if self.packed is None else gated_linear(x, self.packed, self.bias)
 
     def rows(self, ids: Tensor) -> Tensor:
         """[num_ids, in_features], these rows of W: an embedding."""
@@ -150,7 +163,7 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + down(...), both [num_rows, hidden_size]."""
-        return self.down_proj(silu_mul(self.gate_up_proj(x)), residual)  # type: ignore[no-any-return]
+        return self.down_proj(self.gate_up_proj.gated(x), residual)  # type: ignore[no-any-return]
 
     def weight_slots(self, prefix: str) -> WeightSlots:
         yield from self.gate_up_proj.weight_slots(prefix)

@@ -1,4 +1,4 @@
-"""Linear maps over weights that stay as a checkpoint stores them; ``mixattn::linear``.
+"""Linear maps over weights that stay as a checkpoint stores them; ``mixattn::linear``, ``mixattn::gated_linear``.
 
 A matrix is packed once, when it is loaded, into panels that the CPU kernel reads from front to back
 (csrc/cpu/linear-inl.h). No weight is rounded: a packed matrix has exactly the stored values. Arithmetic is in float32,
@@ -28,6 +28,7 @@ from mixattn.ops.checks import (
     check_tensor,
     layout_of,
 )
+from mixattn.ops.elementwise import silu_mul
 from mixattn.ops.library import is_plain, register_op
 
 PLAIN_FORMS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -136,6 +137,28 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, residual
     return y
 
 
+def gated_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """``silu_mul`` of x W^T + bias, without writing that: the gates are multiplied while a cache has them.
+
+    Args:
+        x, bias: as for ``linear``.
+        weight: the matrix, whose first half makes gates and whose second half what they are multiplied with.
+    Returns:
+        [num_rows, num_cols / 2] float32.
+    Raises:
+        ValueError: as for ``linear``, or num_cols is odd.
+    Source: SwiGLU, arXiv:2002.05202.
+    """
+    if weight.num_cols % (2 * _C.panel_cols(weight.isa)):  # a panel would have gates and others
+        return silu_mul(linear(x, weight, bias))
+    check_tensor("x", x)
+    if bias is not None:
+        check_tensor("bias", bias)
+    run = _gated_linear if is_plain(x, weight.panels, bias) else torch.ops.mixattn.gated_linear
+    y: Tensor = run(x, weight.panels, weight.form, weight.num_cols, weight.isa, weight.rounds_x, bias)
+    return y
+
+
 def weight_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     """[num_ids, depth] float32: these rows of the matrix, its values exactly.
 
@@ -151,7 +174,7 @@ def weight_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
 
 
 class _Layout(NamedTuple):
-    """What a call of ``linear`` is apart from addresses and contents."""
+    """What a call of ``linear`` or ``gated_linear`` is apart from addresses and contents."""
 
     x: Layout
     panels: Layout
@@ -159,6 +182,7 @@ class _Layout(NamedTuple):
     num_cols: int
     isa: str
     rounds_x: bool
+    is_gated: bool
     bias: Layout | None
     residual: Layout | None
 
@@ -202,7 +226,8 @@ def _native_sizes(layout: _Layout) -> Mapping[str, Any]:
             "depth": dims["depth"],
             "x_stride": x.strides[0],
             "residual_stride": 0 if residual is None else residual.strides[0],
-            "y_stride": layout.num_cols,
+            "y_stride": layout.num_cols // 2 if layout.is_gated else layout.num_cols,
+            "is_gated": layout.is_gated,
             "isa": layout.isa,
             "rounds_x": layout.rounds_x,
         }
@@ -218,14 +243,16 @@ def _linear(
     rounds_x: bool,
     bias: Tensor | None,
     residual: Tensor | None,
+    *,
+    is_gated: bool = False,
 ) -> Tensor:
     """``mixattn::linear``: checks everything, then runs the CPU kernel."""
     bias_layout, residual_layout = (None if t is None else layout_of(t) for t in (bias, residual))
     sizes = _native_sizes(
-        _Layout(layout_of(x), layout_of(panels), form, num_cols, isa, rounds_x, bias_layout, residual_layout)
+        _Layout(layout_of(x), layout_of(panels), form, num_cols, isa, rounds_x, is_gated, bias_layout, residual_layout)
     )
     check_no_grad(x, bias, residual)
-    y = torch.empty(x.shape[0], num_cols)
+    y = torch.empty(x.shape[0], sizes["y_stride"])
     _C.linear(
         **sizes,
         panels=panels.data_ptr(),
@@ -251,6 +278,19 @@ def _linear_fake(
     if len(x.shape) != 2:
         raise ValueError(f"x must be [num_rows, depth], got shape {list(x.shape)}")
     return x.new_empty(x.shape[0], num_cols)
+
+
+def _gated_linear(
+    x: Tensor, panels: Tensor, form: str, num_cols: int, isa: str, rounds_x: bool, bias: Tensor | None
+) -> Tensor:
+    """``mixattn::gated_linear``."""
+    return _linear(x, panels, form, num_cols, isa, rounds_x, bias, None, is_gated=True)
+
+
+def _gated_linear_fake(
+    x: Tensor, panels: Tensor, form: str, num_cols: int, isa: str, rounds_x: bool, bias: Tensor | None
+) -> Tensor:
+    return _linear_fake(x, panels, form, num_cols // 2, isa, rounds_x, bias, None)
 
 
 def _weight_rows(panels: Tensor, form: str, num_cols: int, depth: int, isa: str, ids: Tensor) -> Tensor:
@@ -283,6 +323,11 @@ register_op(
     "-> Tensor",
     _linear,
     _linear_fake,
+)
+register_op(
+    "gated_linear(Tensor x, Tensor panels, str form, int num_cols, str isa, bool rounds_x, Tensor? bias) -> Tensor",
+    _gated_linear,
+    _gated_linear_fake,
 )
 register_op(
     "weight_rows(Tensor panels, str form, int num_cols, int depth, str isa, Tensor ids) -> Tensor",

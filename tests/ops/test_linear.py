@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from mixattn import _C, env
-from mixattn.ops.linear import QUANTISED_FORMS, WEIGHT_FORMS, PackedWeight, linear, pack_weight, weight_rows
+from mixattn.ops.elementwise import silu_mul
+from mixattn.ops.linear import (
+    QUANTISED_FORMS,
+    WEIGHT_FORMS,
+    PackedWeight,
+    gated_linear,
+    linear,
+    pack_weight,
+    weight_rows,
+)
 
 # Depths of a quantised matrix are multiples of 32; 288 is more than one piece of a widened panel (192 or 256), and 1120
 # more than one that int8 inputs pass over (640).
@@ -73,6 +82,41 @@ def test_linear_of_strided_rows_gives_the_bits_of_contiguous(num_rows: int, isa:
     weight, _ = packed_matrix("q4_1", 48, 64, isa)
     wide = torch.randn(num_rows, 100)
     assert torch.equal(linear(wide[:, 20:84], weight), linear(wide[:, 20:84].contiguous(), weight))
+
+
+@pytest.mark.parametrize(
+    ("form", "rounds_x"), [*((form, False) for form in WEIGHT_FORMS), *((form, True) for form in QUANTISED_FORMS)]
+)
+def test_gated_linear_has_the_bits_of_silu_mul_of_linear(form: str, rounds_x: bool, isa: str) -> None:
+    panel_cols = _C.panel_cols(isa)
+    for num_cols in (2 * panel_cols, 14 * panel_cols, panel_cols, 6):  # of the last two a panel has gates and others
+        rows, _ = stored_matrix(form, num_cols, 288)
+        weight = pack_weight(rows, form, 288, rounds_x=rounds_x, isa=isa)
+        bias = torch.randn(num_cols, generator=torch.Generator().manual_seed(num_cols))
+        for num_rows in NUM_ROWS:
+            x = torch.randn(num_rows, 288, generator=torch.Generator().manual_seed(num_rows))
+            for added in (None, bias):
+                assert torch.equal(gated_linear(x, weight, added), silu_mul(linear(x, weight, added)))
+
+
+def test_gated_linear_on_several_threads_gives_the_bits_of_one(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _ = packed_matrix("q4_1", 26 * _C.panel_cols(isa), 64, isa)
+    results = []
+    for num_threads in (1, 3):
+        monkeypatch.setattr(env, "num_threads", lambda n=num_threads: n)
+        results.append([gated_linear(torch.ones(num_rows, 64), weight) for num_rows in (1, 200)])
+    for one, several in zip(*results, strict=True):
+        assert torch.equal(one, several)
+
+
+def test_gated_linear_of_bad_input_names_the_bound(isa: str) -> None:
+    for num_cols in (2 * _C.panel_cols(isa), 6):
+        weight, _ = packed_matrix("float32", num_cols, 32, isa)
+        with pytest.raises(ValueError, match=rf"bias must have the shape \[{num_cols}\], got \[5\]"):
+            gated_linear(torch.zeros(2, 32), weight, torch.zeros(5))
+    odd, _ = packed_matrix("float32", 5, 32, isa)
+    with pytest.raises(ValueError, match=r"gate_up must be \[num_rows, 2 \* size\]"):
+        gated_linear(torch.zeros(2, 32), odd)
 
 
 @pytest.mark.parametrize("form", WEIGHT_FORMS)
@@ -186,6 +230,10 @@ def test_linear_ops_pass_opcheck() -> None:
     common = (weight.panels, weight.form, weight.num_cols)
     for rest in ((None, None), (torch.randn(20), torch.randn(3, 20))):
         torch.library.opcheck(torch.ops.mixattn.linear.default, (torch.randn(3, 64), *common, weight.isa, False, *rest))
+    gated, _ = packed_matrix("q4_1", 2 * _C.panel_cols(weight.isa), 64, weight.isa)
+    gated_arguments = (torch.randn(3, 64), gated.panels, gated.form, gated.num_cols, gated.isa, False)
+    for bias in (None, torch.randn(gated.num_cols)):
+        torch.library.opcheck(torch.ops.mixattn.gated_linear.default, (*gated_arguments, bias))
     ids = torch.tensor([3, 19])
     torch.library.opcheck(torch.ops.mixattn.weight_rows.default, (*common, weight.depth, weight.isa, ids))
 
