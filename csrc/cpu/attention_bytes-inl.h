@@ -308,45 +308,15 @@ MIXATTN_INLINE void round_in_place(float* x, int64_t num_elements) {
   memcpy(x + num_elements / 4, &row, sizeof(row));
 }
 
-// As multiply_int16_tile, a being rows as round_in_place leaves them and b unsigned bytes.
-template <int kRows, bool kIsAdded>
-void multiply_byte_rows(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
-  ByteRow rows[kRows];
-  IntVec acc[kRows][kTileVecs];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    memcpy(&rows[r], a + r * a_stride + depth, sizeof(rows[r]));
-    acc[r][0] = acc[r][1] = broadcast_word(rows[r].first_sum);
+// Those rows, beside columns of unsigned bytes.
+struct ByteWords {
+  MIXATTN_INLINE int32_t first_sum(const float* unit) {
+    ByteRow row;
+    memcpy(&row, unit, sizeof(row));
+    return row.first_sum;
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    const IntVec column[kTileVecs] = {load_words(b + k * kTileCols), load_words(b + k * kTileCols + kLanes)};
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const SharedWord x = load_shared_word(a + r * a_stride + k);
-#pragma GCC unroll 2
-      for (int j = 0; j < kTileVecs; ++j) acc[r][j] = add_byte_products(acc[r][j], column[j], x);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const Vec unit = broadcast(rows[r].unit);
-#pragma GCC unroll 2
-    for (int j = 0; j < kTileVecs; ++j) {
-      float* const target = c + r * c_stride + j * kLanes;
-      store(target, fmadd(int_to_float(acc[r][j]), unit, kIsAdded ? load(target) : zero()));
-    }
-  }
-}
-
-template <bool kIsAdded>
-TileFunction byte_tile_function(int num_rows) {
-  static_assert(kTileRows == 8, "one entry per number of rows");
-  static constexpr TileFunction kFunctions[] = {multiply_byte_rows<1, kIsAdded>, multiply_byte_rows<2, kIsAdded>,
-                                                multiply_byte_rows<3, kIsAdded>, multiply_byte_rows<4, kIsAdded>,
-                                                multiply_byte_rows<5, kIsAdded>, multiply_byte_rows<6, kIsAdded>,
-                                                multiply_byte_rows<7, kIsAdded>, multiply_byte_rows<8, kIsAdded>};
-  return kFunctions[num_rows - 1];
-}
+  MIXATTN_INLINE IntVec add(IntVec sum, IntVec column, SharedWord x) { return add_byte_products(sum, column, x); }
+};
 
 template <>
 struct PackedScores<ByteDot> {
@@ -363,7 +333,8 @@ struct PackedScores<ByteDot> {
   }
   MIXATTN_INLINE void multiply(int n, const Rows& rows, int64_t r, const float* panel, int64_t head_dim, float* scores,
                                int64_t stride) {
-    byte_tile_function<false>(n)(rows.q + r * rows.q_stride, rows.q_stride, panel, head_dim / 4, scores, stride);
+    integer_tile_function<ByteWords, false>(n)(rows.q + r * rows.q_stride, rows.q_stride, panel, head_dim / 4, scores,
+                                               stride);
   }
 };
 
@@ -395,7 +366,7 @@ struct PackedValues<ByteDot> {
   }
   MIXATTN_INLINE void multiply(int n, bool, const float* weights, int64_t weights_stride, const float* panel,
                                int64_t num_keys, float* o, int64_t o_stride) {
-    byte_tile_function<true>(n)(weights, weights_stride, panel, num_keys / 4, o, o_stride);
+    integer_tile_function<ByteWords, true>(n)(weights, weights_stride, panel, num_keys / 4, o, o_stride);
   }
 };
 

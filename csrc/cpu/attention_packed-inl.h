@@ -96,7 +96,8 @@ struct PackedScores<Int8Dot> {  // pairs of int16 lie in words, of q, each row's
   }
   MIXATTN_INLINE void multiply(int n, const Rows& rows, int64_t r, const float* panel, int64_t head_dim, float* scores,
                                int64_t stride) {
-    int16_tile_function<false>(n)(rows.q + r * rows.q_stride, rows.q_stride, panel, head_dim / 2, scores, stride);
+    integer_tile_function<Int16Words, false>(n)(rows.q + r * rows.q_stride, rows.q_stride, panel, head_dim / 2, scores,
+                                                stride);
   }
 };
 #endif
@@ -217,7 +218,7 @@ struct PackedValues<Int8Dot> {  // pairs of keys in int16 lie in words, the unit
   }
   MIXATTN_INLINE void multiply(int n, bool, const float* weights, int64_t weights_stride, const float* panel,
                                int64_t num_keys, float* o, int64_t o_stride) {
-    int16_tile_function<true>(n)(weights, weights_stride, panel, num_keys / 2, o, o_stride);
+    integer_tile_function<Int16Words, true>(n)(weights, weights_stride, panel, num_keys / 2, o, o_stride);
   }
 };
 #endif

@@ -101,44 +101,52 @@ constexpr int at_most_tile_rows(int num_rows) {
 }
 
 #if defined(MIXATTN_HAS_INT16_DOT)
-// As multiply_bfloat16_tile for int16 (HeadDims and keys keep its sums below 2^31), each row times the float that lies
-// behind its words.
-template <int kRows, bool kIsAdded>
-void multiply_int16_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
+// Words of two int16 (HeadDims and keys keep their sums below 2^31); behind a row's words lies its unit, a float.
+struct Int16Words {
+  MIXATTN_INLINE int32_t first_sum(const float*) { return 0; }
+  MIXATTN_INLINE IntVec add(IntVec sum, IntVec column, SharedWord x) { return add_int16_products(sum, x, column); }
+};
+
+// As multiply_bfloat16_tile for words of integers, each row times its unit.
+template <class Words, int kRows, bool kIsAdded>
+void multiply_integer_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
+                           int64_t c_stride) {
   IntVec acc[kRows][kTileVecs];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = int_zero();
+  for (int r = 0; r < kRows; ++r) {
+    acc[r][0] = acc[r][1] = broadcast_word(Words::first_sum(a + r * a_stride + depth));
+  }
   for (int64_t k = 0; k < depth; ++k) {
     const IntVec column[kTileVecs] = {load_words(b + k * kTileCols), load_words(b + k * kTileCols + kLanes)};
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const SharedWord x = load_shared_word(a + r * a_stride + k);
 #pragma GCC unroll 2
-      for (int j = 0; j < kTileVecs; ++j) acc[r][j] = add_int16_products(acc[r][j], x, column[j]);
+      for (int j = 0; j < kTileVecs; ++j) acc[r][j] = Words::add(acc[r][j], column[j], x);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    const Vec factor = broadcast(a[r * a_stride + depth]);
+    const Vec unit = broadcast(a[r * a_stride + depth]);
 #pragma GCC unroll 2
     for (int j = 0; j < kTileVecs; ++j) {
       float* const target = c + r * c_stride + j * kLanes;
-      store(target, fmadd(int_to_float(acc[r][j]), factor, kIsAdded ? load(target) : zero()));
+      store(target, fmadd(int_to_float(acc[r][j]), unit, kIsAdded ? load(target) : zero()));
     }
   }
 }
 
-template <bool kIsAdded>
-TileFunction int16_tile_function(int num_rows) {
+template <class Words, bool kIsAdded>
+TileFunction integer_tile_function(int num_rows) {
   static_assert(kTileRows <= 8, "one entry per number of rows");
-  static constexpr TileFunction kFunctions[] = {multiply_int16_tile<1, kIsAdded>,
-                                                multiply_int16_tile<2, kIsAdded>,
-                                                multiply_int16_tile<3, kIsAdded>,
-                                                multiply_int16_tile<4, kIsAdded>,
-                                                multiply_int16_tile<5, kIsAdded>,
-                                                multiply_int16_tile<6, kIsAdded>,
-                                                multiply_int16_tile<at_most_tile_rows(7), kIsAdded>,
-                                                multiply_int16_tile<at_most_tile_rows(8), kIsAdded>};
+  static constexpr TileFunction kFunctions[] = {multiply_integer_tile<Words, 1, kIsAdded>,
+                                                multiply_integer_tile<Words, 2, kIsAdded>,
+                                                multiply_integer_tile<Words, 3, kIsAdded>,
+                                                multiply_integer_tile<Words, 4, kIsAdded>,
+                                                multiply_integer_tile<Words, 5, kIsAdded>,
+                                                multiply_integer_tile<Words, 6, kIsAdded>,
+                                                multiply_integer_tile<Words, at_most_tile_rows(7), kIsAdded>,
+                                                multiply_integer_tile<Words, at_most_tile_rows(8), kIsAdded>};
   return kFunctions[num_rows - 1];
 }
 #endif
