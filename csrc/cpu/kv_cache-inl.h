@@ -88,8 +88,14 @@ MIXATTN_INLINE S* slot_of(const Cache& cache, Slot at) {
 // The scale of a row of its own.
 template <typename S>
 MIXATTN_INLINE float find_scale(const float* x, int64_t head_dim) {
-  float largest = 0.0f, not_finite = 0.0f;  // the latter 0, or NaN if any x is NaN or infinite
-  for (int64_t d = 0; d < head_dim; ++d) {
+  Vec largest_lanes = zero(), not_finite_lanes = zero();  // the latter 0, or NaN if any x is NaN or infinite
+  int64_t d = 0;
+  for (; d + kLanes <= head_dim; d += kLanes) {
+    largest_lanes = max(largest_lanes, abs(load(x + d)));
+    not_finite_lanes = fmadd(load(x + d), zero(), not_finite_lanes);
+  }
+  float largest = max_lanes(largest_lanes), not_finite = sum_lanes(not_finite_lanes);
+  for (; d < head_dim; ++d) {
     const float magnitude = __builtin_fabsf(x[d]);
     largest = magnitude > largest ? magnitude : largest;
     not_finite += x[d] * 0.0f;
