@@ -125,12 +125,12 @@ def main() -> None:
     torch.set_num_threads(env.num_threads())
     loaded = load_model(EngineConfig(args.model, dtype="float32", activation_dtype=args.activation_dtype))
     dtype = kv_pool.kv_dtype(args.kv_cache_dtype, loaded.dtype)
-    print(f"{'ms':18} {'step':>8} {'cpu':>8}" + "".join(f"{op:>12}" for op in _OPERATORS))
+    print(f"{'ms':18} {'step':>8} {'cpu':>8}" + "".join(f"{op:>13}" for op in _OPERATORS))
     records = []
     for name in cases():
         record = run(name, loaded, dtype, args.repeats)
         records.append(record)
-        parts = "".join(f"{us / 1e3:12.2f}" for us in record.extra["operators_us"].values())
+        parts = "".join(f"{us / 1e3:13.2f}" for us in record.extra["operators_us"].values())
         print(f"{name:18} {record.timing.median_us / 1e3:8.2f} {record.extra['cpu_us'] / 1e3:8.2f}{parts}", flush=True)
     append_json(args.json, records)
 

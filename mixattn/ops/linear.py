@@ -149,8 +149,8 @@ def gated_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) ->
         ValueError: as for ``linear``, or num_cols is odd.
     Source: SwiGLU, arXiv:2002.05202.
     """
-    if weight.num_cols % (2 * _C.panel_cols(weight.isa)):  # a panel would have gates and others
-        return silu_mul(linear(x, weight, bias))
+    if weight.num_cols % 2:
+        raise ValueError(f"weight must have as many gates as columns that they are for, got {weight.num_cols} in all")
     check_tensor("x", x)
     if bias is not None:
         check_tensor("bias", bias)
@@ -283,7 +283,9 @@ def _linear_fake(
 def _gated_linear(
     x: Tensor, panels: Tensor, form: str, num_cols: int, isa: str, rounds_x: bool, bias: Tensor | None
 ) -> Tensor:
-    """``mixattn::gated_linear``."""
+    """``mixattn::gated_linear``; in two steps where a panel would have gates and others."""
+    if num_cols % (2 * _C.panel_cols(isa)):
+        return silu_mul(_linear(x, panels, form, num_cols, isa, rounds_x, bias, None))
     return _linear(x, panels, form, num_cols, isa, rounds_x, bias, None, is_gated=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gguf
@@ -99,23 +100,13 @@ def test_gated_linear_has_the_bits_of_silu_mul_of_linear(form: str, rounds_x: bo
                 assert torch.equal(gated_linear(x, weight, added), silu_mul(linear(x, weight, added)))
 
 
-def test_gated_linear_on_several_threads_gives_the_bits_of_one(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, _ = packed_matrix("q4_1", 26 * _C.panel_cols(isa), 64, isa)
-    results = []
-    for num_threads in (1, 3):
-        monkeypatch.setattr(env, "num_threads", lambda n=num_threads: n)
-        results.append([gated_linear(torch.ones(num_rows, 64), weight) for num_rows in (1, 200)])
-    for one, several in zip(*results, strict=True):
-        assert torch.equal(one, several)
-
-
 def test_gated_linear_of_bad_input_names_the_bound(isa: str) -> None:
     for num_cols in (2 * _C.panel_cols(isa), 6):
         weight, _ = packed_matrix("float32", num_cols, 32, isa)
         with pytest.raises(ValueError, match=rf"bias must have the shape \[{num_cols}\], got \[5\]"):
             gated_linear(torch.zeros(2, 32), weight, torch.zeros(5))
     odd, _ = packed_matrix("float32", 5, 32, isa)
-    with pytest.raises(ValueError, match=r"gate_up must be \[num_rows, 2 \* size\]"):
+    with pytest.raises(ValueError, match="weight must have as many gates as columns that they are for, got 5 in all"):
         gated_linear(torch.zeros(2, 32), odd)
 
 
@@ -141,12 +132,15 @@ def test_linear_of_the_smallest_and_largest_rows_is_within_float32_rounding(isa:
         assert_within_rounding(linear(x, weight), x, values)
 
 
-def test_linear_on_several_threads_gives_the_bits_of_one(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, _ = packed_matrix("q8_0", 400, 64, isa)
+@pytest.mark.parametrize("run", [linear, gated_linear])
+def test_linear_on_several_threads_gives_the_bits_of_one(
+    run: Callable[..., Tensor], isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, _ = packed_matrix("q8_0", 26 * _C.panel_cols(isa), 64, isa)
     results = []
     for num_threads in (1, 3):
         monkeypatch.setattr(env, "num_threads", lambda n=num_threads: n)
-        results.append([linear(torch.ones(num_rows, 64), weight) for num_rows in (1, 200)])
+        results.append([run(torch.ones(num_rows, 64), weight) for num_rows in (1, 200)])
     for one, several in zip(*results, strict=True):
         assert torch.equal(one, several)
 
@@ -223,6 +217,14 @@ def test_weight_rows_of_an_id_out_of_bounds_names_it(bad_id: int) -> None:
     weight, _ = packed_matrix("float32", 4, 8, _C.cpu_info()["isa"])
     with pytest.raises(ValueError, match=rf"ids\[1\] must be in \[0, 3\], got {bad_id}"):
         weight_rows(weight, torch.tensor([0, bad_id]))
+
+
+@pytest.mark.parametrize("num_cols", [6, 128])
+def test_gated_linear_compiles_without_a_graph_break(num_cols: int) -> None:
+    weight, _ = packed_matrix("q4_1", num_cols, 64, _C.cpu_info()["isa"])
+    x = torch.randn(3, 64)
+    compiled = torch.compile(lambda x: gated_linear(x, weight), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), gated_linear(x, weight))
 
 
 def test_linear_ops_pass_opcheck() -> None:
